@@ -1,0 +1,147 @@
+// SwiGLU, GELU (exact) and quick-GELU, forward and backward.
+#import index
+
+struct Params {
+    count: u32,
+}
+#params
+
+fn sigmoid(x: f32) -> f32 {
+    return 1.0 / (1.0 + exp(-x));
+}
+
+#ifdef GELU
+// The complementary error function of x >= 0 by the continued-fraction-free Chebyshev fit in t = 1 / (1 + x / 2)
+// (relative error below 1.2e-7 everywhere, so that GELU's far negative tail stays exact too).
+fn erfc_positive(x: f32) -> f32 {
+    let t = 1.0 / fma(0.5, x, 1.0);
+    var p = 0.17087277;
+    p = fma(p, t, -0.82215223);
+    p = fma(p, t, 1.48851587);
+    p = fma(p, t, -1.13520398);
+    p = fma(p, t, 0.27886807);
+    p = fma(p, t, -0.18628806);
+    p = fma(p, t, 0.09678418);
+    p = fma(p, t, 0.37409196);
+    p = fma(p, t, 1.00002368);
+    p = fma(p, t, -1.26551223);
+    return t * exp(-x * x + p);
+}
+
+// The normal distribution function.
+fn normal_cdf(x: f32) -> f32 {
+    let tail = 0.5 * erfc_positive(abs(x) * 0.70710678);
+    return select(1.0 - tail, tail, x < 0.0);
+}
+#endif
+
+#kernel swiglu_forward
+@group(0) @binding(0) var<storage, read_write> gate: array<f32>; // [T, F]
+@group(0) @binding(1) var<storage, read_write> up: array<f32>; // [T, F]
+@group(0) @binding(2) var<storage, read_write> y: array<f32>; // [T, F]
+
+@compute @workgroup_size(64)
+fn swiglu_forward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        let g = gate[i];
+        y[i] = g * sigmoid(g) * up[i];
+    }
+}
+
+#kernel swiglu_backward
+@group(0) @binding(0) var<storage, read_write> gate: array<f32>; // [T, F]
+@group(0) @binding(1) var<storage, read_write> up: array<f32>; // [T, F]
+@group(0) @binding(2) var<storage, read_write> dy: array<f32>; // [T, F]
+@group(0) @binding(3) var<storage, read_write> dgate: array<f32>; // [T, F]
+@group(0) @binding(4) var<storage, read_write> dup: array<f32>; // [T, F]
+
+@compute @workgroup_size(64)
+fn swiglu_backward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        let g = gate[i];
+        let s = sigmoid(g);
+        let d = dy[i];
+        dgate[i] = d * up[i] * s * (1.0 + g * (1.0 - s));
+        dup[i] = d * g * s;
+    }
+}
+
+#kernel gelu_forward
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
+@group(0) @binding(1) var<storage, read_write> y: array<f32>; // [N]
+
+@compute @workgroup_size(64)
+fn gelu_forward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        y[i] = x[i] * normal_cdf(x[i]);
+    }
+}
+
+#kernel gelu_backward
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
+@group(0) @binding(1) var<storage, read_write> dy: array<f32>; // [N]
+@group(0) @binding(2) var<storage, read_write> dx: array<f32>; // [N]
+
+@compute @workgroup_size(64)
+fn gelu_backward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        let v = x[i];
+        let density = 0.39894228 * exp(-0.5 * v * v);
+        dx[i] = dy[i] * fma(v, density, normal_cdf(v));
+    }
+}
+
+#kernel quick_gelu_forward
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
+@group(0) @binding(1) var<storage, read_write> y: array<f32>; // [N]
+
+@compute @workgroup_size(64)
+fn quick_gelu_forward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        y[i] = x[i] * sigmoid(1.702 * x[i]);
+    }
+}
+
+#kernel quick_gelu_backward
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
+@group(0) @binding(1) var<storage, read_write> dy: array<f32>; // [N]
+@group(0) @binding(2) var<storage, read_write> dx: array<f32>; // [N]
+
+@compute @workgroup_size(64)
+fn quick_gelu_backward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        let v = x[i];
+        let s = sigmoid(1.702 * v);
+        dx[i] = dy[i] * s * (1.0 + 1.702 * v * (1.0 - s));
+    }
+}

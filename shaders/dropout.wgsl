@@ -1,0 +1,37 @@
+// y = x * keep / (1 - p), keep drawn from a counter: the backward is the same kernel on the gradient.
+#import index
+#import philox
+
+struct Params {
+    count: u32,
+    threshold: u32, // an element is kept when its word is at least p * 2^32
+    scale: f32, // 1 / (1 - p)
+    seed: u32,
+    stream: u32, // which adapter
+    step: u32,
+    first: u32, // the quad of the first bound element
+}
+#params
+
+#kernel apply
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
+@group(0) @binding(1) var<storage, read_write> y: array<f32>; // [N]
+
+@compute @workgroup_size(64)
+fn apply(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let quad = linear_thread(group, groups, local);
+    if (quad * 4u >= params.count) {
+        return;
+    }
+    let words = philox(vec4<u32>(quad + params.first, params.step, params.stream, 0u), vec2<u32>(params.seed, 0u));
+    for (var lane = 0u; lane < 4u; lane++) {
+        let i = quad * 4u + lane;
+        if (i < params.count) {
+            y[i] = select(0.0, x[i] * params.scale, words[lane] >= params.threshold);
+        }
+    }
+}

@@ -1,0 +1,106 @@
+// y = (x - mean) * rstd * w + b with the biased variance, one row a workgroup.
+#import index
+#import reduce
+
+struct Params {
+    rows: u32,
+    cols: u32,
+    eps: f32,
+    accumulate: u32,
+}
+#params
+
+#kernel forward
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, D]
+@group(0) @binding(1) var<storage, read_write> weight: array<f32>; // [D]
+@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [D]
+@group(0) @binding(3) var<storage, read_write> y: array<f32>; // [T, D]
+@group(0) @binding(4) var<storage, read_write> stats: array<vec2<f32>>; // [T] of mean and rstd
+
+@compute @workgroup_size(64)
+fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
+    let row = linear_group(group, groups);
+    if (row >= params.rows) {
+        return;
+    }
+    let base = row * params.cols;
+    var sum = 0.0;
+    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+        sum += x[base + i];
+    }
+    let mean = workgroup_sum(lane, sum) / f32(params.cols);
+    var squares = 0.0;
+    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+        let value = x[base + i] - mean;
+        squares = fma(value, value, squares);
+    }
+    let rstd = 1.0 / sqrt(workgroup_sum(lane, squares) / f32(params.cols) + params.eps);
+    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+        y[base + i] = fma((x[base + i] - mean) * rstd, weight[i], bias[i]);
+    }
+    if (lane.index == 0u) {
+        stats[row] = vec2<f32>(mean, rstd);
+    }
+}
+
+#kernel backward_x
+// With n = (x - mean) * rstd and g = dy * w: dx = rstd * (g - mean(g) - n * mean(g * n)), added to dx when asked.
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, D]
+@group(0) @binding(1) var<storage, read_write> weight: array<f32>; // [D]
+@group(0) @binding(2) var<storage, read_write> stats: array<vec2<f32>>; // [T]
+@group(0) @binding(3) var<storage, read_write> dy: array<f32>; // [T, D]
+@group(0) @binding(4) var<storage, read_write> dx: array<f32>; // [T, D]
+
+@compute @workgroup_size(64)
+fn backward_x(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
+    let row = linear_group(group, groups);
+    if (row >= params.rows) {
+        return;
+    }
+    let base = row * params.cols;
+    let mean = stats[row].x;
+    let rstd = stats[row].y;
+    var sum = 0.0;
+    var dots = 0.0;
+    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+        let g = dy[base + i] * weight[i];
+        sum += g;
+        dots = fma(g, (x[base + i] - mean) * rstd, dots);
+    }
+    let mean_g = workgroup_sum(lane, sum) / f32(params.cols);
+    let mean_gn = workgroup_sum(lane, dots) / f32(params.cols);
+    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+        let n = (x[base + i] - mean) * rstd;
+        var value = rstd * (dy[base + i] * weight[i] - mean_g - n * mean_gn);
+        if (params.accumulate != 0u) {
+            value += dx[base + i];
+        }
+        dx[base + i] = value;
+    }
+}
+
+#kernel backward_weight
+// dw += sum of dy * n, db += sum of dy over the rows: a thread owns a column and adds its rows in order.
+@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, D]
+@group(0) @binding(1) var<storage, read_write> stats: array<vec2<f32>>; // [T]
+@group(0) @binding(2) var<storage, read_write> dy: array<f32>; // [T, D]
+@group(0) @binding(3) var<storage, read_write> dweight: array<f32>; // [D]
+@group(0) @binding(4) var<storage, read_write> dbias: array<f32>; // [D]
+
+@compute @workgroup_size(64)
+fn backward_weight(@builtin(global_invocation_id) id: vec3<u32>) {
+    let col = id.x;
+    if (col >= params.cols) {
+        return;
+    }
+    var sum_weight = 0.0;
+    var sum_bias = 0.0;
+    for (var row = 0u; row < params.rows; row++) {
+        let at = row * params.cols + col;
+        let stat = stats[row];
+        sum_weight = fma(dy[at], (x[at] - stat.x) * stat.y, sum_weight);
+        sum_bias += dy[at];
+    }
+    dweight[col] += sum_weight;
+    dbias[col] += sum_bias;
+}

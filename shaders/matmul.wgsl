@@ -1,0 +1,322 @@
+// C[M, N] = alpha * op(A) op(B) (+ bias[N]) (+ C), f32 accumulation in a fixed order.
+//   NN: A [M, K], B [K, N]     NT: A [M, K], B [N, K]     TN: A [K, M], B [K, N]
+// Leading dimensions and offsets are in elements, so that a part of a larger matrix can be read and written.
+
+struct Params {
+    m: u32,
+    n: u32,
+    k: u32,
+    lda: u32,
+    ldb: u32,
+    ldc: u32,
+    a_offset: u32,
+    b_offset: u32,
+    c_offset: u32,
+    flags: u32, // ADD_BIAS, ACCUMULATE
+    alpha: f32,
+    bias_offset: u32,
+}
+#params
+
+const ADD_BIAS: u32 = 1u;
+const ACCUMULATE: u32 = 2u;
+
+#kernel by_uniform
+// For devices that run on the host's processor. Their storage and workgroup loads go lane by lane, uniform loads do
+// not: so A and B are bound as uniforms, at most 64 KiB of whole rows each (src/ops/matmul.rs cuts the product),
+// lanes run along N, and all of a workgroup reads the same elements of A. A thread owns ROWS x COLS of C.
+@group(0) @binding(0) var<uniform> a: array<vec4<f32>, 4096>; // rows of [M, K], or of [K, M] in TN
+@group(0) @binding(1) var<uniform> b: array<vec4<f32>, 4096>; // rows of [K, N], or of [N, K] in NT
+@group(0) @binding(2) var<uniform> bias: array<vec4<f32>, 4096>; // [N]
+@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
+
+@compute @workgroup_size(#{THREADS})
+fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let row = group.y * #{ROWS}u;
+    let col = group.x * #{COLS * THREADS}u + local;
+    let last_row = params.m - 1u;
+    let last_col = params.n - 1u;
+#unroll j in 0..COLS
+#ifdef NT
+    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col) * params.ldb;
+#else
+    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col);
+#endif
+#end
+#unroll i in 0..ROWS
+#ifdef TN
+    let a#{i} = params.a_offset + min(row + #{i}u, last_row);
+#else
+    let a#{i} = params.a_offset + min(row + #{i}u, last_row) * params.lda;
+#endif
+#unroll j in 0..COLS
+    var c#{i}_#{j} = 0.0;
+#end
+#end
+#ifdef VEC
+#ifdef TN
+    // Four neighbouring rows of C are one vec4 of A: M is a multiple of 4, so a clamped group is a whole group.
+    let last_quad = params.m - 4u;
+#unroll q in 0..ROWS/4
+    let quad#{q} = (params.a_offset + min(row + #{q * 4}u, last_quad)) / 4u;
+#end
+    let lda4 = params.lda / 4u;
+    for (var k = 0u; k < params.k; k++) {
+#unroll q in 0..ROWS/4
+        let x#{q} = a[quad#{q} + k * lda4];
+#end
+#unroll j in 0..COLS
+        let at#{j} = b#{j} + k * params.ldb;
+        let y#{j} = b[at#{j} / 4u][at#{j} % 4u];
+#end
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
+#end
+#end
+    }
+#else
+    for (var k = 0u; k < params.k; k += 4u) {
+#unroll i in 0..ROWS
+        let x#{i} = a[(a#{i} + k) / 4u];
+#end
+#ifdef NT
+#unroll j in 0..COLS
+        let y#{j} = b[(b#{j} + k) / 4u];
+#end
+#unroll s in 0..4
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i}[#{s}], y#{j}[#{s}], c#{i}_#{j});
+#end
+#end
+#end
+#else
+#unroll s in 0..4
+#unroll j in 0..COLS
+        let at#{s}_#{j} = b#{j} + (k + #{s}u) * params.ldb;
+        let y#{s}_#{j} = b[at#{s}_#{j} / 4u][at#{s}_#{j} % 4u];
+#end
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i}[#{s}], y#{s}_#{j}, c#{i}_#{j});
+#end
+#end
+#end
+#endif
+    }
+#endif
+#else
+    for (var k = 0u; k < params.k; k++) {
+#unroll i in 0..ROWS
+#ifdef TN
+        let ax#{i} = a#{i} + k * params.lda;
+#else
+        let ax#{i} = a#{i} + k;
+#endif
+        let x#{i} = a[ax#{i} / 4u][ax#{i} % 4u];
+#end
+#unroll j in 0..COLS
+#ifdef NT
+        let at#{j} = b#{j} + k;
+#else
+        let at#{j} = b#{j} + k * params.ldb;
+#endif
+        let y#{j} = b[at#{j} / 4u][at#{j} % 4u];
+#end
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
+#end
+#end
+    }
+#endif
+#unroll j in 0..COLS
+    {
+        let at_col = col + #{j * THREADS}u;
+        if (at_col < params.n) {
+            var shift = 0.0;
+            if ((params.flags & ADD_BIAS) != 0u) {
+                let bias_at = params.bias_offset + at_col;
+                shift = bias[bias_at / 4u][bias_at % 4u];
+            }
+#unroll i in 0..ROWS
+            if (row + #{i}u < params.m) {
+                let at = params.c_offset + (row + #{i}u) * params.ldc + at_col;
+                var value = fma(params.alpha, c#{i}_#{j}, shift);
+                if ((params.flags & ACCUMULATE) != 0u) {
+                    value += c[at];
+                }
+                c[at] = value;
+            }
+#end
+        }
+    }
+#end
+}
+
+#kernel tiled
+// For GPUs: a workgroup owns a TILE x TILE part of C and stages DEPTH columns of both operands, k-major and padded
+// by 4 words (against bank conflicts of the transposing store); a thread owns BLOCK x BLOCK of C.
+@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
+@group(0) @binding(1) var<storage, read_write> b: array<f32>; // [K, N], or [N, K] in NT
+@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
+@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
+
+const STRIDE: u32 = #{(TILE + 4) / 4}u; // of a staged row, in vec4s
+const SIDE: u32 = #{TILE / BLOCK}u; // threads along one side of the tile
+const THREADS: u32 = SIDE * SIDE;
+
+var<workgroup> tile_a: array<vec4<f32>, #{DEPTH * (TILE + 4) / 4}>; // [DEPTH, TILE + 4]
+var<workgroup> tile_b: array<vec4<f32>, #{DEPTH * (TILE + 4) / 4}>; // [DEPTH, TILE + 4]
+
+fn load_a(row: u32, k: u32) -> f32 {
+    if (row >= params.m || k >= params.k) {
+        return 0.0;
+    }
+#ifdef TN
+    return a[params.a_offset + k * params.lda + row];
+#else
+    return a[params.a_offset + row * params.lda + k];
+#endif
+}
+
+fn load_b(k: u32, col: u32) -> f32 {
+    if (col >= params.n || k >= params.k) {
+        return 0.0;
+    }
+#ifdef NT
+    return b[params.b_offset + col * params.ldb + k];
+#else
+    return b[params.b_offset + k * params.ldb + col];
+#endif
+}
+
+@compute @workgroup_size(#{TILE / BLOCK * (TILE / BLOCK)})
+fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let row = group.y * #{TILE}u;
+    let col = group.x * #{TILE}u;
+    let my_row = (local / SIDE) * #{BLOCK}u;
+    let my_col = (local % SIDE) * #{BLOCK}u;
+#unroll i in 0..BLOCK
+#unroll j in 0..BLOCK/4
+    var c#{i}_#{j} = vec4<f32>(0.0);
+#end
+#end
+    for (var depth = 0u; depth < params.k; depth += #{DEPTH}u) {
+        for (var at = local; at < #{DEPTH * TILE / 4}u; at += THREADS) {
+            // Neighbouring threads read neighbouring addresses: along K where K runs fastest, else along the tile.
+#ifdef TN
+            let ka = at / #{TILE / 4}u;
+            let ra = at % #{TILE / 4}u;
+#else
+            let ka = at % #{DEPTH}u;
+            let ra = at / #{DEPTH}u;
+#endif
+            let ra4 = row + ra * 4u;
+            let da = depth + ka;
+            tile_a[ka * STRIDE + ra] = vec4<f32>(load_a(ra4, da), load_a(ra4 + 1u, da), load_a(ra4 + 2u, da), load_a(ra4 + 3u, da));
+#ifdef NT
+            let kb = at % #{DEPTH}u;
+            let cb = at / #{DEPTH}u;
+#else
+            let kb = at / #{TILE / 4}u;
+            let cb = at % #{TILE / 4}u;
+#endif
+            let cb4 = col + cb * 4u;
+            let db = depth + kb;
+            tile_b[kb * STRIDE + cb] = vec4<f32>(load_b(db, cb4), load_b(db, cb4 + 1u), load_b(db, cb4 + 2u), load_b(db, cb4 + 3u));
+        }
+        workgroupBarrier();
+#unroll k in 0..DEPTH
+        {
+#unroll q in 0..BLOCK/4
+            let x#{q} = tile_a[#{k}u * STRIDE + my_row / 4u + #{q}u];
+            let y#{q} = tile_b[#{k}u * STRIDE + my_col / 4u + #{q}u];
+#end
+#unroll i in 0..BLOCK
+#unroll j in 0..BLOCK/4
+            c#{i}_#{j} = fma(vec4<f32>(x#{i / 4}[#{i % 4}]), y#{j}, c#{i}_#{j});
+#end
+#end
+        }
+#end
+        workgroupBarrier();
+    }
+#unroll j in 0..BLOCK
+    if (col + my_col + #{j}u < params.n) {
+        let at_col = col + my_col + #{j}u;
+        var shift = 0.0;
+        if ((params.flags & ADD_BIAS) != 0u) {
+            shift = bias[at_col];
+        }
+#unroll i in 0..BLOCK
+        if (row + my_row + #{i}u < params.m) {
+            let at = params.c_offset + (row + my_row + #{i}u) * params.ldc + at_col;
+            var value = fma(params.alpha, c#{i}_#{j / 4}[#{j % 4}], shift);
+            if ((params.flags & ACCUMULATE) != 0u) {
+                value += c[at];
+            }
+            c[at] = value;
+        }
+#end
+    }
+#end
+}
+
+#kernel rows
+// NT with few rows of A: a workgroup owns one row of W [N, K], its threads run along K, ROWS rows of A are served
+// by one pass over W. The sums meet in workgroup memory, always in the same order.
+@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K]
+@group(0) @binding(1) var<storage, read_write> b: array<f32>; // [N, K]
+@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
+@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
+
+var<workgroup> partial: array<vec4<f32>, #{THREADS}>;
+
+@compute @workgroup_size(#{THREADS})
+fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let row = group.y * #{ROWS}u;
+    let col = group.x + group.z * 32768u;
+    let last_row = params.m - 1u;
+    let weight = params.b_offset + min(col, params.n - 1u) * params.ldb;
+    var sum = vec4<f32>(0.0);
+    for (var k = local; k < params.k; k += #{THREADS}u) {
+        let w = b[weight + k];
+#unroll i in 0..ROWS
+        sum[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], w, sum[#{i}]);
+#end
+    }
+    partial[local] = sum;
+    workgroupBarrier();
+    for (var width = #{THREADS / 2}u; width > 0u; width /= 2u) {
+        if (local < width) {
+            partial[local] += partial[local + width];
+        }
+        workgroupBarrier();
+    }
+    if (local < #{ROWS}u && row + local < params.m && col < params.n) {
+        let at = params.c_offset + (row + local) * params.ldc + col;
+        var value = params.alpha * partial[0][local];
+        if ((params.flags & ADD_BIAS) != 0u) {
+            value += bias[col];
+        }
+        if ((params.flags & ACCUMULATE) != 0u) {
+            value += c[at];
+        }
+        c[at] = value;
+    }
+}
+
+#kernel transpose
+// C[N, K] -> [K, N], so that an NT product can run as NN. m, n: rows and columns of the source.
+@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, N]
+@group(0) @binding(1) var<storage, read_write> c: array<f32>; // [N, M]
+
+@compute @workgroup_size(#{TILE}, #{TILE})
+fn transpose(@builtin(global_invocation_id) id: vec3<u32>) {
+    // Lanes run along the rows of the result, so that writes are whole and reads gather.
+    if (id.x < params.m && id.y < params.n) {
+        c[params.c_offset + id.y * params.ldc + id.x] = a[params.a_offset + id.x * params.lda + id.y];
+    }
+}

@@ -1,0 +1,287 @@
+//! The differentiable functions: each joins an op's forward with its backward.
+
+use super::{Tape, Var, Weight};
+use crate::{
+    ops::{
+        activation::{self, Activation},
+        attention::{self, Heads, Ranges},
+        cross_entropy, dropout, elementwise, embedding, layer_norm,
+        matmul::{Epilogue, Layout, product, product_into, product_with},
+        patch_embed, rms_norm, rope,
+    },
+    tensor::Tensor,
+};
+
+/// y = x W^T + b with x [T, K], W [N, K], b [N].
+pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) -> Var {
+    let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
+    let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
+    let needed = x.wants_gradient() || weight.trains() || bias.is_some_and(Weight::trains);
+    let (x, weight, bias) = (x.clone(), weight.clone(), bias.cloned());
+    tape.record(y, needed, move |gradients, dy| {
+        if let Some(dweight) = &weight.grad {
+            let accumulate = Epilogue { accumulate: true, ..Default::default() };
+            product_into(Layout::Tn, dy, &x.value, dweight, accumulate);
+        }
+        if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
+            elementwise::add_rows(dy, dbias);
+        }
+        if x.wants_gradient() {
+            gradients.add(&x, product(Layout::Nn, dy, &weight.value));
+        }
+    })
+}
+
+/// Which random words a dropout draws: the same (seed, stream, step) always gives the same mask.
+#[derive(Clone, Copy, Debug)]
+pub struct DropoutKey {
+    pub probability: f64,
+    pub seed: u32,
+    /// Which adapter.
+    pub stream: u32,
+    /// Which forward pass.
+    pub step: u32,
+}
+
+/// A low-rank adapter beside a linear layer.
+#[derive(Clone, Debug)]
+pub struct LoraWeights {
+    /// lora_A [R, K]
+    pub a: Weight,
+    /// lora_B [N, R]
+    pub b: Weight,
+    pub scale: f32,
+    pub dropout: Option<DropoutKey>,
+}
+
+fn dropped(x: &Tensor, key: Option<DropoutKey>) -> Tensor {
+    match key {
+        Some(key) if key.probability > 0.0 => dropout::apply(x, key.probability, key.seed, key.stream, key.step),
+        _ => x.clone(),
+    }
+}
+
+/// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
+/// dX is (dY B) A, never dY (B A).
+pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>, lora: &LoraWeights) -> Var {
+    let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
+    let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
+    let u = product(Layout::Nt, &dropped(&x.value, lora.dropout), &lora.a.value);
+    let add_scaled = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
+    product_into(Layout::Nt, &u, &lora.b.value, &y, add_scaled);
+    let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
+    let (x, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
+    let needed = x.wants_gradient() || trains;
+    tape.record(y, needed, move |gradients, dy| {
+        let add = Epilogue { accumulate: true, ..Default::default() };
+        if let Some(db) = &lora.b.grad {
+            product_into(Layout::Tn, dy, &u, db, add_scaled);
+        }
+        let scaled = Epilogue { alpha: Some(lora.scale), ..Default::default() };
+        let du = product_with(Layout::Nn, dy, &lora.b.value, scaled);
+        if let Some(da) = &lora.a.grad {
+            product_into(Layout::Tn, &du, &dropped(&x.value, lora.dropout), da, add);
+        }
+        if let Some(dweight) = &weight.grad {
+            product_into(Layout::Tn, dy, &x.value, dweight, add);
+        }
+        if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
+            elementwise::add_rows(dy, dbias);
+        }
+        if x.wants_gradient() {
+            let dx = product(Layout::Nn, dy, &weight.value);
+            if lora.dropout.is_some_and(|key| key.probability > 0.0) {
+                let through = dropped(&product(Layout::Nn, &du, &lora.a.value), lora.dropout);
+                elementwise::add_to(&dx, &through, &dx);
+            } else {
+                product_into(Layout::Nn, &du, &lora.a.value, &dx, add);
+            }
+            gradients.add(&x, dx);
+        }
+    })
+}
+
+/// a + b
+pub fn add(tape: &mut Tape, a: &Var, b: &Var) -> Var {
+    let y = elementwise::add(&a.value, &b.value);
+    let (needed, a, b) = (a.wants_gradient() || b.wants_gradient(), a.clone(), b.clone());
+    tape.record(y, needed, move |gradients, dy| {
+        gradients.add(&a, dy.clone());
+        gradients.add(&b, dy.clone());
+    })
+}
+
+/// Rows of x [T, D] normalised by their root mean square, times weight [D].
+pub fn rms_norm(tape: &mut Tape, x: &Var, weight: &Weight, eps: f32) -> Var {
+    let (y, rstd) = rms_norm::forward(&x.value, &weight.value, eps);
+    let (needed, x, weight) = (x.wants_gradient() || weight.trains(), x.clone(), weight.clone());
+    tape.record(y, needed, move |gradients, dy| {
+        if let Some(dweight) = &weight.grad {
+            rms_norm::backward_weight(&x.value, &rstd, dy, dweight);
+        }
+        if x.wants_gradient() {
+            gradients.add(&x, rms_norm::backward_x(&x.value, &weight.value, &rstd, dy));
+        }
+    })
+}
+
+/// Rows of x [T, D] normalised, times weight [D], plus bias [D]. Both train, or neither.
+pub fn layer_norm(tape: &mut Tape, x: &Var, weight: &Weight, bias: &Weight, eps: f32) -> Var {
+    let (y, stats) = layer_norm::forward(&x.value, &weight.value, &bias.value, eps);
+    let needed = x.wants_gradient() || weight.trains();
+    let (x, weight, bias) = (x.clone(), weight.clone(), bias.clone());
+    tape.record(y, needed, move |gradients, dy| {
+        if let (Some(dweight), Some(dbias)) = (&weight.grad, &bias.grad) {
+            layer_norm::backward_weight(&x.value, &stats, dy, dweight, dbias);
+        }
+        if x.wants_gradient() {
+            gradients.add(&x, layer_norm::backward_x(&x.value, &weight.value, &stats, dy));
+        }
+    })
+}
+
+/// x [T, H * E] rotated by its tokens' positions (u32 [T]); `table` from [`rope::table`].
+pub fn rope(tape: &mut Tape, x: &Var, positions: &Tensor, table: &Tensor, heads: usize) -> Var {
+    let y = rope::rotate(&x.value, positions, table, heads, false);
+    let (x, positions, table) = (x.clone(), positions.clone(), table.clone());
+    tape.record(y, x.wants_gradient(), move |gradients, dy| {
+        gradients.add(&x, rope::rotate(dy, &positions, &table, heads, true));
+    })
+}
+
+/// Attention of q [T, H * E] over k, v [T, K * E].
+pub fn attention(tape: &mut Tape, q: &Var, k: &Var, v: &Var, ranges: &Ranges, heads: Heads) -> Var {
+    let (out, stats) = attention::forward(&q.value, &k.value, &v.value, ranges, heads);
+    let needed = q.wants_gradient() || k.wants_gradient() || v.wants_gradient();
+    let (q, k, v, ranges, kept) = (q.clone(), k.clone(), v.clone(), ranges.clone(), out.clone());
+    tape.record(out, needed, move |gradients, dout| {
+        let saved = [&q.value, &k.value, &v.value, &kept, &stats];
+        let (dq, dk, dv) = attention::backward(saved, dout, &ranges, heads);
+        gradients.add(&q, dq);
+        gradients.add(&k, dk);
+        gradients.add(&v, dv);
+    })
+}
+
+/// silu(gate) * up
+pub fn swiglu(tape: &mut Tape, gate: &Var, up: &Var) -> Var {
+    let y = activation::swiglu(&gate.value, &up.value);
+    let (needed, gate, up) = (gate.wants_gradient() || up.wants_gradient(), gate.clone(), up.clone());
+    tape.record(y, needed, move |gradients, dy| {
+        let (dgate, dup) = activation::swiglu_backward(&gate.value, &up.value, dy);
+        gradients.add(&gate, dgate);
+        gradients.add(&up, dup);
+    })
+}
+
+/// GELU or quick-GELU.
+pub fn activation(tape: &mut Tape, x: &Var, kind: Activation) -> Var {
+    let y = kind.forward(&x.value);
+    let x = x.clone();
+    tape.record(y, x.wants_gradient(), move |gradients, dy| {
+        gradients.add(&x, kind.backward(&x.value, dy));
+    })
+}
+
+/// Rows of the table [V, D] by id into y [T, D]; `u32::MAX` leaves a row to [`place_rows`].
+pub fn embedding(tape: &mut Tape, table: &Weight, ids: &[u32]) -> Var {
+    let gpu = table.value.gpu();
+    let y = if ids.contains(&u32::MAX) {
+        elementwise::zeros(gpu, &[ids.len(), table.value.cols()])
+    } else {
+        Tensor::empty(gpu, &[ids.len(), table.value.cols()])
+    };
+    embedding::gather_into(&table.value, &Tensor::from_u32(gpu, ids, &[ids.len()]), &y);
+    let Some(dtable) = table.grad.clone().filter(|_| tape.is_recording()) else { return tape.constant(y) };
+    let csr = embedding::Csr::new(gpu, ids);
+    tape.record(y, true, move |_, dy| embedding::scatter_add(dy, &csr, &dtable))
+}
+
+/// `base` [T, D] with the rows `rows` (u32 [N], none twice) replaced by `values` [N, D]: pictures among words.
+/// `base` must hold nothing that trains in those rows.
+pub fn place_rows(tape: &mut Tape, base: &Var, rows: &Tensor, values: &Var) -> Var {
+    let y = Tensor::empty(base.value.gpu(), base.value.shape());
+    y.copy_from(&base.value);
+    embedding::scatter(&values.value, rows, &y);
+    let needed = base.wants_gradient() || values.wants_gradient();
+    let (base, rows, values) = (base.clone(), rows.clone(), values.clone());
+    tape.record(y, needed, move |gradients, dy| {
+        if values.wants_gradient() {
+            gradients.add(&values, embedding::gather(dy, &rows));
+        }
+        gradients.add(&base, dy.clone());
+    })
+}
+
+/// The rows `rows` (u32 [N], none twice) of x [T, D].
+pub fn pick_rows(tape: &mut Tape, x: &Var, rows: &Tensor) -> Var {
+    let y = embedding::gather(&x.value, rows);
+    let (x, rows) = (x.clone(), rows.clone());
+    tape.record(y, x.wants_gradient(), move |gradients, dy| {
+        let dx = elementwise::zeros(dy.gpu(), x.value.shape());
+        embedding::scatter(dy, &rows, &dx);
+        gradients.add(&x, dx);
+    })
+}
+
+/// Class token and positions around patches [B, P, D]: [B * (P + 1), D].
+pub fn assemble_patches(tape: &mut Tape, patches: &Var, class_embedding: &Weight, position: &Weight) -> Var {
+    let y = patch_embed::assemble(&patches.value, &class_embedding.value, &position.value);
+    let d = y.cols();
+    let y = y.reshape(&[y.len() / d, d]);
+    let tokens = position.value.rows();
+    let needed = patches.wants_gradient() || position.trains();
+    let (patches, class_embedding, position) = (patches.clone(), class_embedding.clone(), position.clone());
+    tape.record(y, needed, move |gradients, dy| {
+        let dy = dy.reshape(&[dy.rows() / tokens, tokens, d]);
+        if let (Some(dclass), Some(dposition)) = (&class_embedding.grad, &position.grad) {
+            patch_embed::backward_position(&dy, dposition, dclass);
+        }
+        if patches.wants_gradient() {
+            gradients.add(&patches, patch_embed::backward(&dy).reshape(patches.value.shape()));
+        }
+    })
+}
+
+/// The token losses [N] of hidden rows x [N, D] under the head W [V, D] for `targets` (u32 [N]). The gradient of
+/// `scale` times their sum is finished here, in the forward, while the logits are at hand: seed the backward with
+/// anything. Rows go in chunks, so that the logits cost about what the hidden states do.
+pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale: f32) -> Var {
+    let gpu = x.value.gpu();
+    let (n, d, vocab_size) = (targets.len(), x.value.cols(), head.value.rows());
+    let losses = Tensor::empty(gpu, &[n]);
+    let needed = tape.is_recording() && (x.wants_gradient() || head.trains());
+    let dx = (needed && x.wants_gradient()).then(|| Tensor::empty(gpu, &[n, d]));
+    let chunk = (n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two()).max(256);
+    for first in (0..n).step_by(chunk) {
+        let rows = chunk.min(n - first);
+        let part = x.value.row_part(first, rows);
+        let logits = product(Layout::Nt, &part, &head.value);
+        let targets = Tensor::from_u32(gpu, &targets[first..first + rows], &[rows]);
+        let chunk_losses = if needed {
+            cross_entropy::loss_and_gradient(&logits, &targets, scale)
+        } else {
+            cross_entropy::loss(&logits, &targets)
+        };
+        losses.reshape(&[n, 1]).copy_rows(first, &chunk_losses.reshape(&[rows, 1]), 0, rows);
+        if let Some(dx) = &dx {
+            product_into(Layout::Nn, &logits, &head.value, &dx.row_part(first, rows), Epilogue::default());
+        }
+        if let Some(dhead) = head.grad.as_ref().filter(|_| needed) {
+            product_into(Layout::Tn, &logits, &part, dhead, Epilogue { accumulate: true, ..Default::default() });
+        }
+    }
+    let x = x.clone();
+    tape.record(losses, needed, move |gradients, _| {
+        if let Some(dx) = dx {
+            gradients.add(&x, dx);
+        }
+    })
+}
+
+/// The same elements under another shape.
+pub fn reshape(tape: &mut Tape, x: &Var, shape: &[usize]) -> Var {
+    let y = x.value.reshape(shape);
+    let x = x.clone();
+    tape.record(y, x.wants_gradient(), move |gradients, dy| gradients.add(&x, dy.reshape(x.value.shape())))
+}

@@ -1,0 +1,394 @@
+//! What can be typed. Parsing alone: what it means is for the commands.
+
+use crate::{
+    error::Error,
+    train::config::{Precision, Source},
+};
+use clap::{
+    Args, CommandFactory, Parser, Subcommand, ValueEnum, builder::PossibleValuesParser, builder::TypedValueParser,
+};
+use std::{ffi::OsString, path::PathBuf};
+
+/// Train and run LLaVA vision-language models on any GPU.
+#[derive(Debug, Parser)]
+#[command(
+    name = "wgpu-llava",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+#[command(after_help = "Exit codes: 0 done, 1 the work failed, 2 wrong use or config, 3 bad data or file, \
+                        4 device or memory, 5 network, 130 interrupted after a checkpoint was saved.")]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: GlobalArgs,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct GlobalArgs {
+    /// The adapter to run on, as `devices` lists them: its index, or a part of its name
+    #[arg(long, global = true, value_name = "INDEX|NAME", help_heading = "Global options")]
+    pub device: Option<String>,
+    /// Only adapters of this graphics interface
+    #[arg(long, global = true, value_enum, value_name = "BACKEND", help_heading = "Global options")]
+    pub backend: Option<Backend>,
+    /// How weights are kept on the device [default: as the checkpoint has them]
+    #[arg(long, global = true, value_parser = precision(), help_heading = "Global options")]
+    pub precision: Option<Precision>,
+    /// Nothing on stderr but errors
+    #[arg(long, short, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    pub quiet: bool,
+    /// Every step, and what would otherwise go without saying
+    #[arg(long, short, global = true, help_heading = "Global options")]
+    pub verbose: bool,
+}
+
+impl GlobalArgs {
+    /// `--precision`, as far as it is built.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`](crate::error::ErrorKind::Usage): half precision is not built yet.
+    pub fn built_precision(&self) -> crate::error::Result<Option<Precision>> {
+        match self.precision {
+            Some(Precision::Float16 | Precision::Bfloat16) => {
+                let name = self.precision.map_or("", Precision::as_str);
+                Err(Error::usage(format!("--precision {name} is known, but not built yet"))
+                    .hint("use --precision float32, or leave it out"))
+            }
+            precision => Ok(precision),
+        }
+    }
+}
+
+fn precision() -> impl TypedValueParser<Value = Precision> {
+    // Every possible value is a name, so the fallback is never taken.
+    PossibleValuesParser::new(Precision::NAMES).map(|name| Precision::parse(&name).unwrap_or(Precision::Float32))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    Vulkan,
+    Metal,
+    Dx12,
+    Gl,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List every adapter, its features and limits
+    Devices(DevicesArgs),
+    /// Run every stage of a config; without one, both stages on the embedded model and data
+    Train(TrainArgs),
+    /// Answer one prompt, about pictures or not
+    Generate(GenerateArgs),
+    /// Log-likelihood of each record's supervised tokens, one JSON line a record
+    Score(ScoreArgs),
+    /// Run a benchmark
+    Eval(EvalArgs),
+    /// Write every compiled shader as plain WGSL
+    Shaders(ShadersArgs),
+    /// The recipes that are in the program
+    #[command(subcommand)]
+    Recipes(RecipesCommand),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+    /// A conversation in the terminal (not built yet)
+    Chat(NotBuilt),
+    /// Memory and time of a run before it starts (not built yet)
+    Estimate(NotBuilt),
+    /// Fold an adapter into the weights (not built yet)
+    Merge(NotBuilt),
+    /// Convert between model layouts (not built yet)
+    Convert(NotBuilt),
+    /// Benchmark the shaders (not built yet)
+    Bench(NotBuilt),
+}
+
+impl Command {
+    /// The error of a command that is planned but not built, or none.
+    pub fn not_built(&self) -> Option<Error> {
+        let (name, instead) = match self {
+            Self::Chat(_) => ("chat", "`wgpu-llava generate` answers one prompt"),
+            Self::Estimate(_) => ("estimate", "`wgpu-llava train --dry-run` shows the config as resolved"),
+            Self::Merge(_) => ("merge", "`generate`, `score` and `eval` take --adapter beside --model"),
+            Self::Convert(_) => ("convert", "models in the Hugging Face layout are read as they are"),
+            Self::Bench(_) => ("bench", "`metrics.jsonl` of a run has the time of every step"),
+            _ => return None,
+        };
+        Some(Error::usage(format!("the command `{name}` is known, but not built yet")).hint(instead))
+    }
+}
+
+/// Takes whatever is typed, so that the answer is "not built yet" and not a complaint about an option.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+pub struct NotBuilt {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    pub arguments: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct DevicesArgs {
+    /// One JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct TrainArgs {
+    /// A TOML file; without it, the embedded default
+    #[arg(value_name = "CONFIG.toml")]
+    pub config: Option<PathBuf>,
+    /// An embedded recipe, below the config file if both are given (see `recipes ls`)
+    #[arg(long, short, value_name = "NAME")]
+    pub recipe: Option<String>,
+    /// Override a config key, of all stages or of one; may be given several times
+    #[arg(long, short, value_name = "[STAGE.]KEY=VALUE")]
+    pub set: Vec<String>,
+    /// The run folder [default: runs/<date>]
+    #[arg(long, short, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+    /// Go on with the run in the run folder
+    #[arg(long)]
+    pub resume: bool,
+    /// Print the config as resolved and where each value came from, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Which model a command runs.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// A folder in Hugging Face layout, a Hub id, or an embedded name (embedded:tiny)
+    #[arg(long, value_name = "DIR")]
+    pub model: String,
+    /// A PEFT adapter on top of it
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// `--model`, relative to the working folder.
+    pub fn source(&self, working_dir: &std::path::Path) -> Source {
+        Source::parse(&self.model, working_dir)
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A picture, put before the prompt; may be given several times
+    #[arg(long, value_name = "FILE")]
+    pub image: Vec<PathBuf>,
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+    /// Instead of the template's own system sentence
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Conversation template
+    #[arg(long, value_name = "T", default_value = "v1")]
+    pub version: String,
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one())]
+    pub max_new_tokens: usize,
+    /// 0: always the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f32,
+    /// Sample only from the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
+    pub top_p: f32,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
+    pub num_beams: usize,
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// One JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ScoreArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// JSON array or JSON Lines
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Where its pictures are [default: the data file's folder]
+    #[arg(long, value_name = "DIR")]
+    pub image_folder: Option<PathBuf>,
+    /// Conversation template
+    #[arg(long, value_name = "T", default_value = "v1")]
+    pub version: String,
+    /// A file instead of stdout
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// easy-vqa
+    #[arg(value_name = "TASK")]
+    pub task: String,
+    /// A folder in Hugging Face layout, a Hub id, or an embedded name [default: embedded:tiny]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<String>,
+    /// A PEFT adapter on top of it
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Only so many questions
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub limit: Option<usize>,
+    /// Write every answer there
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ShadersArgs {
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RecipesCommand {
+    /// List them
+    Ls,
+    /// Print one
+    Show {
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// Write one to a file, to be changed
+    Copy {
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// [default: NAME.toml]
+        #[arg(value_name = "FILE")]
+        path: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    #[arg(value_name = "SHELL", value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+fn at_least_one() -> impl TypedValueParser<Value = usize> {
+    clap::value_parser!(u32).range(1..).map(|number| number as usize)
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    number(text, |value| value >= 0.0, "a number of at least 0")
+}
+
+fn probability(text: &str) -> Result<f32, String> {
+    number(text, |value| value > 0.0 && value <= 1.0, "a number above 0 and at most 1")
+}
+
+fn number(text: &str, valid: impl Fn(f32) -> bool, allowed: &str) -> Result<f32, String> {
+    text.parse()
+        .ok()
+        .filter(|value: &f32| value.is_finite() && valid(*value))
+        .ok_or_else(|| format!("must be {allowed}"))
+}
+
+/// Parses what was typed. When that does not give a command to run (`--help`, `--version`, wrong use), prints what
+/// clap has to say and gives the exit code: 0, or 2 for wrong use.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, u8> {
+    Cli::try_parse_from(arguments).map_err(|error| {
+        // A closed stdout is no reason to fail.
+        let _ = error.print();
+        u8::try_from(error.exit_code()).unwrap_or(2)
+    })
+}
+
+/// The completion script of a shell.
+pub fn completions(shell: clap_complete::Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "wgpu-llava", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cli(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("wgpu-llava").chain(line.split_whitespace()))
+    }
+
+    #[test]
+    fn the_definition_is_sound_and_completes() {
+        Cli::command().debug_assert();
+        for shell in [clap_complete::Shell::Bash, clap_complete::Shell::Fish] {
+            assert!(completions(shell).contains("wgpu-llava"));
+        }
+    }
+
+    #[test]
+    fn every_documented_line_parses() {
+        for line in [
+            "devices --json",
+            "train",
+            "train run.toml --recipe default --set r=1 --set finetune.r=2 --output-dir out --resume --dry-run",
+            "generate --model m --adapter a --image a.png --image b.png --prompt hi --system s --version v0 \
+             --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --num-beams 2 --seed 4 --json",
+            "score --model m --adapter a --data d.json --image-folder i --version plain --out o.jsonl",
+            "eval easy-vqa",
+            "eval easy-vqa --model m --adapter a --data d --limit 10 --out o --json",
+            "shaders --out s",
+            "recipes ls",
+            "recipes show default",
+            "recipes copy default mine.toml",
+            "completions zsh",
+            "--device 0 --backend gl --precision float32 --quiet devices",
+            "generate --model m --prompt p --device Radeon --verbose",
+        ] {
+            assert!(cli(line).unwrap().command.not_built().is_none(), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_says_so_whatever_follows() {
+        for line in [
+            "chat --model m",
+            "estimate run.toml --set r=1 --json",
+            "merge --model a --adapter b --out c",
+            "convert --from a --out b --to gguf",
+            "bench step --hidden-size 64",
+        ] {
+            let error = cli(line).unwrap().command.not_built().unwrap();
+            assert!(error.message.contains("not built yet"), "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_use_is_exit_code_2_and_help_is_0() {
+        for line in [
+            "trian",
+            "generate --model m",
+            "generate --model m --prompt p --temperature -1",
+            "generate --model m --prompt p --top-p 0",
+            "eval easy-vqa --limit 0",
+            "--quiet --verbose devices",
+            "--precision int8 devices",
+            "--backend opengl devices",
+        ] {
+            assert_eq!(cli(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+        for line in ["--help", "--version", "train --help"] {
+            assert_eq!(cli(line).unwrap_err().exit_code(), 0, "{line}");
+        }
+        let half = cli("--precision bfloat16 devices").unwrap().global.built_precision().unwrap_err();
+        assert!(half.message.contains("not built yet"));
+    }
+}

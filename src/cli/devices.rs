@@ -1,0 +1,65 @@
+//! `wgpu-llava devices`: every adapter that can be seen.
+
+use std::fmt::Write;
+
+use super::{
+    args::{DevicesArgs, GlobalArgs},
+    backend, report,
+};
+use crate::{
+    error::{Error, Result},
+    gpu::{AdapterFacts, AdapterOptions, Gpu, list_adapters},
+};
+
+pub fn run(args: &DevicesArgs, global: &GlobalArgs) -> Result<()> {
+    let adapters = list_adapters(backend(global))?;
+    if args.json {
+        let json = serde_json::to_string_pretty(&adapters);
+        let json = json.map_err(|error| Error::failed("cannot write the adapters as JSON").caused_by(error))?;
+        return report::print_data(&format!("{json}\n"));
+    }
+    if adapters.is_empty() {
+        // Opening one says what is missing and where to get it.
+        let options = AdapterOptions { backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
+        return Gpu::open(&options).map(|_| ());
+    }
+    report::print_data(&adapters.iter().map(describe).collect::<String>())
+}
+
+fn describe(adapter: &AdapterFacts) -> String {
+    let limits = &adapter.limits;
+    let chosen = if adapter.index == 0 { "  (taken unless --device says otherwise)" } else { "" };
+    let mut text = format!("{}: {}{chosen}\n", adapter.index, adapter.name);
+    let features = if adapter.features.is_empty() { "none of note".into() } else { adapter.features.join(", ") };
+    let subgroups = match (limits.subgroup_min_size, limits.subgroup_max_size) {
+        (least, most) if least == most => most.to_string(),
+        (least, most) => format!("{least} to {most}"),
+    };
+    let rows = [
+        ("type", adapter.kind.clone()),
+        ("backend", adapter.backend.clone()),
+        ("driver", adapter.driver.clone()),
+        ("memory", adapter.memory.map_or("not told".into(), bytes)),
+        ("features", features),
+        ("largest buffer", bytes(limits.max_buffer_size)),
+        ("largest binding", bytes(limits.max_storage_buffer_binding_size)),
+        ("workgroup memory", bytes(limits.max_compute_workgroup_storage_size.into())),
+        ("workgroup size", limits.max_compute_invocations_per_workgroup.to_string()),
+        ("subgroup size", subgroups),
+    ];
+    for (name, value) in rows {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "   {name:16}  {value}");
+    }
+    text
+}
+
+fn bytes(count: u64) -> String {
+    match count {
+        0..0x400 => format!("{count} bytes"),
+        0x400..0x10_0000 => format!("{} KiB", count >> 10),
+        0x10_0000..0x4000_0000 => format!("{} MiB", count >> 20),
+        _ if count >= 1 << 60 => "no limit".into(),
+        _ => format!("{:.1} GiB", count as f64 / f64::from(1u32 << 30)),
+    }
+}

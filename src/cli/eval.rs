@@ -1,0 +1,29 @@
+//! `wgpu-llava eval`: a benchmark, its table or JSON.
+
+use super::{
+    args::{EvalArgs, GlobalArgs},
+    open_device, report,
+    ui::Ui,
+};
+use crate::{
+    error::Result,
+    eval::{self, Request},
+};
+
+pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
+    let mut ui = Ui::new(global.quiet, global.verbose);
+    let gpu = open_device(global, None, &mut ui)?;
+    let request = Request {
+        task: &args.task,
+        model: args.model.as_deref().unwrap_or("embedded:tiny"),
+        adapter: args.adapter.as_deref(),
+        limit: args.limit,
+        out: args.out.as_deref(),
+        data: args.data.as_deref(),
+    };
+    let outcome = eval::run(&gpu, &request, &mut ui)?;
+    if args.json {
+        return report::print_data(&format!("{}\n", outcome.json()));
+    }
+    report::print_data(&format!("{}\n", outcome.table()))
+}

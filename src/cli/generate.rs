@@ -1,0 +1,125 @@
+//! `wgpu-llava generate`: one answer.
+
+use std::{
+    io::{IsTerminal, Write},
+    ops::ControlFlow,
+    time::Instant,
+};
+
+use serde_json::json;
+
+use super::{
+    args::{GenerateArgs, GlobalArgs},
+    open_model, report,
+    ui::Ui,
+};
+use crate::{
+    data::{ImageSource, Tokenizer, Turn},
+    error::{Error, Result},
+    generate::{Options, generate},
+    models::llava::Pictures,
+};
+
+pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
+    if args.num_beams > 1 {
+        return Err(Error::usage("--num-beams is known, but not built yet").hint("leave it out for one beam"));
+    }
+    // What can be wrong with the request is told before a model is loaded.
+    let template = crate::data::Template::named(&args.version)?;
+    let sources: Vec<ImageSource> = args.image.iter().cloned().map(ImageSource::File).collect();
+    for source in &sources {
+        source.load()?;
+    }
+    let mut ui = Ui::new(global.quiet, global.verbose);
+    let opened = open_model(&args.model, global, &mut ui)?;
+    let encoder = opened.encoder(&args.version, args.system.clone())?;
+    let pixels = opened.pixels(&sources)?;
+    let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
+    let prompt = encoder.prompt(&[Turn::human(&args.prompt, sources.len())])?;
+    let options = Options {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+        stop_ids: opened.stop_ids(template)?,
+    };
+    // An end mark of several tokens is found in the text.
+    let stop = template.stop();
+    let stop = opened.tokenizer.token_to_id(stop).is_none().then_some(stop).filter(|stop| !stop.is_empty());
+
+    let mut answer = Answer { tokenizer: &opened.tokenizer, stop, ids: Vec::new(), shown: 0, stream: !args.json };
+    let mut failure = None;
+    let mut on_token = |_, token| match answer.push(token) {
+        Ok(flow) => flow,
+        Err(error) => {
+            failure = Some(error);
+            ControlFlow::Break(())
+        }
+    };
+    let started = Instant::now();
+    let generated = generate(&opened.model, &[prompt], Pictures::Pixels(&views), &options, &mut on_token)?;
+    let seconds = started.elapsed().as_secs_f64();
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    let text = answer.text()?;
+    let Some(generated) = generated.first() else { return Ok(()) };
+    let speed = generated.token_ids.len() as f64 / seconds.max(1e-9);
+    if args.json {
+        let json = json!({
+            "text": text,
+            "token_ids": generated.token_ids,
+            "prompt_tokens": generated.prompt_tokens,
+            "tokens_per_second": speed,
+        });
+        return report::print_data(&format!("{json}\n"));
+    }
+    report::print_data(&format!("{}\n", &text[answer.shown.min(text.len())..]))?;
+    if global.verbose {
+        let (new, before) = (generated.token_ids.len(), generated.prompt_tokens);
+        ui.line(&format!("{new} tokens after {before}, {speed:.1} tokens/s"));
+    }
+    Ok(())
+}
+
+/// What has been said so far, and how much of it was shown.
+struct Answer<'a> {
+    tokenizer: &'a Tokenizer,
+    stop: Option<&'a str>,
+    ids: Vec<i32>,
+    /// Bytes of the text.
+    shown: usize,
+    /// Whether to show words as they come, on a terminal.
+    stream: bool,
+}
+
+impl Answer<'_> {
+    /// Up to the stop text, white space around it left out.
+    fn text(&self) -> Result<String> {
+        let text = self.tokenizer.decode(&self.ids)?;
+        let end = self.stop.and_then(|stop| text.find(stop)).unwrap_or(text.len());
+        Ok(text[..end].trim().to_owned())
+    }
+
+    fn push(&mut self, token: u32) -> Result<ControlFlow<()>> {
+        self.ids.push(token as i32);
+        if let Some(stop) = self.stop
+            && self.tokenizer.decode(&self.ids)?.contains(stop)
+        {
+            return Ok(ControlFlow::Break(()));
+        }
+        if self.stream && self.stop.is_none() && std::io::stdout().is_terminal() {
+            let text = self.text()?;
+            // A character may need more tokens than there are yet.
+            if !text.ends_with('\u{FFFD}') && text.is_char_boundary(self.shown) && text.len() > self.shown {
+                let mut out = std::io::stdout().lock();
+                let written = out.write_all(&text.as_bytes()[self.shown..]).and_then(|()| out.flush());
+                self.shown = text.len();
+                if written.is_err() {
+                    return Ok(ControlFlow::Break(()));
+                }
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+}

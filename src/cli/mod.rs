@@ -1,0 +1,108 @@
+//! The command line: one file a command. The only layer that prints, reads the environment, or gives exit codes.
+//!
+//! Data that was asked for goes to stdout, everything a person reads to stderr.
+
+pub mod args;
+mod config;
+mod devices;
+mod eval;
+mod generate;
+mod interrupt;
+pub mod recipes;
+mod report;
+mod score;
+mod shaders;
+mod train;
+mod ui;
+
+use std::{env, process::ExitCode};
+
+use crate::{
+    error::{Error, Result},
+    gpu::{AdapterOptions, Gpu},
+    models::open::{Opened, Place, open},
+    train::config::Source,
+};
+use args::{Backend, Cli, Command, GlobalArgs, ModelArgs, RecipesCommand};
+use ui::Ui;
+
+/// Parses the command line, runs the command, says what went wrong.
+pub fn main() -> ExitCode {
+    let cli = match args::parse(env::args_os()) {
+        Ok(cli) => cli,
+        Err(code) => return ExitCode::from(code),
+    };
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report::print_error(&error);
+            ExitCode::from(report::exit_code(error.kind))
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let global = &cli.global;
+    if let Some(error) = cli.command.not_built() {
+        return Err(error);
+    }
+    global.built_precision()?;
+    match &cli.command {
+        Command::Devices(args) => devices::run(args, global),
+        Command::Train(args) => train::run(args, global),
+        Command::Generate(args) => generate::run(args, global),
+        Command::Score(args) => score::run(args, global),
+        Command::Eval(args) => eval::run(args, global),
+        Command::Shaders(args) => shaders::run(args, global),
+        Command::Recipes(RecipesCommand::Ls) => report::print_data(&recipes::list()),
+        Command::Recipes(RecipesCommand::Show { name }) => report::print_data(recipes::find(name)?.text),
+        Command::Recipes(RecipesCommand::Copy { name, path }) => {
+            let path = recipes::copy(name, path.as_deref())?;
+            Ui::new(global.quiet, false).line(&format!("wrote {}", path.display()));
+            Ok(())
+        }
+        Command::Completions(args) => report::print_data(&args::completions(args.shell)),
+        Command::Chat(_) | Command::Estimate(_) | Command::Merge(_) | Command::Convert(_) | Command::Bench(_) => Ok(()),
+    }
+}
+
+fn backend(global: &GlobalArgs) -> Option<&'static str> {
+    global.backend.map(|backend| match backend {
+        Backend::Vulkan => "vulkan",
+        Backend::Metal => "metal",
+        Backend::Dx12 => "dx12",
+        Backend::Gl => "gl",
+    })
+}
+
+/// Opens the adapter of `--device`, else `device` (a config's), else the best one, and says which it is.
+fn open_device(global: &GlobalArgs, device: Option<String>, ui: &mut Ui) -> Result<Gpu> {
+    let device = global.device.clone().or(device);
+    let chosen = device.is_some();
+    let options =
+        AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
+    let gpu = Gpu::open(&options)?;
+    let facts = gpu.facts();
+    ui.line(&format!("on {}: {} ({}, {})", facts.index, facts.name, facts.backend, facts.driver));
+    if facts.is_cpu {
+        let why = if chosen { "as asked" } else { "no GPU was found" };
+        ui.line(&format!("  this adapter is the processor itself ({why}): it works, but slowly"));
+    }
+    Ok(gpu)
+}
+
+/// Opens a device and a model for inference.
+fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Opened> {
+    let working_dir = env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
+    let source = args.source(&working_dir);
+    let place = match &source {
+        Source::Embedded(name) => Place::Embedded(name),
+        Source::Local(path) => Place::Folder(path),
+        Source::Hub(name) => {
+            return Err(Error::data(format!("there is no model folder {name}"))
+                .hint("name a folder with config.json and model.safetensors; the Hugging Face Hub is not built yet"));
+        }
+    };
+    let gpu = open_device(global, None, ui)?;
+    open(&gpu, place, args.adapter.as_deref())
+}

@@ -1,0 +1,84 @@
+//! How errors reach a person, and which exit code each kind has.
+
+use crate::error::{Error, ErrorKind, Result};
+use owo_colors::OwoColorize;
+use std::{error::Error as StdError, io::Write};
+
+/// 0 done, 1 the work failed, 2 wrong use, 3 data, 4 device or memory, 5 network, 130 interrupted. Never renumbered.
+pub fn exit_code(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Failed => 1,
+        ErrorKind::Usage => 2,
+        ErrorKind::Data => 3,
+        ErrorKind::Device => 4,
+        ErrorKind::Network => 5,
+        ErrorKind::Interrupted => 130,
+    }
+}
+
+/// Writes the error to stderr; in colour on a terminal only, and never under NO_COLOR.
+pub fn print_error(error: &Error) {
+    // If not even stderr can be written to there is nobody left to tell.
+    let _ = anstream::stderr().write_all(render(error).as_bytes());
+}
+
+/// Message, numbered causes, hints, with colour codes.
+fn render(error: &Error) -> String {
+    let label = match error.kind {
+        ErrorKind::Interrupted => "interrupted:".yellow().bold().to_string(),
+        _ => "error:".red().bold().to_string(),
+    };
+    let mut text = format!("{label} {}\n", error.message.trim_end());
+    let mut cause = error.source();
+    let mut number = 1;
+    while let Some(source) = cause {
+        // A cause of several lines (a TOML error draws the line it means) stays aligned.
+        let message = source.to_string();
+        let message = message.trim_end().replace('\n', "\n     ");
+        text.push_str(&format!("  {number}: {message}\n"));
+        (cause, number) = (source.source(), number + 1);
+    }
+    for hint in &error.hints {
+        text.push_str(&format!("{} {}\n", "hint:".cyan().bold(), hint.trim_end()));
+    }
+    text
+}
+
+/// Writes data that was asked for to stdout. A reader that has gone (`| head`) is no error.
+pub fn print_data(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::failed("cannot write to stdout").caused_by(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_numbered_and_hints_follow() {
+        let inner = Error::data("inner").caused_by("cause\nsecond line");
+        let error = Error::usage("outer").caused_by(inner).hint("do this").hint("or that");
+        let plain = anstream::adapter::strip_str(&render(&error)).to_string();
+        assert_eq!(plain, "error: outer\n  1: inner\n  2: cause\n     second line\nhint: do this\nhint: or that\n");
+    }
+
+    #[test]
+    fn exit_codes_are_the_documented_ones() {
+        let kinds = [
+            (ErrorKind::Failed, 1),
+            (ErrorKind::Usage, 2),
+            (ErrorKind::Data, 3),
+            (ErrorKind::Device, 4),
+            (ErrorKind::Network, 5),
+            (ErrorKind::Interrupted, 130),
+        ];
+        for (kind, code) in kinds {
+            assert_eq!(exit_code(kind), code);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! `wgpu-llava train`: resolves the config, trains, evaluates, reports.
+
+use std::{env, time::SystemTime};
+
+use super::{
+    args::{GlobalArgs, TrainArgs},
+    config as resolve, interrupt, report as errors,
+    ui::Ui,
+};
+use crate::{
+    error::{Error, Result},
+    eval,
+    gpu::Gpu,
+    train::{
+        config::{RunConfig, Source},
+        metrics, plot,
+        report::{self, ReportData, StageReport},
+        run::{self, RunOutcome},
+    },
+};
+
+pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
+    let working_dir = env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
+    let config = resolve::run_config(args, global, &working_dir, SystemTime::now())?;
+    if args.dry_run {
+        return dry_run(&config);
+    }
+    let mut ui = Ui::new(global.quiet, global.verbose);
+    let device = config.device.as_ref().map(|choice| choice.to_string());
+    let gpu = super::open_device(global, device, &mut ui)?;
+    let stop = interrupt::install()?;
+    let outcome = run::train(&config, args.resume, &gpu, stop, &mut ui)?;
+    let results = evaluate(&config, &outcome, &gpu, &mut ui)?;
+    let path = config.output_dir.join("report.html");
+    report::write_report(&path, &report_data(&config, &outcome, &gpu, results)?)?;
+    ui.line(&format!("report: {}", path.display()));
+    for command in next_commands(&outcome) {
+        ui.line(&format!("  {command}"));
+    }
+    Ok(())
+}
+
+/// The config as resolved, with the origin of each value, on stdout.
+fn dry_run(config: &RunConfig) -> Result<()> {
+    for stage in &config.stages {
+        crate::data::template::Template::named(&stage.version)?;
+    }
+    errors::print_data(&resolve::describe(config))
+}
+
+fn evaluate(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, ui: &mut Ui) -> Result<Vec<eval::Outcome>> {
+    let mut results = Vec::new();
+    for task in &config.eval_after {
+        let request = eval::Request {
+            task,
+            model: &outcome.result.model.to_string(),
+            adapter: outcome.result.adapter.as_deref(),
+            limit: config.eval_limit,
+            out: Some(&config.output_dir.join("eval")),
+            data: None,
+        };
+        let result = eval::run(gpu, &request, ui)?;
+        ui.line(&result.table());
+        results.push(result);
+    }
+    Ok(results)
+}
+
+fn report_data(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, results: Vec<eval::Outcome>) -> Result<ReportData> {
+    let mut stages = Vec::new();
+    for (stage, trained) in config.stages.iter().zip(&outcome.stages) {
+        let path = stage.output_dir.join(metrics::FILE_NAME);
+        let measured = metrics::read(&path)?;
+        let model = stage.model_name_or_path.as_ref().map_or("the stage before".to_string(), ToString::to_string);
+        let data: Vec<String> = stage.data_path.iter().map(|entry| entry.path.to_string()).collect();
+        let settings = stage.values.iter().map(|setting| (setting.key.to_string(), setting.value.to_string())).collect();
+        let mut row = StageReport {
+            name: stage.title().to_string(),
+            method: stage.method.to_string(),
+            model,
+            data: data.join(", "),
+            steps: measured.last().map_or(0, |last| last.step),
+            final_loss: measured.last().map(|last| last.loss),
+            settings,
+            loss_svg: plot::loss_svg(stage.title(), &measured)?,
+            ..Default::default()
+        };
+        if let Some(trained) = trained {
+            row.records = trained.records;
+            row.seconds = trained.seconds;
+            row.trainable_parameters = trained.trainable_parameters;
+            row.total_parameters = trained.total_parameters;
+            row.output = trained.output.display().to_string();
+        }
+        stages.push(row);
+    }
+    let facts = gpu.facts();
+    Ok(ReportData {
+        title: format!("wgpu-llava: {}", config.output_dir.file_name().unwrap_or_default().to_string_lossy()),
+        device: format!("{} ({}, {})", facts.name, facts.backend, facts.driver),
+        stages,
+        results: results.iter().map(|result| result.row.clone()).collect(),
+        samples: results.into_iter().flat_map(|result| result.samples).collect(),
+        next_commands: next_commands(outcome),
+    })
+}
+
+/// What to type next, ready to paste.
+fn next_commands(outcome: &RunOutcome) -> Vec<String> {
+    let model = match &outcome.result.model {
+        Source::Local(path) => path.display().to_string(),
+        other => other.to_string(),
+    };
+    let adapter = outcome.result.adapter.as_ref().map_or(String::new(), |path| format!(" --adapter {}", path.display()));
+    vec![
+        format!("wgpu-llava generate --model {model}{adapter} --image PICTURE.png --prompt \"what color is the shape?\""),
+        format!("wgpu-llava eval easy-vqa --model {model}{adapter}"),
+    ]
+}

@@ -1,0 +1,169 @@
+//! Which adapters there are, and which one a run takes.
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// What a user may ask for; everything unset means the best adapter, a real GPU before a CPU.
+#[derive(Clone, Debug, Default)]
+pub struct AdapterOptions {
+    /// An index of [`list_adapters`], or a part of the adapter's name.
+    pub device: Option<String>,
+    /// `vulkan`, `metal`, `dx12` or `gl`.
+    pub backend: Option<String>,
+    /// Bind no more than this many bytes at once (tests use it to force large tensors to be cut).
+    pub max_binding: Option<u64>,
+    /// Leave subgroup operations unused even where the device has them.
+    pub without_subgroups: bool,
+    /// Run a GPU's kernels even on a host processor (tests use it).
+    pub treat_as_gpu: bool,
+}
+
+/// One adapter as `wgpu-llava devices` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct AdapterFacts {
+    pub index: usize,
+    pub name: String,
+    pub backend: String,
+    pub driver: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Bytes of device memory, where the backend tells.
+    pub memory: Option<u64>,
+    pub features: Vec<String>,
+    pub limits: AdapterLimits,
+    /// Whether kernels run on the host's processor.
+    pub is_cpu: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct AdapterLimits {
+    pub max_buffer_size: u64,
+    pub max_storage_buffer_binding_size: u64,
+    pub max_compute_workgroup_storage_size: u32,
+    pub max_compute_invocations_per_workgroup: u32,
+    pub subgroup_min_size: u32,
+    pub subgroup_max_size: u32,
+}
+
+const NO_ADAPTER: &str = "no GPU adapter was found";
+const NO_ADAPTER_HINTS: [&str; 3] = [
+    "on Debian or Ubuntu: apt-get install libvulkan1 mesa-vulkan-drivers (software Vulkan included), or run tools/quickstart",
+    "with a real GPU: install its vendor's Vulkan driver; on macOS and Windows the system brings one",
+    "`wgpu-llava devices` lists what can be seen",
+];
+
+pub(super) fn instance(backend: Option<&str>) -> Result<wgpu::Instance> {
+    let backends = match backend {
+        None => wgpu::Backends::PRIMARY,
+        Some("vulkan") => wgpu::Backends::VULKAN,
+        Some("metal") => wgpu::Backends::METAL,
+        Some("dx12") => wgpu::Backends::DX12,
+        Some("gl") => wgpu::Backends::GL,
+        Some(other) => {
+            return Err(Error::usage(format!("unknown backend `{other}`")).hint("use vulkan, metal, dx12 or gl"));
+        }
+    };
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = backends;
+    // VALIDATION_INDIRECT_CALL lowers buffer limits, and nothing here dispatches indirectly.
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    Ok(wgpu::Instance::new(descriptor))
+}
+
+fn adapters(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    // Best first, so that index 0 is what a run takes by itself; the sort is stable.
+    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    });
+    adapters
+}
+
+/// Every adapter of the backend (all primary ones when `None`), best first.
+pub fn list_adapters(backend: Option<&str>) -> Result<Vec<AdapterFacts>> {
+    let instance = instance(backend)?;
+    Ok(adapters(&instance).iter().enumerate().map(|(index, adapter)| facts(index, adapter)).collect())
+}
+
+pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
+    let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+    let known = [
+        (wgpu::Features::SHADER_F16, "f16"),
+        (wgpu::Features::SUBGROUP, "subgroups"),
+        (wgpu::Features::IMMEDIATES, "immediates"),
+        (wgpu::Features::TIMESTAMP_QUERY, "timestamps"),
+        (wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, "cooperative-matrix"),
+    ];
+    AdapterFacts {
+        index,
+        name: info.name.clone(),
+        backend: info.backend.to_str().to_string(),
+        driver: format!("{} {}", info.driver, info.driver_info).trim().to_string(),
+        kind: match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => "discrete GPU",
+            wgpu::DeviceType::IntegratedGpu => "integrated GPU",
+            wgpu::DeviceType::VirtualGpu => "virtual GPU",
+            wgpu::DeviceType::Cpu => "CPU (software)",
+            wgpu::DeviceType::Other => "other",
+        }
+        .to_string(),
+        memory: memory(adapter),
+        features: known.iter().filter(|(bit, _)| features.contains(*bit)).map(|(_, name)| name.to_string()).collect(),
+        limits: AdapterLimits {
+            max_buffer_size: limits.max_buffer_size,
+            max_storage_buffer_binding_size: limits.max_storage_buffer_binding_size,
+            max_compute_workgroup_storage_size: limits.max_compute_workgroup_storage_size,
+            max_compute_invocations_per_workgroup: limits.max_compute_invocations_per_workgroup,
+            subgroup_min_size: info.subgroup_min_size,
+            subgroup_max_size: info.subgroup_max_size,
+        },
+        is_cpu: info.device_type == wgpu::DeviceType::Cpu,
+    }
+}
+
+/// The largest device-local heap, where Vulkan can be asked.
+#[cfg(any(target_os = "linux", target_os = "windows"))]
+fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
+    // SAFETY: the handles are only used while the adapter lives, for a query without side effects.
+    let properties = unsafe {
+        let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+        vulkan.shared_instance().raw_instance().get_physical_device_memory_properties(vulkan.raw_physical_device())
+    };
+    properties.memory_heaps[..properties.memory_heap_count as usize].iter().map(|heap| heap.size).max()
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "windows")))]
+fn memory(_adapter: &wgpu::Adapter) -> Option<u64> {
+    None
+}
+
+/// The adapter that `options` ask for.
+pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, AdapterFacts)> {
+    let instance = instance(options.backend.as_deref())?;
+    let mut found = adapters(&instance);
+    if found.is_empty() {
+        return Err(NO_ADAPTER_HINTS.iter().fold(Error::device(NO_ADAPTER), |error, hint| error.hint(*hint)));
+    }
+    let index = match options.device.as_deref() {
+        None => 0,
+        Some(wanted) => {
+            let by_index = wanted.parse::<usize>().ok().filter(|&index| index < found.len());
+            let by_name =
+                || found.iter().position(|a| a.get_info().name.to_lowercase().contains(&wanted.to_lowercase()));
+            by_index.or_else(by_name).ok_or_else(|| {
+                let names: Vec<String> =
+                    found.iter().enumerate().map(|(i, a)| format!("{i}: {}", a.get_info().name)).collect();
+                Error::device(format!("no adapter is called `{wanted}`")).hint(format!("there are {}", names.join(", ")))
+            })?
+        }
+    };
+    let adapter = found.swap_remove(index);
+    let mut facts = facts(index, &adapter);
+    facts.is_cpu &= !options.treat_as_gpu;
+    Ok((adapter, facts))
+}

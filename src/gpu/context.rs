@@ -1,0 +1,355 @@
+//! A device and its stream of recorded work.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+};
+
+use super::{
+    adapter::{self, AdapterFacts, AdapterOptions},
+    buffer::{Buffer, Pool},
+    kernel::{Kernels, MAX_PARAMS},
+};
+use crate::error::{Error, Result};
+
+/// Dispatches per submission: enough to hide its cost, few enough that the device starts early.
+const DISPATCHES_PER_SUBMIT: usize = 64;
+/// Bind groups kept before the cache starts afresh.
+const MAX_BIND_GROUPS: usize = 8192;
+/// Bytes of one uniform slot, where immediate data is missing: the largest offset alignment WebGPU allows.
+const UNIFORM_SLOT: u64 = 256;
+
+/// A part of a buffer, bound to a kernel: byte offset (a multiple of [`Gpu::binding_alignment`]) and size.
+#[derive(Clone, Copy)]
+pub struct Binding<'a> {
+    pub buffer: &'a Buffer,
+    pub offset: u64,
+    pub size: u64,
+    /// Bound as a uniform of [`UNIFORM_BYTES`] (read only) instead of as storage.
+    pub uniform: bool,
+}
+
+/// What a uniform binding covers, on devices where kernels take operands as uniforms.
+pub const UNIFORM_BYTES: u64 = 65_536;
+
+/// A handle of one device. Clones share it.
+#[derive(Clone)]
+pub struct Gpu {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    facts: AdapterFacts,
+    pool: Arc<Pool>,
+    kernels: Kernels,
+    max_binding: u64,
+    alignment: u64,
+    stream: Mutex<Stream>,
+    failure: Arc<Mutex<Option<String>>>,
+}
+
+/// What has been recorded and not yet submitted.
+#[derive(Default)]
+struct Stream {
+    encoder: Option<wgpu::CommandEncoder>,
+    /// Kept open across dispatches; `'static` by [`wgpu::ComputePass::forget_lifetime`].
+    pass: Option<wgpu::ComputePass<'static>>,
+    recorded: usize,
+    bind_groups: HashMap<Vec<(u64, u64, u64, bool)>, wgpu::BindGroup>,
+}
+
+impl Gpu {
+    /// Opens the adapter that `options` ask for.
+    ///
+    /// # Errors
+    /// `Device` when there is none, or it refuses the device; `Usage` for an unknown backend.
+    pub fn open(options: &AdapterOptions) -> Result<Self> {
+        let (adapter, facts) = adapter::choose(options)?;
+        let wanted = wgpu::Features::IMMEDIATES | wgpu::Features::SUBGROUP;
+        let features = adapter.features() & wanted;
+        let limits = adapter.limits();
+        let descriptor = wgpu::DeviceDescriptor {
+            label: None,
+            required_features: features,
+            required_limits: limits.clone(),
+            // Buffers are pooled here, so the allocator below need not keep spare blocks.
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .map_err(|error| Error::device(format!("{} refuses to open", facts.name)).caused_by(error))?;
+
+        let failure: Arc<Mutex<Option<String>>> = Arc::default();
+        let note = |failure: &Arc<Mutex<Option<String>>>| {
+            let failure = failure.clone();
+            move |text: String| {
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(text);
+            }
+        };
+        let on_error = note(&failure);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| on_error(error.to_string())));
+        let on_loss = note(&failure);
+        device.set_device_lost_callback(move |reason, message| {
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                on_loss(format!("the device was lost: {message}"));
+            }
+        });
+
+        let alignment = u64::from(limits.min_storage_buffer_offset_alignment);
+        let largest = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let inner = Inner {
+            kernels: Kernels::new(
+                &device,
+                features.contains(wgpu::Features::IMMEDIATES),
+                features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups,
+            ),
+            device,
+            queue,
+            pool: Arc::new(Pool::new(if facts.is_cpu { UNIFORM_BYTES } else { 0 })),
+            facts,
+            max_binding: options.max_binding.unwrap_or(largest).min(largest),
+            alignment,
+            stream: Mutex::default(),
+            failure,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    pub fn facts(&self) -> &AdapterFacts {
+        &self.inner.facts
+    }
+
+    /// Whether kernels run on the host's processor: such a device wants uniform loads and no barriers.
+    pub fn is_cpu(&self) -> bool {
+        self.inner.facts.is_cpu
+    }
+
+    /// The most bytes one binding may cover.
+    pub fn max_binding(&self) -> u64 {
+        self.inner.max_binding
+    }
+
+    /// Binding offsets are multiples of this many bytes.
+    pub fn binding_alignment(&self) -> u64 {
+        self.inner.alignment
+    }
+
+    /// Bytes of device memory held now, the pool's free buffers included.
+    pub fn device_bytes(&self) -> u64 {
+        self.inner.pool.held()
+    }
+
+    /// Gives the pool's free buffers back to the driver.
+    pub fn trim(&self) {
+        self.stream().bind_groups.clear();
+        self.inner.pool.trim();
+    }
+
+    /// A buffer of at least `size` bytes with unspecified content. A request that the device cannot fulfil
+    /// is told at the next [`Gpu::read`] or [`Gpu::sync`].
+    pub fn buffer(&self, size: u64) -> Buffer {
+        let limit = self.inner.device.limits().max_buffer_size;
+        if size > limit {
+            let text = format!("a buffer of {size} bytes is over this device's limit of {limit}");
+            self.failure().get_or_insert(text);
+            return self.inner.pool.take(&self.inner.device, 256);
+        }
+        self.inner.pool.take(&self.inner.device, size)
+    }
+
+    fn stream(&self) -> MutexGuard<'_, Stream> {
+        self.inner.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<String>> {
+        self.inner.failure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records one dispatch of the kernel variant `name` over `groups` workgroups; `params` are its `Params`,
+    /// word by word. Nothing is recorded when a dimension of `groups` is 0.
+    pub fn dispatch(&self, name: &str, bindings: &[Binding<'_>], params: &[u32], groups: [u32; 3]) {
+        debug_assert!(params.len() * 4 <= MAX_PARAMS, "{name}: {} words of parameters", params.len());
+        if groups.contains(&0) {
+            return;
+        }
+        let Inner { device, kernels, .. } = &*self.inner;
+        let uniforms: Vec<bool> = bindings.iter().map(|binding| binding.uniform).collect();
+        let layout = kernels.layout(device, &uniforms);
+        let pipeline = kernels.pipeline(device, name, &layout);
+        let stream = &mut *self.stream();
+
+        let key: Vec<_> = bindings.iter().map(|binding| (binding.buffer.id, binding.offset, binding.size, binding.uniform)).collect();
+        if stream.bind_groups.len() >= MAX_BIND_GROUPS {
+            stream.bind_groups.clear();
+        }
+        let bind_group = stream.bind_groups.entry(key).or_insert_with(|| {
+            let entries: Vec<_> = bindings
+                .iter()
+                .enumerate()
+                .map(|(index, binding)| wgpu::BindGroupEntry {
+                    binding: index as u32,
+                    resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                        buffer: binding.buffer.raw(),
+                        offset: binding.offset,
+                        size: wgpu::BufferSize::new(binding.size.next_multiple_of(4)),
+                    }),
+                })
+                .collect();
+            device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout: &layout.bind_group,
+                entries: &entries,
+            })
+        });
+
+        let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+        let pass =
+            stream.pass.get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime());
+        pass.set_pipeline(&pipeline);
+        pass.set_bind_group(0, &*bind_group, &[]);
+        if kernels.immediates {
+            pass.set_immediates(0, bytemuck::cast_slice(params));
+        } else if let Some(layout) = kernels.params_layout() {
+            pass.set_bind_group(1, &self.uniform(layout, params), &[]);
+        }
+        pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
+        stream.recorded += 1;
+        if stream.recorded >= DISPATCHES_PER_SUBMIT {
+            self.submit(stream);
+        }
+    }
+
+    /// A uniform of its own for one dispatch, on devices without immediate data.
+    fn uniform(&self, layout: &wgpu::BindGroupLayout, params: &[u32]) -> wgpu::BindGroup {
+        let device = &self.inner.device;
+        let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: UNIFORM_SLOT,
+            usage: wgpu::BufferUsages::UNIFORM,
+            mapped_at_creation: true,
+        });
+        self.fill(&buffer, bytemuck::cast_slice(params));
+        buffer.unmap();
+        let entry = wgpu::BindGroupEntry { binding: 0, resource: buffer.as_entire_binding() };
+        device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &[entry] })
+    }
+
+    fn fill(&self, buffer: &wgpu::Buffer, bytes: &[u8]) {
+        match buffer.slice(..bytes.len() as u64).get_mapped_range_mut() {
+            Ok(mut range) => range.copy_from_slice(bytes),
+            Err(error) => {
+                self.failure().get_or_insert(format!("staging memory cannot be mapped: {error}"));
+            }
+        }
+    }
+
+    fn submit(&self, stream: &mut Stream) {
+        stream.pass = None;
+        if let Some(encoder) = stream.encoder.take() {
+            self.inner.queue.submit([encoder.finish()]);
+            // Lets wgpu free what finished work held; it never waits.
+            let _ = self.inner.device.poll(wgpu::PollType::Poll);
+        }
+        stream.recorded = 0;
+    }
+
+    /// Records a copy of `bytes` into `buffer` at a byte offset, both multiples of 4.
+    pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let staging = self.inner.device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: (bytes.len() as u64).next_multiple_of(8),
+            usage: wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        });
+        self.fill(&staging, bytes);
+        staging.unmap();
+        let stream = &mut *self.stream();
+        stream.pass = None;
+        let encoder =
+            stream.encoder.get_or_insert_with(|| self.inner.device.create_command_encoder(&Default::default()));
+        encoder.copy_buffer_to_buffer(&staging, 0, buffer.raw(), offset, bytes.len() as u64);
+        stream.recorded += 1;
+        // Staging memory lives until its submission has finished: large copies go at once.
+        if bytes.len() > 1 << 20 || stream.recorded >= DISPATCHES_PER_SUBMIT {
+            self.submit(stream);
+        }
+    }
+
+    /// Records a copy of `size` bytes between two different buffers; offsets and size are multiples of 4.
+    pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, size: u64) {
+        let stream = &mut *self.stream();
+        stream.pass = None;
+        let encoder =
+            stream.encoder.get_or_insert_with(|| self.inner.device.create_command_encoder(&Default::default()));
+        encoder.copy_buffer_to_buffer(from.raw(), from_offset, to.raw(), to_offset, size);
+        stream.recorded += 1;
+    }
+
+    /// Submits what is recorded, waits for it and copies `size` bytes of `buffer` back.
+    ///
+    /// # Errors
+    /// `Device` for anything that has failed on the device since the last call.
+    pub fn read(&self, buffer: &Buffer, offset: u64, size: u64) -> Result<Vec<u8>> {
+        let device = &self.inner.device;
+        let staging = device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: size.max(4).next_multiple_of(4),
+            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
+            mapped_at_creation: false,
+        });
+        {
+            let stream = &mut *self.stream();
+            stream.pass = None;
+            let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+            encoder.copy_buffer_to_buffer(buffer.raw(), offset, &staging, 0, size);
+            self.submit(stream);
+        }
+        let (sender, receiver) = mpsc::channel();
+        staging.slice(..).map_async(wgpu::MapMode::Read, move |result| {
+            let _ = sender.send(result);
+        });
+        self.wait()?;
+        receiver
+            .recv()
+            .map_err(|_| self.device_error("the device never answered a read".into()))?
+            .map_err(|error| self.device_error(error.to_string()))?;
+        let range = staging.slice(..).get_mapped_range().map_err(|error| self.device_error(error.to_string()))?;
+        let mut bytes = range.to_vec();
+        bytes.truncate(size as usize);
+        Ok(bytes)
+    }
+
+    /// Submits what is recorded and waits until the device has done it.
+    ///
+    /// # Errors
+    /// As [`Gpu::read`].
+    pub fn sync(&self) -> Result<()> {
+        self.submit(&mut self.stream());
+        self.wait()
+    }
+
+    fn wait(&self) -> Result<()> {
+        let polled = self.inner.device.poll(wgpu::PollType::wait_indefinitely());
+        if let Some(text) = self.failure().clone() {
+            return Err(self.device_error(text));
+        }
+        polled.map(drop).map_err(|error| self.device_error(error.to_string()))
+    }
+
+    fn device_error(&self, text: String) -> Error {
+        let memory = text.to_lowercase().contains("memory") || text.contains("limit");
+        let error = Error::device(format!("{} failed", self.inner.facts.name)).caused_by(text);
+        if memory {
+            error
+                .hint("lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor")
+                .hint("shorten model_max_length, or train with method lora")
+        } else {
+            error.hint("go on from the last checkpoint with --resume; another adapter: --device, see `wgpu-llava devices`")
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Train and run LLaVA multimodal language models on any GPU: hand-written WGSL on wgpu, an autograd tape, no Python.
+//!
+//! The layers, each knowing only those before it:
+//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data` → `models` → `train`, `generate`, `eval` → `cli`.
+//! ARCHITECTURE.md says what lives where and why.
+
+pub mod autograd;
+pub mod data;
+pub mod embedded;
+pub mod error;
+pub mod formats;
+pub mod gpu;
+pub mod models;
+pub mod nn;
+pub mod ops;
+pub mod tensor;
+pub mod train;

@@ -1,0 +1,7 @@
+//! The program: see `wgpu_llava::cli`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::SUCCESS
+}

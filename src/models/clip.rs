@@ -1,0 +1,134 @@
+//! CLIP's vision tower up to the hidden state that LLaVA selects; what comes after it is never computed.
+
+use super::config::{ClipVisionConfig, FeatureSelect};
+use crate::{
+    autograd::{Var, functions},
+    error::Result,
+    nn::{Forward, Id, Linear},
+    ops::{
+        activation::Activation,
+        attention::{Heads, Ranges},
+    },
+    tensor::Tensor,
+};
+
+pub struct ClipVision {
+    config: ClipVisionConfig,
+    select: FeatureSelect,
+    patch_embedding: Linear,
+    class_embedding: Id,
+    position_embedding: Id,
+    pre_layrnorm: LayerNorm,
+    layers: Vec<Layer>,
+}
+
+struct LayerNorm {
+    weight: Id,
+    bias: Id,
+}
+
+struct Layer {
+    layer_norm1: LayerNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl ClipVision {
+    /// A tower of the first `layers` layers; `load` puts the tensor of a canonical name among the parameters.
+    pub fn new(
+        config: &ClipVisionConfig,
+        layers: usize,
+        select: FeatureSelect,
+        load: &mut dyn FnMut(&str) -> Result<Id>,
+    ) -> Result<Self> {
+        let root = "vision_tower.vision_model";
+        let norm = |load: &mut dyn FnMut(&str) -> Result<Id>, name: String| -> Result<LayerNorm> {
+            Ok(LayerNorm { weight: load(&format!("{name}.weight"))?, bias: load(&format!("{name}.bias"))? })
+        };
+        let linear = |load: &mut dyn FnMut(&str) -> Result<Id>, name: String| -> Result<Linear> {
+            Ok(Linear::new(load(&format!("{name}.weight"))?, Some(load(&format!("{name}.bias"))?)))
+        };
+        let mut stack = Vec::new();
+        for layer in 0..layers {
+            let at = format!("{root}.encoder.layers.{layer}");
+            stack.push(Layer {
+                layer_norm1: norm(load, format!("{at}.layer_norm1"))?,
+                q_proj: linear(load, format!("{at}.self_attn.q_proj"))?,
+                k_proj: linear(load, format!("{at}.self_attn.k_proj"))?,
+                v_proj: linear(load, format!("{at}.self_attn.v_proj"))?,
+                out_proj: linear(load, format!("{at}.self_attn.out_proj"))?,
+                layer_norm2: norm(load, format!("{at}.layer_norm2"))?,
+                fc1: linear(load, format!("{at}.mlp.fc1"))?,
+                fc2: linear(load, format!("{at}.mlp.fc2"))?,
+            });
+        }
+        Ok(Self {
+            config: config.clone(),
+            select,
+            patch_embedding: Linear::new(load(&format!("{root}.embeddings.patch_embedding.weight"))?, None),
+            class_embedding: load(&format!("{root}.embeddings.class_embedding"))?,
+            position_embedding: load(&format!("{root}.embeddings.position_embedding.weight"))?,
+            pre_layrnorm: norm(load, format!("{root}.pre_layrnorm"))?,
+            layers: stack,
+        })
+    }
+
+    /// patches [B * P, C * p * p] (`ops::patch_embed::patchify`) to the selected features [B * N, D].
+    pub fn forward(&self, forward: &mut Forward<'_>, patches: &Tensor) -> Var {
+        let gpu = patches.gpu();
+        let p = self.config.num_patches();
+        let (images, tokens) = (patches.rows() / p, p + 1);
+        let heads = Heads {
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_attention_heads,
+            head_size: self.config.hidden_size / self.config.num_attention_heads,
+        };
+        let ranges = Ranges::packed(gpu, &vec![tokens; images], false);
+
+        let patches = forward.tape.constant(patches.clone());
+        let embedded = self.patch_embedding.forward(forward, &patches);
+        let class_embedding = forward.parameters.weight(self.class_embedding);
+        let position = forward.parameters.weight(self.position_embedding);
+        let shaped = functions::reshape(forward.tape, &embedded, &[images, p, self.config.hidden_size]);
+        let assembled = functions::assemble_patches(forward.tape, &shaped, &class_embedding, &position);
+        let mut x = self.norm(forward, &self.pre_layrnorm, &assembled);
+        for layer in &self.layers {
+            x = self.layer(forward, layer, &x, &ranges, heads);
+        }
+        match self.select {
+            FeatureSelect::Full => x,
+            FeatureSelect::Default => {
+                let rows: Vec<u32> =
+                    (0..(images * tokens) as u32).filter(|row| !row.is_multiple_of(tokens as u32)).collect();
+                functions::pick_rows(forward.tape, &x, &Tensor::from_u32(gpu, &rows, &[rows.len()]))
+            }
+        }
+    }
+
+    fn norm(&self, forward: &mut Forward<'_>, norm: &LayerNorm, x: &Var) -> Var {
+        let (weight, bias) = (forward.parameters.weight(norm.weight), forward.parameters.weight(norm.bias));
+        functions::layer_norm(forward.tape, x, &weight, &bias, self.config.layer_norm_eps as f32)
+    }
+
+    /// Normalise, attend, add; normalise, transform, add.
+    fn layer(&self, forward: &mut Forward<'_>, layer: &Layer, x: &Var, ranges: &Ranges, heads: Heads) -> Var {
+        let h = self.norm(forward, &layer.layer_norm1, x);
+        let q = layer.q_proj.forward(forward, &h);
+        let k = layer.k_proj.forward(forward, &h);
+        let v = layer.v_proj.forward(forward, &h);
+        let attended = functions::attention(forward.tape, &q, &k, &v, ranges, heads);
+        let attended = layer.out_proj.forward(forward, &attended);
+        let x = functions::add(forward.tape, x, &attended);
+
+        let h = self.norm(forward, &layer.layer_norm2, &x);
+        let h = layer.fc1.forward(forward, &h);
+        let h = functions::activation(forward.tape, &h, Activation::QuickGelu);
+        let h = layer.fc2.forward(forward, &h);
+        functions::add(forward.tape, &x, &h)
+    }
+}

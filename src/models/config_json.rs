@@ -1,0 +1,266 @@
+//! The three configs from their JSON objects and back: defaults, checks, and the spellings of different releases.
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    config::{ClipVisionConfig, FeatureSelect, LlamaConfig, LlavaConfig, ProjectorType},
+    config_fields::Fields,
+};
+use crate::error::Result;
+
+/// Old and new spelling, wherever either stands: transformers 5 loads in the dtype it finds here.
+pub(super) fn set_dtype(map: &mut Map<String, Value>, dtype: &str) {
+    for (key, value) in map.iter_mut() {
+        match (key.as_str(), value) {
+            ("dtype" | "torch_dtype", value) => *value = json!(dtype),
+            ("text_config" | "vision_config", Value::Object(part)) => set_dtype(part, dtype),
+            _ => {}
+        }
+    }
+}
+
+impl LlamaConfig {
+    pub(super) fn from_fields(fields: &Fields) -> Result<Self> {
+        fields.only("hidden_act", &["silu", "swish"], "silu")?;
+        for key in ["attention_bias", "mlp_bias"] {
+            if fields.flag(key, false)? {
+                return Err(fields.not_built(key, "biases in the language model are"));
+            }
+        }
+        let hidden_size = fields.size("hidden_size", 4096)?;
+        let num_attention_heads = fields.size("num_attention_heads", 32)?;
+        let head_dim = match fields.optional_size("head_dim")? {
+            Some(head_dim) => head_dim,
+            None => fields.divided(("hidden_size", hidden_size), ("num_attention_heads", num_attention_heads))?,
+        };
+        if head_dim % 2 == 1 {
+            return Err(fields.bad("head_dim", &format!("is {head_dim}: rotary positions need an even head width")));
+        }
+        let num_key_value_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads);
+        fields.divided(("num_attention_heads", num_attention_heads), ("num_key_value_heads", num_key_value_heads))?;
+        let max_position_embeddings = match fields.optional_size("max_position_embeddings")? {
+            Some(positions) => positions,
+            None => fields.size("max_sequence_length", 2048)?,
+        };
+        Ok(Self {
+            hidden_size,
+            intermediate_size: fields.size("intermediate_size", 11008)?,
+            num_hidden_layers: fields.layers("num_hidden_layers", 32)?,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            vocab_size: fields.size("vocab_size", 32000)?,
+            rms_norm_eps: fields.positive("rms_norm_eps", 1e-6)?,
+            rope_theta: rope_theta(fields)?,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
+            max_position_embeddings,
+            bos_token_id: fields.token_ids("bos_token_id", Some(1))?.first().copied(),
+            eos_token_ids: fields.token_ids("eos_token_id", Some(2))?,
+            pad_token_id: fields.token_ids("pad_token_id", None)?.first().copied(),
+            raw: fields.map.clone(),
+        })
+    }
+
+    pub(super) fn to_map(&self) -> Map<String, Value> {
+        let mut map = self.raw.clone();
+        let eos = match self.eos_token_ids.as_slice() {
+            [] => Value::Null,
+            [one] => json!(one),
+            several => json!(several),
+        };
+        let values = [
+            ("model_type", json!("llama")),
+            ("hidden_size", json!(self.hidden_size)),
+            ("intermediate_size", json!(self.intermediate_size)),
+            ("num_hidden_layers", json!(self.num_hidden_layers)),
+            ("num_attention_heads", json!(self.num_attention_heads)),
+            ("num_key_value_heads", json!(self.num_key_value_heads)),
+            ("head_dim", json!(self.head_dim)),
+            ("hidden_act", json!("silu")),
+            ("vocab_size", json!(self.vocab_size)),
+            ("rms_norm_eps", json!(self.rms_norm_eps)),
+            ("tie_word_embeddings", json!(self.tie_word_embeddings)),
+            ("max_position_embeddings", json!(self.max_position_embeddings)),
+            ("bos_token_id", json!(self.bos_token_id)),
+            ("eos_token_id", eos),
+            ("pad_token_id", json!(self.pad_token_id)),
+            // transformers 4 reads this one, transformers 5 rope_parameters first, where it stands.
+            ("rope_theta", json!(self.rope_theta)),
+        ];
+        map.extend(values.map(|(key, value)| (key.to_owned(), value)));
+        if let Some(Value::Object(rope)) = map.get_mut("rope_parameters") {
+            rope.insert("rope_theta".into(), json!(self.rope_theta));
+        }
+        map
+    }
+}
+
+/// `rope_parameters.rope_theta` (transformers 5) or `rope_theta`; any kind of scaling is refused.
+fn rope_theta(fields: &Fields) -> Result<f64> {
+    let mut theta = fields.positive("rope_theta", 10000.0)?;
+    for key in ["rope_scaling", "rope_parameters"] {
+        let Some(map) = fields.object(key)? else { continue };
+        let path = fields.path_of(key) + ".";
+        let rope = Fields { file: fields.file, path: &path, map };
+        for key in ["rope_type", "type"] {
+            if let Some(kind) = rope.text(key)?.filter(|kind| *kind != "default") {
+                return Err(rope.not_built(key, &format!("rotary scaling of type `{kind}` is")));
+            }
+        }
+        if rope.positive("partial_rotary_factor", 1.0)? != 1.0 {
+            return Err(rope.not_built("partial_rotary_factor", "rotary positions on a part of each head are"));
+        }
+        theta = rope.positive("rope_theta", theta)?;
+    }
+    Ok(theta)
+}
+
+impl ClipVisionConfig {
+    pub(super) fn from_fields(fields: &Fields) -> Result<Self> {
+        fields.only("hidden_act", &["quick_gelu"], "quick_gelu")?;
+        let hidden_size = fields.size("hidden_size", 768)?;
+        let num_attention_heads = fields.size("num_attention_heads", 12)?;
+        fields.divided(("hidden_size", hidden_size), ("num_attention_heads", num_attention_heads))?;
+        let num_channels = fields.size("num_channels", 3)?;
+        if num_channels != 3 {
+            return Err(fields.not_built("num_channels", &format!("pictures of {num_channels} channels are")));
+        }
+        let image_size = fields.pixels("image_size", 224)?;
+        let patch_size = fields.pixels("patch_size", 32)?;
+        fields.divided(("image_size", image_size), ("patch_size", patch_size))?;
+        Ok(Self {
+            hidden_size,
+            intermediate_size: fields.size("intermediate_size", 3072)?,
+            num_hidden_layers: fields.layers("num_hidden_layers", 12)?,
+            num_attention_heads,
+            num_channels,
+            image_size,
+            patch_size,
+            layer_norm_eps: fields.positive("layer_norm_eps", 1e-5)?,
+            raw: fields.map.clone(),
+        })
+    }
+
+    pub(super) fn to_map(&self) -> Map<String, Value> {
+        let mut map = self.raw.clone();
+        let values = [
+            ("model_type", json!("clip_vision_model")),
+            ("hidden_size", json!(self.hidden_size)),
+            ("intermediate_size", json!(self.intermediate_size)),
+            ("num_hidden_layers", json!(self.num_hidden_layers)),
+            ("num_attention_heads", json!(self.num_attention_heads)),
+            ("num_channels", json!(self.num_channels)),
+            ("image_size", json!(self.image_size)),
+            ("patch_size", json!(self.patch_size)),
+            ("layer_norm_eps", json!(self.layer_norm_eps)),
+            ("hidden_act", json!("quick_gelu")),
+        ];
+        map.extend(values.map(|(key, value)| (key.to_owned(), value)));
+        map
+    }
+}
+
+/// The tower of LLaVA-1.5, CLIP ViT-L/14 at 336 pixels: what a LLaVA without a vision_config has.
+const RELEASED_VISION: [(&str, usize); 8] = [
+    ("hidden_size", 1024),
+    ("intermediate_size", 4096),
+    ("num_hidden_layers", 24),
+    ("num_attention_heads", 16),
+    ("image_size", 336),
+    ("patch_size", 14),
+    ("projection_dim", 768),
+    ("vocab_size", 32000),
+];
+
+impl LlavaConfig {
+    pub(super) fn from_fields(fields: &Fields) -> Result<Self> {
+        let empty = Map::new();
+        let text_fields =
+            Fields { path: "text_config.", map: fields.object("text_config")?.unwrap_or(&empty), ..*fields };
+        text_fields.only("model_type", &["llama"], "llama")?;
+        let mut text_config = LlamaConfig::from_fields(&text_fields)?;
+        // transformers 4 reads the text_config's, 5 ties if either says so.
+        text_config.tie_word_embeddings |= fields.flag("tie_word_embeddings", false)?;
+        // Old files keep these ids at the top alone.
+        let at_top = |key: &str| !text_fields.map.contains_key(key) && fields.map.contains_key(key);
+        if at_top("bos_token_id") {
+            text_config.bos_token_id = fields.token_ids("bos_token_id", None)?.first().copied();
+        }
+        if at_top("eos_token_id") {
+            text_config.eos_token_ids = fields.token_ids("eos_token_id", None)?;
+        }
+        if at_top("pad_token_id") {
+            text_config.pad_token_id = fields.token_ids("pad_token_id", None)?.first().copied();
+        }
+
+        let released = Map::from_iter(RELEASED_VISION.map(|(key, value)| (key.to_owned(), json!(value))));
+        let vision_map = fields.object("vision_config")?.unwrap_or(&released);
+        let vision_fields = Fields { path: "vision_config.", map: vision_map, ..*fields };
+        vision_fields.only("model_type", &["clip_vision_model"], "clip_vision_model")?;
+
+        let projector = match fields.text("projector_hidden_act")?.unwrap_or("gelu") {
+            "gelu" => ProjectorType::Mlp2xGelu,
+            "linear" => ProjectorType::Linear,
+            other => return Err(fields.not_built("projector_hidden_act", &format!("`{other}` is"))),
+        };
+        let strategy = match fields.text("vision_feature_select_strategy")?.unwrap_or("default") {
+            "default" | "patch" => FeatureSelect::Default,
+            "full" | "cls_patch" => FeatureSelect::Full,
+            other => {
+                let problem = format!("is `{other}`, but `default` or `full` is expected");
+                return Err(fields.bad("vision_feature_select_strategy", &problem));
+            }
+        };
+        let image_token_index = match fields.token_ids("image_token_index", None)?.first() {
+            Some(&id) => id,
+            None => fields.token_ids("image_token_id", Some(32000))?.first().copied().unwrap_or(32000),
+        };
+        let config = Self {
+            text_config,
+            vision_config: ClipVisionConfig::from_fields(&vision_fields)?,
+            image_token_index,
+            projector,
+            multimodal_projector_bias: fields.flag("multimodal_projector_bias", true)?,
+            vision_feature_layer: fields.feature_layer("vision_feature_layer", -2)?,
+            vision_feature_select_strategy: strategy,
+            raw: fields.map.clone(),
+        };
+        config.check_feature_layer(fields)?;
+        Ok(config)
+    }
+
+    fn check_feature_layer(&self, fields: &Fields) -> Result<()> {
+        let layers = self.vision_config.num_hidden_layers as i64;
+        if (-layers - 1..=layers).contains(&self.vision_feature_layer) {
+            return Ok(());
+        }
+        let problem = format!("is {}, but the tower has {layers} layers", self.vision_feature_layer);
+        Err(fields.bad("vision_feature_layer", &problem))
+    }
+
+    pub(super) fn to_map(&self) -> Map<String, Value> {
+        let mut map = self.raw.clone();
+        let act = match self.projector {
+            ProjectorType::Linear => "linear",
+            ProjectorType::Mlp2xGelu => "gelu",
+        };
+        let values = [
+            ("architectures", json!(["LlavaForConditionalGeneration"])),
+            ("model_type", json!("llava")),
+            ("image_token_index", json!(self.image_token_index)),
+            ("projector_hidden_act", json!(act)),
+            ("multimodal_projector_bias", json!(self.multimodal_projector_bias)),
+            ("vision_feature_layer", json!(self.vision_feature_layer)),
+            ("vision_feature_select_strategy", json!(self.vision_feature_select_strategy.as_str())),
+            ("image_seq_length", json!(self.image_seq_length())),
+            ("tie_word_embeddings", json!(self.text_config.tie_word_embeddings)),
+            ("text_config", Value::Object(self.text_config.to_map())),
+            ("vision_config", Value::Object(self.vision_config.to_map())),
+        ];
+        map.extend(values.map(|(key, value)| (key.to_owned(), value)));
+        if map.contains_key("image_token_id") {
+            map.insert("image_token_id".into(), json!(self.image_token_index));
+        }
+        map
+    }
+}

@@ -1,0 +1,152 @@
+//! LLaVA: pictures through the tower and the projector, spliced among word embeddings, through the decoder.
+//! A plain LLaMA is the same without the first two.
+
+use super::{
+    batch::PackedBatch,
+    clip::ClipVision,
+    config::ModelConfig,
+    llama::{Llama, Places},
+    projector::Projector,
+};
+use crate::{
+    autograd::{Tape, Var, functions},
+    error::{Error, Result},
+    formats::{HostTensor, hf_folder::ModelFolder},
+    gpu::Gpu,
+    nn::{Forward, Parameters},
+    ops::patch_embed,
+    tensor::Tensor,
+};
+
+pub struct Llava {
+    pub config: ModelConfig,
+    pub parameters: Parameters,
+    pub language: Llama,
+    pub vision: Option<ClipVision>,
+    pub projector: Option<Projector>,
+    gpu: Gpu,
+}
+
+/// What a batch's pictures are given as.
+pub enum Pictures<'a> {
+    /// Selected features of the tower, computed before: [pictures * N, Dv].
+    Features(Tensor),
+    /// Processed pixels [C, S, S] of each picture.
+    Pixels(&'a [&'a [f32]]),
+}
+
+impl Llava {
+    /// Reads a complete model to the device.
+    pub fn load(gpu: &Gpu, folder: &ModelFolder) -> Result<Self> {
+        let complete = &mut |name: &str, _: &[usize]| Err(Error::data(format!("{} lacks {name}", folder.name())));
+        Self::load_with(gpu, folder, folder.config().clone(), false, complete)
+    }
+
+    /// Reads a model's tensors to the device under `config`, which may differ from the folder's in its projector.
+    /// Where the folder has no projector, or `replace` says so, its tensors come from `projector` by canonical name
+    /// and shape.
+    pub fn load_with(
+        gpu: &Gpu,
+        folder: &ModelFolder,
+        config: ModelConfig,
+        replace: bool,
+        projector: &mut dyn FnMut(&str, &[usize]) -> Result<HostTensor>,
+    ) -> Result<Self> {
+        let mut parameters = Parameters::default();
+        let shapes = config.llava().map(super::names::projector_tensors).unwrap_or_default();
+        let mut load = |name: &str| {
+            let tensor = match shapes.iter().find(|(known, _)| known == name) {
+                Some((_, shape)) if replace || !folder.has(name) => projector(name, shape)?,
+                _ => folder.tensor(name)?,
+            };
+            Ok(parameters.insert(name, Tensor::from_f32(gpu, &tensor.data, &matrix(&tensor.shape))))
+        };
+        let language = Llama::new(config.text(), &mut load)?;
+        let (mut vision, mut part) = (None, None);
+        if let Some(llava) = config.llava() {
+            let select = llava.vision_feature_select_strategy;
+            vision = Some(ClipVision::new(&llava.vision_config, llava.vision_layers_used(), select, &mut load)?);
+            part = Some(Projector::new(llava, &mut load)?);
+        }
+        Ok(Self { parameters, language, vision, projector: part, gpu: gpu.clone(), config })
+    }
+
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Rows that a picture takes in the sequence; 0 for a plain LLaMA.
+    pub fn image_tokens(&self) -> usize {
+        self.config.llava().map_or(0, |llava| llava.image_seq_length())
+    }
+
+    /// A pass that records nothing, for inference.
+    pub fn inference<'a>(&'a self, tape: &'a mut Tape) -> Forward<'a> {
+        Forward { tape, parameters: &self.parameters, dropout: None }
+    }
+
+    /// The tower's features [pictures * N, Dv] of processed pixels.
+    pub fn features(&self, forward: &mut Forward<'_>, pictures: &[&[f32]]) -> Result<Var> {
+        let (Some(vision), Some(llava)) = (&self.vision, self.config.llava()) else {
+            return Err(Error::usage("this model has no vision tower").hint("leave the pictures out, or use a LLaVA"));
+        };
+        let clip = &llava.vision_config;
+        let mut patches = Vec::new();
+        for pixels in pictures {
+            patches.extend(patch_embed::patchify(pixels, clip.image_size, clip.patch_size));
+        }
+        let width = clip.num_channels * clip.patch_size * clip.patch_size;
+        let patches = Tensor::from_f32(&self.gpu, &patches, &[patches.len() / width, width]);
+        Ok(vision.forward(forward, &patches))
+    }
+
+    /// Word embeddings [T, D] of a batch with its pictures in their places.
+    pub fn embed(&self, forward: &mut Forward<'_>, batch: &PackedBatch, pictures: Pictures<'_>) -> Result<Var> {
+        let words = self.language.embed(forward, &batch.ids);
+        if batch.images == 0 {
+            return Ok(words);
+        }
+        let features = match pictures {
+            Pictures::Features(features) => forward.tape.constant(features),
+            Pictures::Pixels(pixels) => self.features(forward, pixels)?,
+        };
+        let Some(projector) = &self.projector else {
+            return Err(Error::usage("this model has no projector for pictures").hint("use a LLaVA"));
+        };
+        let projected = projector.forward(forward, &features);
+        let rows = Tensor::from_u32(&self.gpu, &batch.image_rows, &[batch.image_rows.len()]);
+        Ok(functions::place_rows(forward.tape, &words, &rows, &projected))
+    }
+
+    /// The token losses of a batch, in nats, in the order of its targets; their gradient times `scale` is on the
+    /// tape. `None` when nothing is supervised.
+    pub fn losses(
+        &self,
+        forward: &mut Forward<'_>,
+        batch: &PackedBatch,
+        pictures: Pictures<'_>,
+        scale: f32,
+    ) -> Result<Option<Var>> {
+        if batch.targets.is_empty() {
+            return Ok(None);
+        }
+        let embeddings = self.embed(forward, batch, pictures)?;
+        let hidden = self.language.forward(forward, &embeddings, &Places::packed(&self.gpu, &batch.lengths));
+        let rows = Tensor::from_u32(&self.gpu, &batch.predicting_rows, &[batch.predicting_rows.len()]);
+        let picked = functions::pick_rows(forward.tape, &hidden, &rows);
+        let head = forward.parameters.weight(self.language.lm_head());
+        Ok(Some(functions::head_loss(forward.tape, &picked, &head, &batch.targets, scale)))
+    }
+
+    /// The token losses of a batch without gradients, read back.
+    pub fn score(&self, batch: &PackedBatch, pictures: Pictures<'_>) -> Result<Vec<f32>> {
+        let mut tape = Tape::silent();
+        let mut forward = Forward { tape: &mut tape, parameters: &self.parameters, dropout: None };
+        self.losses(&mut forward, batch, pictures, 1.0)?.map_or(Ok(Vec::new()), |losses| losses.value.to_vec())
+    }
+}
+
+/// A convolution's weight [D, C, p, p] as the matrix [D, C * p * p] that its product is; other shapes as they are.
+fn matrix(shape: &[usize]) -> Vec<usize> {
+    if shape.len() > 2 { vec![shape[0], shape[1..].iter().product()] } else { shape.to_vec() }
+}

@@ -1,0 +1,17 @@
+//! CLIP, the projector, LLaMA, and LLaVA made of the three. Written as for one device; adapters and what trains are
+//! the trainer's choice.
+//!
+//! `config.rs` and `names.rs` know checkpoints, not devices (`formats` builds on them); a forward pass is read in
+//! `llava.rs`, then `clip.rs`, `projector.rs`, `llama.rs`.
+
+pub mod adapter;
+pub mod batch;
+pub mod clip;
+pub mod config;
+pub(crate) mod config_fields;
+mod config_json;
+pub mod llama;
+pub mod llava;
+pub mod names;
+pub mod open;
+pub mod projector;

@@ -1,0 +1,164 @@
+//! A model ready to be asked: weights on the device, an adapter on them, tokenizer and picture processing beside.
+
+use std::{path::Path, sync::Arc};
+
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::{adapter, config::ModelConfig, llava::Llava, names};
+use crate::{
+    data::{Encoder, ImageProcessor, ImageSource, Template, Tokenizer},
+    embedded,
+    error::{Error, Result},
+    formats::{HostTensor, hf_folder::ModelFolder, peft::Adapter},
+    gpu::Gpu,
+};
+
+/// Where a model is.
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'a> {
+    /// In the program, by its name.
+    Embedded(&'a str),
+    /// A folder in Hugging Face layout.
+    Folder(&'a Path),
+}
+
+impl<'a> Place<'a> {
+    /// `embedded:NAME`, or a path.
+    pub fn parse(text: &'a str) -> Self {
+        if text.starts_with(embedded::PREFIX) { Self::Embedded(text) } else { Self::Folder(Path::new(text)) }
+    }
+
+    /// Opens the folder; a LLaVA may lack its projector.
+    pub fn folder(self) -> Result<ModelFolder> {
+        match self {
+            Self::Embedded(name) => embedded::model(name),
+            Self::Folder(path) => ModelFolder::open_base(path),
+        }
+    }
+}
+
+pub struct Opened {
+    pub model: Llava,
+    pub tokenizer: Arc<Tokenizer>,
+    /// None for a plain LLaMA.
+    pub processor: Option<ImageProcessor>,
+    pub folder: ModelFolder,
+}
+
+/// Opens a model for inference, with an adapter on it if there is one.
+///
+/// A LLaVA whose projector is neither in its folder nor in the adapter answers text alone: its `projector` is `None`.
+pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opened> {
+    let folder = place.folder()?;
+    let tokenizer = tokenizer(&folder)?;
+    let processor = processor(&folder)?;
+    let adapter = adapter.map(|path| Adapter::read(path, folder.config())).transpose()?;
+    let saved = |name: &str| adapter.as_ref().and_then(|adapter| adapter.saved.get(name));
+    let mut projector = |name: &str, shape: &[usize]| {
+        Ok(saved(name).cloned().unwrap_or_else(|| HostTensor::zeros(shape)))
+    };
+    let mut model = Llava::load_with(gpu, &folder, folder.config().clone(), false, &mut projector)?;
+    let tensors = folder.config().llava().map(names::projector_tensors).unwrap_or_default();
+    if !folder.has_projector() && !tensors.iter().all(|(name, _)| saved(name).is_some()) {
+        model.projector = None;
+    }
+    if let Some(adapter) = &adapter {
+        adapter::attach(&mut model, adapter, 0.0)?;
+    }
+    Ok(Opened { model, tokenizer: Arc::new(tokenizer), processor, folder })
+}
+
+/// The tokenizer of a model.
+///
+/// # Errors
+/// `Data`: it is missing or unreadable, or knows ids that the model has no embedding for.
+pub fn tokenizer(folder: &ModelFolder) -> Result<Tokenizer> {
+    let tokenizer = match folder.path() {
+        Some(path) => Tokenizer::from_folder(path)?,
+        None => {
+            let config = folder.file("tokenizer_config.json")?;
+            Tokenizer::from_bytes(&folder.require_file("tokenizer.json")?, config.as_deref())?
+        }
+    };
+    let (known, embedded) = (tokenizer.vocabulary_size(), folder.config().text().vocab_size);
+    if known > embedded {
+        let message = format!("{}: the tokenizer has {known} tokens, the model's vocab_size is {embedded}", folder.name());
+        return Err(Error::data(message).hint("tokenizer and weights are of different models: fetch both afresh"));
+    }
+    Ok(tokenizer)
+}
+
+/// How pictures are brought to the tower; none for a plain LLaMA.
+///
+/// # Errors
+/// `Data`: preprocessor_config.json gives pictures of another size than the tower takes.
+pub fn processor(folder: &ModelFolder) -> Result<Option<ImageProcessor>> {
+    let ModelConfig::Llava(llava) = folder.config() else { return Ok(None) };
+    let size = llava.vision_config.image_size as u32;
+    let processor = match folder.preprocessor_config()? {
+        Some(config) => {
+            let file = format!("{}/preprocessor_config.json", folder.name());
+            ImageProcessor::from_config(&Value::Object(config), &file, size)?
+        }
+        None => ImageProcessor::clip(size),
+    };
+    match processor.output_size() {
+        Some((height, width)) if (height, width) == (size, size) => Ok(Some(processor)),
+        other => {
+            let made = other.map_or("pictures of any size".into(), |(height, width)| format!("{width}x{height} pixels"));
+            let message = format!("{}: preprocessor_config.json gives {made}, the vision tower takes {size}x{size}", folder.name());
+            Err(Error::data(message).hint("set its `crop_size` to the `image_size` of vision_config in config.json"))
+        }
+    }
+}
+
+/// Pixel values [3, S, S] of every picture, on all cores. Errors name the picture.
+pub fn pixels(processor: &ImageProcessor, pictures: &[ImageSource]) -> Result<Vec<Vec<f32>>> {
+    let process = |picture: &ImageSource| {
+        let values = processor.process(&picture.load()?).map_err(|error| {
+            Error { message: format!("{}: {}", picture.name(), error.message), ..error }
+        })?;
+        Ok(values.data)
+    };
+    pictures.par_iter().map(process).collect()
+}
+
+impl Opened {
+    /// What tokenises for this model, in the template of a name; records longer than the model's positions are cut.
+    pub fn encoder(&self, version: &str, system: Option<String>) -> Result<Encoder> {
+        Ok(Encoder {
+            tokenizer: self.tokenizer.clone(),
+            template: Template::named(version)?,
+            system,
+            image_tokens: self.model.image_tokens(),
+            max_length: Some(self.model.config.text().max_position_embeddings),
+        })
+    }
+
+    /// Pixel values of pictures.
+    ///
+    /// # Errors
+    /// `Usage` when there are pictures and the model has no eyes.
+    pub fn pixels(&self, pictures: &[ImageSource]) -> Result<Vec<Vec<f32>>> {
+        match &self.processor {
+            _ if pictures.is_empty() => Ok(Vec::new()),
+            Some(processor) => pixels(processor, pictures),
+            None => Err(Error::usage(format!("{} is a language model, it cannot see pictures", self.folder.name()))
+                .hint("leave the pictures out, or name a LLaVA")),
+        }
+    }
+
+    /// The ids that end an answer: the model's, and the template's end mark where that is one token.
+    pub fn stop_ids(&self, template: &Template) -> Result<Vec<u32>> {
+        stop_ids(&self.folder, &self.tokenizer, template)
+    }
+}
+
+/// The ids that end an answer: the model's, and the template's end mark where that is one token.
+pub fn stop_ids(folder: &ModelFolder, tokenizer: &Tokenizer, template: &Template) -> Result<Vec<u32>> {
+    let mut ids = folder.eos_token_ids()?;
+    ids.extend(tokenizer.token_to_id(template.stop()));
+    ids.dedup();
+    Ok(ids)
+}

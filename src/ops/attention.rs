@@ -1,0 +1,225 @@
+//! Scaled dot-product attention over packed sequences, forward and backward, without a T x T matrix.
+//! PyTorch: `F.scaled_dot_product_attention(q, k, v, attn_mask, scale=E ** -0.5, enable_gqa=True)`.
+//!
+//! What a query may see is a half-open range of keys, so causal, full, packed and cached attention are one kernel
+//! with other ranges. Query head h reads key/value head h * K / H.
+
+use super::{Comparison, Cost, Op, Random, groups_for};
+use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+
+/// Which keys each query sees, and the same seen from the keys.
+#[derive(Clone)]
+pub struct Ranges {
+    /// u32 [T, 2]: first key and end.
+    pub of_queries: Tensor,
+    /// u32 [S, 2]: first query and end; needed by the backward alone.
+    pub of_keys: Option<Tensor>,
+}
+
+impl Ranges {
+    /// Sequences of the given lengths, packed one behind the other; each attends to itself only.
+    pub fn packed(gpu: &Gpu, lengths: &[usize], causal: bool) -> Self {
+        let (mut queries, mut keys, mut start) = (Vec::new(), Vec::new(), 0u32);
+        for &length in lengths {
+            let end = start + length as u32;
+            for t in start..end {
+                queries.extend([start, if causal { t + 1 } else { end }]);
+                keys.extend([if causal { t } else { start }, end]);
+            }
+            start = end;
+        }
+        let total = start as usize;
+        Self {
+            of_queries: Tensor::from_u32(gpu, &queries, &[total, 2]),
+            of_keys: Some(Tensor::from_u32(gpu, &keys, &[total, 2])),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// H
+    pub heads: usize,
+    /// K, a divisor of H
+    pub kv_heads: usize,
+    /// E, 256 at most
+    pub head_size: usize,
+}
+
+impl Heads {
+    fn params(self, queries: usize, keys: usize) -> [u32; 6] {
+        let scale = 1.0 / (self.head_size as f32).sqrt();
+        [queries as u32, keys as u32, self.heads as u32, self.kv_heads as u32, self.head_size as u32, scale.to_bits()]
+    }
+
+    /// The variant for a head size, and how many queries (or keys) its workgroups own.
+    fn variant(self, kernel: &str) -> (String, usize) {
+        match self.head_size {
+            ..=32 => (format!("attention.{kernel}.narrow"), 8),
+            33..=128 => (format!("attention.{kernel}"), 4),
+            _ => (format!("attention.{kernel}.wide"), if kernel == "backward_key_value" { 2 } else { 4 }),
+        }
+    }
+}
+
+/// q [T, H, E] over k, v [S, K, E]: the output [T, H, E], and log-sum-exp beside room for delta [T, H, 2].
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, ranges: &Ranges, heads: Heads) -> (Tensor, Tensor) {
+    let gpu = q.gpu();
+    let width = heads.heads * heads.head_size;
+    let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
+    let out = Tensor::empty(gpu, &[queries, width]);
+    let stats = Tensor::empty(gpu, &[queries, heads.heads, 2]);
+    // Queries of different cached sequences share no keys, so while decoding each goes alone.
+    let (kernel, rows) =
+        if queries < 8 { ("attention.forward.decode".into(), 1) } else { heads.variant("forward") };
+    let bindings =
+        [q.binding(), k.binding(), v.binding(), ranges.of_queries.binding(), out.binding(), stats.binding()];
+    let groups = [queries.div_ceil(rows) as u32, heads.heads as u32, 1];
+    gpu.dispatch(&kernel, &bindings, &heads.params(queries, keys), groups);
+    (out, stats)
+}
+
+/// The gradients of q, k and v from dout [T, H, E].
+///
+/// # Panics
+/// When the ranges lack the keys' side.
+pub fn backward(
+    [q, k, v, out, stats]: [&Tensor; 5],
+    dout: &Tensor,
+    ranges: &Ranges,
+    heads: Heads,
+) -> (Tensor, Tensor, Tensor) {
+    let gpu = q.gpu();
+    let (queries, keys) =
+        (q.len() / (heads.heads * heads.head_size), k.len() / (heads.kv_heads * heads.head_size));
+    let params = heads.params(queries, keys);
+    let rows = queries * heads.heads;
+    gpu.dispatch(
+        "attention.backward_delta",
+        &[out.binding(), dout.binding(), stats.binding()],
+        &params,
+        groups_for(rows, 64),
+    );
+    let [dq, dk, dv] = [q, k, v].map(|x| Tensor::empty(gpu, x.shape()));
+    let (kernel, rows) = heads.variant("backward_query");
+    gpu.dispatch(
+        &kernel,
+        &[
+            q.binding(),
+            k.binding(),
+            v.binding(),
+            ranges.of_queries.binding(),
+            stats.binding(),
+            dout.binding(),
+            dq.binding(),
+        ],
+        &params,
+        [queries.div_ceil(rows) as u32, heads.heads as u32, 1],
+    );
+    let of_keys = ranges.of_keys.as_ref().expect("training ranges know both sides");
+    let (kernel, rows) = heads.variant("backward_key_value");
+    gpu.dispatch(
+        &kernel,
+        &[
+            q.binding(),
+            k.binding(),
+            v.binding(),
+            of_keys.binding(),
+            stats.binding(),
+            dout.binding(),
+            dk.binding(),
+            dv.binding(),
+        ],
+        &params,
+        [keys.div_ceil(rows) as u32, heads.kv_heads as u32, 1],
+    );
+    (dq, dk, dv)
+}
+
+/// Output, dq, dk and dv on the host; `lengths` as in [`Ranges::packed`].
+pub fn reference(
+    [q, k, v, dout]: [&[f64]; 4],
+    lengths: &[usize],
+    causal: bool,
+    heads: Heads,
+) -> [Vec<f64>; 4] {
+    let Heads { heads: h_count, kv_heads, head_size } = heads;
+    let scale = 1.0 / (head_size as f64).sqrt();
+    let mut result = [q, q, k, v].map(|x| vec![0.0; x.len()]);
+    let [out, dq, dk, dv] = &mut result;
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut start = 0;
+    for &length in lengths {
+        for t in start..start + length {
+            for h in 0..h_count {
+                let row = (t * h_count + h) * head_size..(t * h_count + h + 1) * head_size;
+                let keys = start..if causal { t + 1 } else { start + length };
+                let at = |s: usize| {
+                    let first = (s * kv_heads + h * kv_heads / h_count) * head_size;
+                    first..first + head_size
+                };
+                let scores: Vec<f64> = keys.clone().map(|s| dot(&q[row.clone()], &k[at(s)]) * scale).collect();
+                let largest = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
+                let sum: f64 = scores.iter().map(|s| (s - largest).exp()).sum();
+                let p: Vec<f64> = scores.iter().map(|s| (s - largest).exp() / sum).collect();
+                let dp: Vec<f64> = keys.clone().map(|s| dot(&dout[row.clone()], &v[at(s)])).collect();
+                let delta = dot(&p, &dp);
+                for ((s, p), dp) in keys.zip(p).zip(dp) {
+                    let ds = p * (dp - delta) * scale;
+                    for e in 0..head_size {
+                        let (r, c) = (row.start + e, at(s).start + e);
+                        out[r] += p * v[c];
+                        dq[r] += ds * k[c];
+                        dk[c] += ds * q[r];
+                        dv[c] += p * dout[r];
+                    }
+                }
+            }
+        }
+        start += length;
+    }
+    result
+}
+
+fn check(causal: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut comparisons = Vec::new();
+    // Every head size class; grouped heads; lengths that share a workgroup and lengths that fill blocks.
+    for (kv_heads, head_size) in [(1, 5), (2, 33), (4, 136)] {
+        if n > 100 && head_size != 33 {
+            continue;
+        }
+        let heads = Heads { heads: 4, kv_heads, head_size };
+        let lengths = [n, 1, n / 3 + 1];
+        let tokens: usize = lengths.iter().sum();
+        let mut random = Random::new((n * 7 + kv_heads) as u64);
+        let ((q, tq), (dout, tdout)) = (
+            random.tensor(gpu, &[tokens, heads.heads * head_size]),
+            random.tensor(gpu, &[tokens, heads.heads * head_size]),
+        );
+        let ((k, tk), (v, tv)) = (
+            random.tensor(gpu, &[tokens, kv_heads * head_size]),
+            random.tensor(gpu, &[tokens, kv_heads * head_size]),
+        );
+        let ranges = Ranges::packed(gpu, &lengths, causal);
+        let (out, stats) = forward(&tq, &tk, &tv, &ranges, heads);
+        let (dq, dk, dv) = backward([&tq, &tk, &tv, &out, &stats], &tdout, &ranges, heads);
+        let wide = [&q, &k, &v, &dout].map(|x| super::testing::wide(x));
+        let [want_out, want_dq, want_dk, want_dv] =
+            reference([&wide[0], &wide[1], &wide[2], &wide[3]], &lengths, causal, heads);
+        comparisons.extend([
+            Comparison::new("out", out.to_vec()?, want_out, 3e-6),
+            Comparison::new("dq", dq.to_vec()?, want_dq, 2e-5),
+            Comparison::new("dk", dk.to_vec()?, want_dk, 2e-5),
+            Comparison::new("dv", dv.to_vec()?, want_dv, 2e-5),
+        ]);
+    }
+    Ok(comparisons)
+}
+
+fn cost(n: usize) -> Cost {
+    let (n, width) = (n as u64, 4 * 33);
+    Cost { flops: 4 * n * n * width, bytes: 16 * n * width }
+}
+
+pub const CAUSAL: Op = Op { name: "attention.causal", check: |gpu, n| check(true, gpu, n), cost };
+pub const FULL: Op = Op { name: "attention.full", check: |gpu, n| check(false, gpu, n), cost };

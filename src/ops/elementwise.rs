@@ -1,0 +1,86 @@
+//! Add, scale, fill, and the sum of rows (a bias's gradient).
+
+use super::{Comparison, Cost, MAX_GROUPS, Op, Random, THREADS, groups_for};
+use crate::{
+    error::Result,
+    gpu::Gpu,
+    tensor::{ALIGNMENT, Tensor},
+};
+
+/// Cuts `count` elements into parts that can be bound and dispatched: `(first, count)`.
+pub(super) fn bindable_elements(gpu: &Gpu, count: usize) -> impl Iterator<Item = (usize, usize)> {
+    let most = (gpu.max_binding() as usize / 4).min(MAX_GROUPS * MAX_GROUPS / 4) / ALIGNMENT * ALIGNMENT;
+    let step = most.max(ALIGNMENT);
+    (0..count).step_by(step).map(move |first| (first, step.min(count - first)))
+}
+
+fn launch(name: &str, tensors: &[&Tensor], value: f32) {
+    let gpu = tensors[0].gpu();
+    for (first, count) in bindable_elements(gpu, tensors[0].len()) {
+        let bindings: Vec<_> = tensors.iter().map(|tensor| tensor.range(first, count)).collect();
+        gpu.dispatch(name, &bindings, &[count as u32, value.to_bits(), 0], groups_for(count, THREADS));
+    }
+}
+
+/// a + b in a new tensor. PyTorch: `a + b`.
+pub fn add(a: &Tensor, b: &Tensor) -> Tensor {
+    let y = Tensor::empty(a.gpu(), a.shape());
+    add_to(a, b, &y);
+    y
+}
+
+/// y = a + b; y may be a.
+pub fn add_to(a: &Tensor, b: &Tensor, y: &Tensor) {
+    assert!(a.len() == b.len() && a.len() == y.len(), "{a:?} + {b:?} into {y:?}");
+    launch("elementwise.add", &[a, b, y], 0.0);
+}
+
+pub fn fill(y: &Tensor, value: f32) {
+    launch("elementwise.fill", &[y], value);
+}
+
+/// A new tensor of zeros.
+pub fn zeros(gpu: &Gpu, shape: &[usize]) -> Tensor {
+    let y = Tensor::empty(gpu, shape);
+    fill(&y, 0.0);
+    y
+}
+
+/// y *= value
+pub fn scale(y: &Tensor, value: f32) {
+    launch("elementwise.scale", &[y], value);
+}
+
+/// out[D] += sum over the rows of x [N, D].
+pub fn add_rows(x: &Tensor, out: &Tensor) {
+    assert_eq!(x.cols(), out.len(), "rows of {x:?} into {out:?}");
+    for (first, rows) in super::bindable_rows(x.gpu(), x.rows(), x.cols()) {
+        let params = [rows as u32, 0, x.cols() as u32];
+        let bindings = [x.range(first * x.cols(), rows * x.cols()), out.binding()];
+        x.gpu().dispatch("elementwise.add_rows", &bindings, &params, groups_for(x.cols(), THREADS));
+    }
+}
+
+fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut random = Random::new(n as u64);
+    let (a, ta) = random.tensor(gpu, &[n, n + 1]);
+    let (b, tb) = random.tensor(gpu, &[n, n + 1]);
+    let sum = add(&ta, &tb);
+    let rows = zeros(gpu, &[n + 1]);
+    add_rows(&sum, &rows);
+    let want: Vec<f64> = a.iter().zip(&b).map(|(a, b)| f64::from(*a) + f64::from(*b)).collect();
+    let want_rows = (0..=n).map(|col| want.iter().skip(col).step_by(n + 1).sum()).collect();
+    let got = sum.to_vec()?;
+    scale(&sum, -0.5);
+    Ok(vec![
+        Comparison::new("a + b", got, want.clone(), 1e-7),
+        Comparison::new("sum of rows", rows.to_vec()?, want_rows, 1e-6),
+        Comparison::new("scaled", sum.to_vec()?, want.iter().map(|x| -0.5 * x).collect(), 1e-7),
+    ])
+}
+
+pub const OP: Op = Op {
+    name: "elementwise.add",
+    check,
+    cost: |n| Cost { flops: (n * (n + 1)) as u64, bytes: 12 * (n * (n + 1)) as u64 },
+};

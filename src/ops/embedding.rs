@@ -1,0 +1,183 @@
+//! Rows by index: y[i] = table[ids[i]], its overwriting inverse, and the gradient of the table.
+//! PyTorch: `torch.nn.functional.embedding`, and `index_add_` in a fixed order for its backward.
+//!
+//! An id outside the table leaves its row alone; [`LEAVE`] is such an id for every table.
+
+use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for};
+use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+
+/// The id that means: nothing is read or written for this row.
+pub const LEAVE: u32 = u32::MAX;
+
+/// Rows of table [V, D] by ids (u32 [N]): [N, D]. Rows whose id is outside the table have unspecified content; where
+/// there are such ids, fill a tensor and use [`gather_into`].
+pub fn gather(table: &Tensor, ids: &Tensor) -> Tensor {
+    let y = Tensor::empty(table.gpu(), &[ids.len(), table.cols()]);
+    gather_into(table, ids, &y);
+    y
+}
+
+/// y[i] = table[ids[i]] for ids inside the table; other rows of y [N, D] stay as they are.
+pub fn gather_into(table: &Tensor, ids: &Tensor, y: &Tensor) {
+    move_rows("embedding.gather", table, ids, y);
+}
+
+/// table[ids[i]] = y[i] for ids inside the table [V, D]. No such id may occur twice.
+pub fn scatter(y: &Tensor, ids: &Tensor, table: &Tensor) {
+    move_rows("embedding.scatter", table, ids, y);
+}
+
+/// Each part of y's rows against each part of the table's; every id lies in one part of the table.
+fn move_rows(kernel: &str, table: &Tensor, ids: &Tensor, y: &Tensor) {
+    let (gpu, d) = (table.gpu(), table.cols());
+    assert!(y.cols() == d && y.rows() == ids.len(), "{kernel}: {y:?} and {ids:?} with table {table:?}");
+    for (first, count) in bindable_rows(gpu, ids.len(), d) {
+        for (from, rows) in bindable_rows(gpu, table.rows(), d) {
+            let bindings = [table.range(from * d, rows * d), ids.range(first, count), y.range(first * d, count * d)];
+            let params = [count as u32, d as u32, from as u32, rows as u32];
+            gpu.dispatch(kernel, &bindings, &params, groups_for(count * d, THREADS));
+        }
+    }
+}
+
+/// Where each id occurs in a list, as compressed rows: the occurrences of `unique[u]` are
+/// `order[starts[u]..starts[u + 1]]`. With it a sum per id needs no atomics, and has one order.
+pub struct Csr {
+    /// u32 [count], ascending.
+    pub unique: Tensor,
+    /// u32 [count + 1].
+    pub starts: Tensor,
+    /// u32: positions in the list, ascending within an id.
+    pub order: Tensor,
+    /// How many different ids there are.
+    pub count: usize,
+}
+
+impl Csr {
+    /// Sorts the positions of `ids` by id; positions of [`LEAVE`] are left out.
+    pub fn new(gpu: &Gpu, ids: &[u32]) -> Self {
+        let (unique, starts, order) = compressed(ids);
+        let upload = |words: &[u32]| Tensor::from_u32(gpu, words, &[words.len()]);
+        Self { unique: upload(&unique), starts: upload(&starts), order: upload(&order), count: unique.len() }
+    }
+}
+
+/// Unique ids, starts, order.
+fn compressed(ids: &[u32]) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
+    let mut order: Vec<u32> = (0..ids.len() as u32).filter(|&at| ids[at as usize] != LEAVE).collect();
+    order.sort_by_key(|&at| ids[at as usize]);
+    let (mut unique, mut starts) = (Vec::new(), Vec::new());
+    for (place, &at) in order.iter().enumerate() {
+        let id = ids[at as usize];
+        if unique.last() != Some(&id) {
+            unique.push(id);
+            starts.push(place as u32);
+        }
+    }
+    starts.push(order.len() as u32);
+    (unique, starts, order)
+}
+
+/// dtable[ids[i]] += dy[i], for the ids that `csr` was made of; dtable is [V, D].
+/// dy [N, D] must fit into one binding, because any of its rows may go to any part of the table.
+pub fn scatter_add(dy: &Tensor, csr: &Csr, dtable: &Tensor) {
+    let (gpu, d) = (dy.gpu(), dy.cols());
+    assert_eq!(d, dtable.cols(), "rows of {dy:?} into {dtable:?}");
+    for (from, rows) in bindable_rows(gpu, dtable.rows(), d) {
+        let bindings = [
+            dtable.range(from * d, rows * d),
+            csr.unique.binding(),
+            csr.starts.binding(),
+            csr.order.binding(),
+            dy.binding(),
+        ];
+        let params = [csr.count as u32, d as u32, from as u32, rows as u32];
+        gpu.dispatch("embedding.scatter_add", &bindings, &params, groups_for(csr.count * d, THREADS));
+    }
+}
+
+/// `y` [N, D] after a gather from `table` [V, D], on the host.
+pub fn reference(table: &[f64], ids: &[u32], y: &[f64], d: usize) -> Vec<f64> {
+    let mut out = y.to_vec();
+    for (row, &id) in out.chunks_mut(d).zip(ids) {
+        if let Some(from) = table.chunks(d).nth(id as usize) {
+            row.copy_from_slice(from);
+        }
+    }
+    out
+}
+
+/// `table` [V, D] after rows of `y` [N, D] were written (`add`: added) to it, on the host.
+pub fn reference_scatter(y: &[f64], ids: &[u32], table: &[f64], d: usize, add: bool) -> Vec<f64> {
+    let mut out = table.to_vec();
+    for (row, &id) in y.chunks(d).zip(ids) {
+        if let Some(to) = out.chunks_mut(d).nth(id as usize) {
+            to.iter_mut().zip(row).for_each(|(to, y)| *to = if add { *to + y } else { *y });
+        }
+    }
+    out
+}
+
+fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut random = Random::new(n as u64);
+    let (vocab, d, tokens) = (2 * n + 3, n / 2 + 1, n + 2);
+    let ((table, ttable), (y, ty)) = (random.tensor(gpu, &[vocab, d]), random.tensor(gpu, &[tokens, d]));
+    let (table, y) = (super::testing::wide(&table), super::testing::wide(&y));
+    let mut ids = random.indices(tokens, vocab);
+    ids[0] = LEAVE;
+    ids[tokens - 1] = vocab as u32 - 1;
+    let tids = Tensor::from_u32(gpu, &ids, &[tokens]);
+
+    let plain = gather(&ttable, &tids);
+    gather_into(&ttable, &tids, &ty);
+    let gathered = reference(&table, &ids, &y, d);
+    let plain = plain.to_vec()?.split_off(d);
+
+    let dtable = elementwise::zeros(gpu, &[vocab, d]);
+    let csr = Csr::new(gpu, &ids);
+    scatter_add(&ty, &csr, &dtable);
+    scatter_add(&ty, &csr, &dtable);
+    let doubled: Vec<f64> = gathered.iter().map(|y| 2.0 * y).collect();
+    let want_dtable = reference_scatter(&doubled, &ids, &vec![0.0; vocab * d], d, true);
+
+    // Ids in falling order, none twice, every third left out.
+    let once: Vec<u32> = (0..tokens as u32).map(|i| if i % 3 == 1 { LEAVE } else { vocab as u32 - 1 - i }).collect();
+    let got = ty.to_vec()?;
+    elementwise::scale(&ty, -1.0);
+    scatter(&ty, &Tensor::from_u32(gpu, &once, &[tokens]), &ttable);
+    let negative: Vec<f64> = gathered.iter().map(|y| -y).collect();
+    Ok(vec![
+        Comparison::new("gather", plain, gathered[d..].to_vec(), 1e-9),
+        Comparison::new("gather into", got, gathered.clone(), 1e-9),
+        Comparison::new("scatter", ttable.to_vec()?, reference_scatter(&negative, &once, &table, d, false), 1e-9),
+        Comparison::new("scatter add", dtable.to_vec()?, want_dtable, 1e-6),
+    ])
+}
+
+pub const OP: Op = Op {
+    name: "embedding",
+    check,
+    cost: |n| {
+        let elements = ((n + 2) * (n / 2 + 1)) as u64;
+        Cost { flops: 0, bytes: 8 * elements + 4 * (n as u64 + 2) }
+    },
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_grouped_by_ascending_id() {
+        let (unique, starts, order) = compressed(&[7, 2, LEAVE, 7, 0, 2, 7]);
+        assert_eq!(unique, [0, 2, 7]);
+        assert_eq!(starts, [0, 1, 3, 6]);
+        assert_eq!(order, [4, 1, 5, 0, 3, 6]);
+    }
+
+    #[test]
+    fn a_list_without_ids_has_no_groups() {
+        assert_eq!(compressed(&[]), (vec![], vec![0], vec![]));
+        assert_eq!(compressed(&[LEAVE]), (vec![], vec![0], vec![]));
+    }
+}

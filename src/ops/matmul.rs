@@ -1,0 +1,345 @@
+//! C = alpha * op(A) op(B) + bias (+ C): the product behind every linear layer, forward and backward.
+//!
+//! | layout | A | B | use |
+//! |---|---|---|---|
+//! | NT | [M, K] | [N, K] | Y = X W^T, `torch.nn.functional.linear` |
+//! | NN | [M, K] | [K, N] | dX = dY W |
+//! | TN | [K, M] | [K, N] | dW = dY^T X |
+//!
+//! Which kernel runs is chosen per adapter and shape: GPUs stage tiles in workgroup memory, host processors want
+//! their operands as uniforms (`by_uniforms`), and a few rows of A go to a kernel that reads W once.
+
+use super::{Comparison, Cost, Op, Random, testing::wide};
+use crate::{
+    error::Result,
+    gpu::{Gpu, UNIFORM_BYTES},
+    tensor::{ALIGNMENT, Tensor},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    Nt,
+    Nn,
+    Tn,
+}
+
+/// What happens to a product on its way out.
+#[derive(Clone, Copy, Default)]
+pub struct Epilogue<'a> {
+    /// Scales the product; `None` is 1.
+    pub alpha: Option<f32>,
+    /// [N], added to every row.
+    pub bias: Option<&'a Tensor>,
+    /// Add to what C holds.
+    pub accumulate: bool,
+}
+
+/// `op(A) op(B)` in a new tensor [M, N].
+pub fn product(layout: Layout, a: &Tensor, b: &Tensor) -> Tensor {
+    product_with(layout, a, b, Epilogue::default())
+}
+
+/// As [`product`], with an epilogue that does not accumulate.
+pub fn product_with(layout: Layout, a: &Tensor, b: &Tensor, epilogue: Epilogue<'_>) -> Tensor {
+    let (m, n, _) = sizes(layout, a, b);
+    let c = Tensor::empty(a.gpu(), &[m, n]);
+    product_into(layout, a, b, &c, Epilogue { accumulate: false, ..epilogue });
+    c
+}
+
+/// M, N, K.
+fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, usize) {
+    let (m, k) = if layout == Layout::Tn { (a.cols(), a.rows()) } else { (a.rows(), a.cols()) };
+    let (n, bk) = if layout == Layout::Nt { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
+    assert_eq!(k, bk, "{layout:?} product of {a:?} and {b:?}");
+    (m, n, k)
+}
+
+/// Writes (or adds) the product into C [M, N].
+pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
+    let (m, n, k) = sizes(layout, a, b);
+    assert_eq!((c.rows(), c.cols()), (m, n), "{layout:?} product of {a:?} and {b:?} into {c:?}");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let call = Call { layout, a, b, c, epilogue };
+    call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
+}
+
+/// A block of the product: half-open ranges of M, N, K.
+#[derive(Clone, Copy)]
+struct Region {
+    m: (usize, usize),
+    n: (usize, usize),
+    k: (usize, usize),
+}
+
+struct Call<'a> {
+    layout: Layout,
+    a: &'a Tensor,
+    b: &'a Tensor,
+    c: &'a Tensor,
+    epilogue: Epilogue<'a>,
+}
+
+impl Region {
+    fn cut_m(self, [first, second]: [(usize, usize); 2]) -> [Self; 2] {
+        [Self { m: first, ..self }, Self { m: second, ..self }]
+    }
+
+    fn cut_n(self, [first, second]: [(usize, usize); 2]) -> [Self; 2] {
+        [Self { n: first, ..self }, Self { n: second, ..self }]
+    }
+
+    fn cut_k(self, [first, second]: [(usize, usize); 2]) -> [Self; 2] {
+        [Self { k: first, ..self }, Self { k: second, ..self }]
+    }
+}
+
+fn length((from, to): (usize, usize)) -> usize {
+    to - from
+}
+
+/// Halves a range at a multiple of 64, so that the second half can be bound.
+fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
+    let middle = from + ((to - from) / 2).next_multiple_of(ALIGNMENT).min(to - from);
+    [(from, middle), (middle, to)]
+}
+
+impl Call<'_> {
+    /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
+    fn run(&self, region: Region) {
+        let gpu = self.c.gpu();
+        let most = gpu.max_binding();
+        let bytes = |rows: (usize, usize), tensor: &Tensor| (length(rows) * tensor.cols() * 4) as u64;
+        let (a_rows, b_rows) = self.operand_rows(region);
+        let cut = if bytes(region.m, self.c) > most && length(region.m) > 64 {
+            region.cut_m(halved(region.m))
+        } else if bytes(a_rows, self.a) > most && length(a_rows) > 64 {
+            if self.layout == Layout::Tn { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
+        } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
+            if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
+        } else if gpu.is_cpu() && length(region.m) > ROWS_KERNEL_MOST {
+            return self.by_uniforms(region);
+        } else {
+            return self.launch(region);
+        };
+        cut.into_iter().for_each(|part| self.run(part));
+    }
+
+    /// The ranges of A's and B's rows that a region needs.
+    fn operand_rows(&self, region: Region) -> ((usize, usize), (usize, usize)) {
+        (
+            if self.layout == Layout::Tn { region.k } else { region.m },
+            if self.layout == Layout::Nt { region.n } else { region.k },
+        )
+    }
+
+    /// Cuts a region until the rows of A and of B are uniforms of 64 KiB at most; rows longer than that, or so long
+    /// that few fit, are served by the tiled kernel.
+    fn by_uniforms(&self, region: Region) {
+        let (fit_a, fit_b) = (uniform_rows(self.a.cols()), uniform_rows(self.b.cols()));
+        if fit_a < 8 || fit_b < 8 {
+            return self.launch(region);
+        }
+        if self.layout == Layout::Nt && fit_b < 64 && region.k.0 == 0 && length(region.k) == self.b.cols() {
+            // Too few rows of W fit to fill the lanes: the transposed matrix has shorter rows.
+            let n = length(region.n);
+            let transposed = Tensor::empty(self.c.gpu(), &[length(region.k), n]);
+            transpose_rows(self.b, region.n.0, &transposed);
+            if uniform_rows(n) > fit_b {
+                for (m0, m1) in parts(region.m, fit_a) {
+                    for (k0, k1) in parts(region.k, uniform_rows(n)) {
+                        let part = Region { m: (m0, m1), n: region.n, k: (k0, k1) };
+                        self.launch_uniform(part, Layout::Nn, &transposed, k0, 0);
+                    }
+                }
+                return;
+            }
+        }
+        let (m_most, n_most, k_most) = match self.layout {
+            Layout::Nt => (fit_a, fit_b, usize::MAX),
+            Layout::Nn => (fit_a, usize::MAX, fit_b),
+            Layout::Tn => (usize::MAX, usize::MAX, fit_a.min(fit_b)),
+        };
+        for m in parts(region.m, m_most) {
+            for n in parts(region.n, n_most) {
+                for k in parts(region.k, k_most) {
+                    let part = Region { m, n, k };
+                    let (b_row, b_col) = if self.layout == Layout::Nt { (n.0, k.0) } else { (k.0, n.0) };
+                    self.launch_uniform(part, self.layout, self.b, b_row, b_col);
+                }
+            }
+        }
+    }
+
+    /// One dispatch over a region whose operands fit into uniforms; B's block starts at `b_row`, `b_col` of `b`.
+    fn launch_uniform(&self, region: Region, layout: Layout, b: &Tensor, b_row: usize, b_col: usize) {
+        let Self { a, c, epilogue, .. } = *self;
+        let (m, n, k) = (length(region.m), length(region.n), length(region.k));
+        let (a_row, a_col) = if layout == Layout::Tn { (region.k.0, region.m.0) } else { (region.m.0, region.k.0) };
+        let (a_binding, a_before) = a.uniform(a_row * a.cols());
+        let (b_binding, b_before) = b.uniform(b_row * b.cols());
+        let (a_offset, b_offset) = (a_before + a_col, b_before + b_col);
+        let first = region.k.0 == 0;
+        let bias = epilogue.bias.filter(|_| first).map(|bias| bias.uniform(region.n.0));
+        let (bias_binding, bias_before) = bias.unwrap_or((a_binding, 0));
+
+        // vec4 loads need rows that start at, and a fast axis that fills, whole vec4s.
+        let fast = if layout == Layout::Tn { m } else { k };
+        let mut even = [a.cols(), a_offset, fast].iter().all(|x| x.is_multiple_of(4));
+        even &= layout != Layout::Nt || (b.cols().is_multiple_of(4) && b_offset.is_multiple_of(4));
+        let wide = n > 48;
+        let kernel = match (layout, wide, even) {
+            (Layout::Nt, true, true) => "matmul.by_uniform.nt_wide",
+            (Layout::Nt, true, false) => "matmul.by_uniform.nt_wide_odd",
+            (Layout::Nt, false, true) => "matmul.by_uniform.nt_narrow",
+            (Layout::Nt, false, false) => "matmul.by_uniform.nt_narrow_odd",
+            (Layout::Nn, true, true) => "matmul.by_uniform.nn_wide",
+            (Layout::Nn, true, false) => "matmul.by_uniform.nn_wide_odd",
+            (Layout::Nn, false, true) => "matmul.by_uniform.nn_narrow",
+            (Layout::Nn, false, false) => "matmul.by_uniform.nn_narrow_odd",
+            (Layout::Tn, true, true) => "matmul.by_uniform.tn_wide",
+            (Layout::Tn, true, false) => "matmul.by_uniform.tn_wide_odd",
+            (Layout::Tn, false, true) => "matmul.by_uniform.tn_narrow",
+            (Layout::Tn, false, false) => "matmul.by_uniform.tn_narrow_odd",
+        };
+        let (c_binding, c_before) = c.range_from(region.m.0 * c.cols(), m * c.cols());
+        let params = [
+            m as u32,
+            n as u32,
+            k as u32,
+            a.cols() as u32,
+            b.cols() as u32,
+            c.cols() as u32,
+            a_offset as u32,
+            b_offset as u32,
+            (c_before + region.n.0) as u32,
+            u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
+            epilogue.alpha.unwrap_or(1.0).to_bits(),
+            bias_before as u32,
+        ];
+        let groups = [n.div_ceil(if wide { 128 } else { 32 }) as u32, m.div_ceil(8) as u32, 1];
+        c.gpu().dispatch(kernel, &[a_binding, b_binding, bias_binding, c_binding], &params, groups);
+    }
+
+    fn launch(&self, region: Region) {
+        let Self { layout, a, b, c, epilogue } = *self;
+        let (m, n, k) = (length(region.m), length(region.n), length(region.k));
+        // Row ranges are bound; column ranges are offsets inside the binding.
+        let (a_rows, b_rows) = self.operand_rows(region);
+        let a_col = if layout == Layout::Tn { region.m.0 } else { region.k.0 };
+        let b_col = if layout == Layout::Nt { region.k.0 } else { region.n.0 };
+        let rows = |tensor: &Tensor, range: (usize, usize)| (range.0 * tensor.cols(), length(range) * tensor.cols());
+        let first = region.k.0 == 0;
+        let bias = epilogue.bias.filter(|_| first);
+        let params = [
+            m as u32,
+            n as u32,
+            k as u32,
+            a.cols() as u32,
+            b.cols() as u32,
+            c.cols() as u32,
+            a_col as u32,
+            b_col as u32,
+            region.n.0 as u32,
+            u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
+            epilogue.alpha.unwrap_or(1.0).to_bits(),
+            0,
+        ];
+        let bind = |tensor: &Tensor, range| rows(tensor, range);
+        let ((a_start, a_count), (b_start, b_count), (c_start, c_count)) =
+            (bind(a, a_rows), bind(b, b_rows), bind(c, region.m));
+        let a = a.range(a_start, a_count);
+        let bias = bias.map_or(a, |bias| bias.range(region.n.0, n));
+        let (kernel, groups) = choose(c.gpu(), layout, m, n);
+        c.gpu().dispatch(kernel, &[a, b.range(b_start, b_count), bias, c.range(c_start, c_count)], &params, groups);
+    }
+}
+
+/// Elements of one uniform binding.
+const UNIFORM_ELEMENTS: usize = UNIFORM_BYTES as usize / 4;
+/// Up to this many rows of A, W is read once by `matmul.rows`.
+const ROWS_KERNEL_MOST: usize = 4;
+
+/// How many rows of `cols` elements one uniform holds, wherever the first begins.
+fn uniform_rows(cols: usize) -> usize {
+    let slack = if cols.is_multiple_of(ALIGNMENT) { 0 } else { ALIGNMENT };
+    (UNIFORM_ELEMENTS - slack) / cols
+}
+
+/// A range in equal parts of at most `most`, cut at multiples of 8.
+fn parts((from, to): (usize, usize), most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let most = if most >= 8 { most / 8 * 8 } else { most.max(1) };
+    let count = (to - from).div_ceil(most).max(1);
+    let step = (to - from).div_ceil(count).next_multiple_of(8).min(most).max(1);
+    (from..to).step_by(step).map(move |start| (start, (start + step).min(to)))
+}
+
+/// Writes rows of `from` [.., K], starting at `first`, as the columns of `to` [K, N].
+fn transpose_rows(from: &Tensor, first: usize, to: &Tensor) {
+    let (k, n) = (to.rows(), to.cols());
+    let (source, before) = from.range_from(first * k, n * k);
+    let params = [n as u32, k as u32, 0, k as u32, 0, n as u32, before as u32, 0, 0, 0, 0, 0];
+    let groups = [n.div_ceil(16) as u32, k.div_ceil(16) as u32, 1];
+    to.gpu().dispatch("matmul.transpose", &[source, to.binding()], &params, groups);
+}
+
+/// The kernel and its workgroups for a product on bound storage.
+fn choose(gpu: &Gpu, layout: Layout, m: usize, n: usize) -> (&'static str, [u32; 3]) {
+    if layout == Layout::Nt && m <= ROWS_KERNEL_MOST {
+        let kernel = if gpu.is_cpu() { "matmul.rows.nt_cpu" } else { "matmul.rows.nt" };
+        return (kernel, [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32]);
+    }
+    let small = m <= 32 || n <= 32 || m.div_ceil(64) * n.div_ceil(64) < 32;
+    let kernel = match (layout, small) {
+        (Layout::Nt, false) => "matmul.tiled.nt",
+        (Layout::Nn, false) => "matmul.tiled.nn",
+        (Layout::Tn, false) => "matmul.tiled.tn",
+        (Layout::Nt, true) => "matmul.tiled.nt_small",
+        (Layout::Nn, true) => "matmul.tiled.nn_small",
+        (Layout::Tn, true) => "matmul.tiled.tn_small",
+    };
+    let side = if small { 32 } else { 64 };
+    (kernel, [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1])
+}
+
+/// The same product on the host, in f64.
+pub fn reference(layout: Layout, a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) -> Vec<f64> {
+    let mut c = vec![0.0; m * n];
+    for i in 0..m {
+        for l in 0..k {
+            let x = if layout == Layout::Tn { a[l * m + i] } else { a[i * k + l] };
+            for j in 0..n {
+                c[i * n + j] += x * if layout == Layout::Nt { b[j * k + l] } else { b[l * n + j] };
+            }
+        }
+    }
+    c
+}
+
+fn check(layout: Layout, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut out = Vec::new();
+    // Square, a few rows, a narrow result, and sides that fill whole vec4s.
+    for [m, n, k] in [[n, n + 2, n + 1], [3, n, n], [n, 8, n], [n.next_multiple_of(4), n, n.next_multiple_of(4)]] {
+        let mut random = Random::new((m * 31 + n * 7 + k) as u64);
+        let (a, ta) = random.tensor(gpu, &if layout == Layout::Tn { [k, m] } else { [m, k] });
+        let (b, tb) = random.tensor(gpu, &if layout == Layout::Nt { [n, k] } else { [k, n] });
+        let (bias, tbias) = random.tensor(gpu, &[n]);
+        let c = product_with(layout, &ta, &tb, Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false });
+        product_into(layout, &ta, &tb, &c, Epilogue { alpha: Some(0.25), bias: None, accumulate: true });
+        let plain = reference(layout, &wide(&a), &wide(&b), [m, n, k]);
+        let want = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % n])).collect();
+        out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want, 2e-6 * (k as f64).sqrt().max(2.0)));
+    }
+    Ok(out)
+}
+
+fn cost(n: usize) -> Cost {
+    let [m, n, k] = [n, n + 2, n + 1].map(|x| x as u64);
+    Cost { flops: 2 * m * n * k, bytes: 4 * (m * k + n * k + m * n) }
+}
+
+pub const NT: Op = Op { name: "matmul.nt", check: |gpu, n| check(Layout::Nt, gpu, n), cost };
+pub const NN: Op = Op { name: "matmul.nn", check: |gpu, n| check(Layout::Nn, gpu, n), cost };
+pub const TN: Op = Op { name: "matmul.tn", check: |gpu, n| check(Layout::Tn, gpu, n), cost };

@@ -1,0 +1,86 @@
+//! The operations: one file per family, named as its shader, with launches forward and backward, a CPU reference,
+//! FLOPs and bytes.
+//!
+//! Must never know: the tape, layers, models. [`OPS`] is the one list that tests, benches and estimates walk.
+//! README.md in this folder tells how to add an op.
+
+pub mod activation;
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
+pub mod elementwise;
+pub mod embedding;
+pub mod layer_norm;
+pub mod matmul;
+pub mod patch_embed;
+pub mod reduce;
+pub mod rms_norm;
+pub mod rope;
+
+mod testing;
+
+pub use testing::{Comparison, Random};
+
+use crate::{error::Result, gpu::Gpu};
+
+/// Operations and memory traffic of one launch at the size that `check` uses for `n`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cost {
+    /// Floating-point operations, a fused multiply-add counted as two.
+    pub flops: u64,
+    /// Bytes that must be read and written at least once.
+    pub bytes: u64,
+}
+
+/// An operation, as tests and benches see it.
+pub struct Op {
+    /// `family.what`; the family is a file here and in `shaders/`.
+    pub name: &'static str,
+    /// Runs forward and backward on random data of awkward sizes made from `n`, and the CPU reference beside it.
+    pub check: fn(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>>,
+    /// What the forward launch of `check` costs at `n`.
+    pub cost: fn(n: usize) -> Cost,
+}
+
+/// Every operation.
+pub const OPS: &[Op] = &[
+    matmul::NT,
+    matmul::NN,
+    matmul::TN,
+    rms_norm::OP,
+    layer_norm::OP,
+    rope::OP,
+    activation::SWIGLU,
+    activation::GELU,
+    activation::QUICK_GELU,
+    attention::CAUSAL,
+    attention::FULL,
+    embedding::OP,
+    patch_embed::OP,
+    cross_entropy::OP,
+    elementwise::OP,
+    reduce::OP,
+    dropout::OP,
+    adamw::OP,
+];
+
+/// Threads of the elementwise kernels' workgroups.
+const THREADS: usize = 64;
+/// Workgroups along one dimension: WebGPU's floor.
+const MAX_GROUPS: usize = 65_535;
+
+/// Workgroups for `n` items, `per_group` each, folded into two dimensions (kernels see `x + y * groups.x`).
+fn groups_for(n: usize, per_group: usize) -> [u32; 3] {
+    let groups = n.div_ceil(per_group);
+    let x = groups.clamp(1, MAX_GROUPS);
+    if groups == 0 { [0, 1, 1] } else { [x as u32, groups.div_ceil(x) as u32, 1] }
+}
+
+/// Cuts `rows` rows of at most `row_words` words each into parts that can be bound: `(first, count)`.
+/// Parts start at multiples of 64 rows, so that their offsets are aligned whatever the row's length.
+fn bindable_rows(gpu: &Gpu, rows: usize, row_words: usize) -> impl Iterator<Item = (usize, usize)> {
+    let most = (gpu.max_binding() as usize / (row_words.max(1) * 4)).min(MAX_GROUPS) / 64 * 64;
+    let step = most.max(64);
+    (0..rows).step_by(step).map(move |first| (first, step.min(rows - first)))
+}

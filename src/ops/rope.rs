@@ -1,0 +1,78 @@
+//! Rotary position embedding, halves convention (Hugging Face LLaMA): with e = E/2, channel j < e pairs with j + e,
+//! out_j = x_j cos - x_{j+e} sin, out_{j+e} = x_{j+e} cos + x_j sin, angle = position * theta^(-2j/E).
+
+use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, groups_for};
+use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+
+/// Cosines and sines for the positions below `positions`: [positions, 2, E/2]. The angle is rounded to f32 as
+/// transformers rounds it, cosine and sine are exact: devices may be coarse at large angles.
+pub fn table(gpu: &Gpu, positions: usize, head_size: usize, theta: f64) -> Tensor {
+    let half = head_size / 2;
+    let mut data = Vec::with_capacity(positions * head_size);
+    let inverse: Vec<f32> = (0..half).map(|j| (1.0 / theta.powf(2.0 * j as f64 / head_size as f64)) as f32).collect();
+    for position in 0..positions {
+        let angles = inverse.iter().map(|&frequency| f64::from(position as f32 * frequency));
+        data.extend(angles.clone().map(|angle| angle.cos() as f32));
+        data.extend(angles.map(|angle| angle.sin() as f32));
+    }
+    Tensor::from_f32(gpu, &data, &[positions, 2, half])
+}
+
+/// Rotates x [T, H, E] by its tokens' positions (u32 [T]); `inverse` for the backward.
+pub fn rotate(x: &Tensor, positions: &Tensor, table: &Tensor, heads: usize, inverse: bool) -> Tensor {
+    let gpu = x.gpu();
+    let (tokens, width) = (positions.len(), x.len() / positions.len().max(1));
+    let y = Tensor::empty(gpu, x.shape());
+    let half = width / heads / 2;
+    let sign: f32 = if inverse { -1.0 } else { 1.0 };
+    for (first, rows) in bindable_rows(gpu, tokens, width) {
+        let (start, count) = (first * width, rows * width);
+        let bindings = [x.range(start, count), positions.range(first, rows), table.binding(), y.range(start, count)];
+        let params = [rows as u32, heads as u32, half as u32, sign.to_bits()];
+        gpu.dispatch("rope.rotate", &bindings, &params, groups_for(rows * heads * half, THREADS));
+    }
+    y
+}
+
+/// The same on the host, angles in f64.
+pub fn reference(x: &[f32], positions: &[u32], heads: usize, head_size: usize, theta: f64) -> Vec<f64> {
+    let half = head_size / 2;
+    let mut y = vec![0.0; x.len()];
+    for (t, &position) in positions.iter().enumerate() {
+        for h in 0..heads {
+            let base = (t * heads + h) * head_size;
+            for j in 0..half {
+                let frequency = (1.0 / theta.powf(2.0 * j as f64 / head_size as f64)) as f32;
+                let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
+                let (a, b) = (f64::from(x[base + j]), f64::from(x[base + half + j]));
+                y[base + j] = a * cos - b * sin;
+                y[base + half + j] = b * cos + a * sin;
+            }
+        }
+    }
+    y
+}
+
+fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut random = Random::new(n as u64);
+    let (heads, head_size, theta) = (3, 2 * (n % 37 + 1), 10_000.0);
+    let (x, tx) = random.tensor(gpu, &[n, heads, head_size]);
+    let positions = random.indices(n, 600);
+    let tpositions = Tensor::from_u32(gpu, &positions, &[n]);
+    let table = table(gpu, 600, head_size, theta);
+    let y = rotate(&tx, &tpositions, &table, heads, false);
+    let back = rotate(&y, &tpositions, &table, heads, true);
+    Ok(vec![
+        Comparison::new("y", y.to_vec()?, reference(&x, &positions, heads, head_size, theta), 1e-6),
+        Comparison::new("the inverse brings x back", back.to_vec()?, super::testing::wide(&x), 1e-6),
+    ])
+}
+
+pub const OP: Op = Op {
+    name: "rope",
+    check,
+    cost: |n| {
+        let elements = (n * 3 * 2 * (n % 37 + 1)) as u64;
+        Cost { flops: 3 * elements, bytes: 8 * elements }
+    },
+};

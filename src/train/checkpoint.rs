@@ -1,0 +1,105 @@
+//! Checkpoints: all that an exact resume needs, written so that a kill leaves a whole one.
+//!
+//! `state.safetensors` holds every tensor that trains with both moments (`NAME`, `NAME.exp_avg`, `NAME.exp_avg_sq`);
+//! `trainer_state.json` the step and what the run was. Data order, dropout and schedule follow from the step alone.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    optimizer::{Optimizer, Updates},
+    run_folder::CheckpointWriter,
+};
+use crate::{
+    error::{Error, Result},
+    formats::{
+        safetensors::Checkpoint,
+        safetensors_writer::{TensorData, TensorHead, write_safetensors},
+    },
+    tensor::Tensor,
+};
+
+const STATE_FILE: &str = "state.safetensors";
+const TRAINER_FILE: &str = "trainer_state.json";
+const SUFFIXES: [&str; 3] = ["", ".exp_avg", ".exp_avg_sq"];
+
+/// Where a run stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Updates so far.
+    pub updates: Updates,
+    pub total_steps: u64,
+    /// Records of the data set: another number means other data.
+    pub records: usize,
+    /// Seconds trained so far.
+    pub seconds: f64,
+}
+
+/// Writes checkpoint-N and removes the oldest beyond `save_total_limit`. `extra` writes more into the folder.
+pub fn save(
+    stage_dir: &Path,
+    state: &TrainerState,
+    optimizer: &Optimizer,
+    save_total_limit: usize,
+    extra: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
+    let writer = CheckpointWriter::begin(stage_dir, state.step)?;
+    let mut heads = Vec::new();
+    let mut tensors: Vec<(String, Tensor)> = Vec::new();
+    for (name, shape, parts) in optimizer.states() {
+        for (suffix, tensor) in SUFFIXES.iter().zip(parts) {
+            heads.push(TensorHead::f32(format!("{name}{suffix}"), shape));
+            tensors.push((format!("{name}{suffix}"), tensor));
+        }
+    }
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    write_safetensors(&writer.path().join(STATE_FILE), heads, &mut |head| {
+        let at = tensors.binary_search_by(|(name, _)| name.as_str().cmp(&head.name));
+        let at = at.map_err(|_| Error::failed(format!("{} has no state", head.name)))?;
+        Ok(TensorData::F32(tensors[at].1.to_vec()?.into()))
+    })?;
+    let path = writer.path().join(TRAINER_FILE);
+    let json = serde_json::to_vec_pretty(state).map_err(|error| Error::failed("trainer state").caused_by(error))?;
+    super::run_folder::write_atomically(&path, &json)?;
+    extra(writer.path())?;
+    writer.commit(save_total_limit)
+}
+
+/// Reads a checkpoint back into the optimizer.
+///
+/// # Errors
+/// `Data` when the checkpoint belongs to another run: other tensors, shapes, records or steps.
+pub fn load(folder: &Path, optimizer: &Optimizer, records: usize, total_steps: u64) -> Result<TrainerState> {
+    let path = folder.join(TRAINER_FILE);
+    let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
+    let state: TrainerState = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::data(format!("{} is not what this program wrote", path.display())).caused_by(error))?;
+    let other = |what: String| {
+        Error::data(format!("{} belongs to another run: {what}", folder.display()))
+            .hint("resume with the config and data the run was started with, or start anew with another --output-dir")
+    };
+    if state.records != records {
+        return Err(other(format!("it had {} records, the data has {records}", state.records)));
+    }
+    if state.total_steps != total_steps {
+        return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));
+    }
+    let checkpoint = Checkpoint::open(&folder.join(STATE_FILE))?;
+    for (name, shape, parts) in optimizer.states() {
+        for (suffix, tensor) in SUFFIXES.iter().zip(parts) {
+            let stored = checkpoint.get(&format!("{name}{suffix}"));
+            let stored = stored.ok_or_else(|| other(format!("it holds no {name}{suffix}")))?.to_f32()?;
+            if stored.shape != shape {
+                return Err(other(format!("{name} is {:?}, now {shape:?}", stored.shape)));
+            }
+            tensor.write(&stored.data);
+        }
+    }
+    if checkpoint.names().count() != optimizer.states().count() * SUFFIXES.len() {
+        return Err(other("it holds tensors that do not train here".into()));
+    }
+    Ok(state)
+}

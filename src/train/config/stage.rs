@@ -1,0 +1,271 @@
+//! One stage of a run, typed.
+
+use super::{
+    get,
+    layers::Origin,
+    sort,
+    types::{
+        DataEntry, DataSource, EMBEDDED, GradientCheckpointing, ImageAspectRatio, LossNorm, LrSchedulerType, Method,
+        Precision, ProjectorType, SelectFeature, Source, TargetModules,
+    },
+};
+use crate::error::{Error, Result};
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// A value as resolved, and where it was given.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    pub key: &'static str,
+    pub value: Value,
+    pub origin: Origin,
+}
+
+/// Two settings are the same when they say the same, wherever they were given.
+impl PartialEq for Setting {
+    fn eq(&self, other: &Self) -> bool {
+        (self.key, &self.value) == (other.key, &other.value)
+    }
+}
+
+/// A stage as resolved; fields are named as the keys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StageConfig {
+    /// Empty for a config without `[[stage]]`.
+    pub name: String,
+    /// `DIR/<name>`, or DIR.
+    pub output_dir: PathBuf,
+    /// None: starts from what the stage before it produced. Never none in the first stage.
+    pub model_name_or_path: Option<Source>,
+    pub vision_tower: Option<Source>,
+    /// None: as the model has.
+    pub mm_projector_type: Option<ProjectorType>,
+    pub pretrain_mm_mlp_adapter: Option<Source>,
+    pub adapter_name_or_path: Option<Source>,
+    /// None: as the model has.
+    pub mm_vision_select_layer: Option<i64>,
+    pub mm_vision_select_feature: Option<SelectFeature>,
+    /// At least one.
+    pub data_path: Vec<DataEntry>,
+    /// Template name; which exist is for the data layer to say.
+    pub version: String,
+    pub image_aspect_ratio: ImageAspectRatio,
+    /// None: the model's.
+    pub model_max_length: Option<usize>,
+    pub shuffle: bool,
+    pub seed: u64,
+    pub group_by_modality_length: bool,
+    pub method: Method,
+    pub freeze_mm_mlp_adapter: bool,
+    pub unfreeze_mm_vision_tower: bool,
+    /// `learning_rate` where it is not given.
+    pub mm_projector_lr: f64,
+    pub r: usize,
+    /// 2r where it is not given.
+    pub lora_alpha: f64,
+    pub lora_dropout: f64,
+    pub target_modules: TargetModules,
+    pub use_rslora: bool,
+    pub num_train_epochs: f64,
+    pub max_steps: Option<u64>,
+    pub per_device_train_batch_size: usize,
+    pub gradient_accumulation_steps: usize,
+    /// 1e-4, or 2e-5 for `full`, where it is not given.
+    pub learning_rate: f64,
+    pub lr_scheduler_type: LrSchedulerType,
+    pub warmup_ratio: f64,
+    pub warmup_steps: Option<u64>,
+    pub weight_decay: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    /// 0: no clipping.
+    pub max_grad_norm: f64,
+    pub loss_norm: LossNorm,
+    /// None: as the checkpoint has.
+    pub precision: Option<Precision>,
+    pub gradient_checkpointing: GradientCheckpointing,
+    pub logging_steps: u64,
+    pub save_steps: u64,
+    pub save_total_limit: usize,
+    /// All of the above as TOML values, with their origins; keys without a value are left out.
+    pub values: Vec<Setting>,
+}
+
+/// Reads one value after another; a value that is missing or of another kind is a fault of the key list, not of the
+/// user, and still an error instead of a panic.
+struct Reader<'a>(&'a [Setting]);
+
+impl<'a> Reader<'a> {
+    fn optional<T>(&self, key: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        let wrong = || Error::failed(format!("config key `{key}` has a default of the wrong kind"));
+        get(self.0, key).map(|value| read(value).ok_or_else(wrong)).transpose()
+    }
+
+    fn required<T>(&self, key: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<T> {
+        self.optional(key, read)?.ok_or_else(|| Error::failed(format!("config key `{key}` has no value")))
+    }
+
+    fn flag(&self, key: &str) -> Result<bool> {
+        self.required(key, Value::as_bool)
+    }
+
+    fn number(&self, key: &str) -> Result<f64> {
+        self.required(key, Value::as_float)
+    }
+
+    fn source(&self, key: &str) -> Result<Option<Source>> {
+        self.optional(key, |value| value.as_str().map(Source::from_resolved))
+    }
+}
+
+fn count<T: TryFrom<i64>>(value: &Value) -> Option<T> {
+    value.as_integer().and_then(|number| T::try_from(number).ok())
+}
+
+impl StageConfig {
+    /// `config` is what errors call the config; `first`: no stage comes before.
+    pub(super) fn new(name: &str, run_dir: &Path, mut values: Vec<Setting>, first: bool, config: &str) -> Result<Self> {
+        fill_dependent_defaults(&mut values);
+        let place = if name.is_empty() { config.to_string() } else { format!("{config}, stage `{name}`") };
+        let missing = |key: &str, example: &str| {
+            Error::usage(format!("{place}: `{key}` is required")).hint(format!("for example: {key} = {example}"))
+        };
+        let read = Reader(&values);
+        let model_name_or_path = read.source("model_name_or_path")?;
+        if first && model_name_or_path.is_none() {
+            return Err(missing("model_name_or_path", "\"embedded:tiny\", or the folder of a LLaVA model"));
+        }
+        if get(&values, "data_path").is_none() {
+            return Err(missing("data_path", "\"train.json\""));
+        }
+        let output_dir = if name.is_empty() { run_dir.to_path_buf() } else { run_dir.join(name) };
+        let choice = |value: &'_ Value| value.as_str().map(str::to_string);
+        let stage = Self {
+            name: name.to_string(),
+            output_dir,
+            model_name_or_path,
+            vision_tower: read.source("vision_tower")?,
+            mm_projector_type: read.optional("mm_projector_type", |v| ProjectorType::parse(v.as_str()?))?,
+            pretrain_mm_mlp_adapter: read.source("pretrain_mm_mlp_adapter")?,
+            adapter_name_or_path: read.source("adapter_name_or_path")?,
+            mm_vision_select_layer: read.optional("mm_vision_select_layer", Value::as_integer)?,
+            mm_vision_select_feature: read
+                .optional("mm_vision_select_feature", |v| SelectFeature::parse(v.as_str()?))?,
+            data_path: read.required("data_path", |v| v.as_array()?.iter().map(data_entry).collect())?,
+            version: read.required("version", choice)?,
+            image_aspect_ratio: read.required("image_aspect_ratio", |v| ImageAspectRatio::parse(v.as_str()?))?,
+            model_max_length: read.optional("model_max_length", count)?,
+            shuffle: read.flag("shuffle")?,
+            seed: read.required("seed", count)?,
+            group_by_modality_length: read.flag("group_by_modality_length")?,
+            method: read.required("method", |v| Method::parse(v.as_str()?))?,
+            freeze_mm_mlp_adapter: read.flag("freeze_mm_mlp_adapter")?,
+            unfreeze_mm_vision_tower: read.flag("unfreeze_mm_vision_tower")?,
+            mm_projector_lr: read.number("mm_projector_lr")?,
+            r: read.required("r", count)?,
+            lora_alpha: read.number("lora_alpha")?,
+            lora_dropout: read.number("lora_dropout")?,
+            target_modules: read.required("target_modules", target_modules)?,
+            use_rslora: read.flag("use_rslora")?,
+            num_train_epochs: read.number("num_train_epochs")?,
+            max_steps: read.optional("max_steps", count)?,
+            per_device_train_batch_size: read.required("per_device_train_batch_size", count)?,
+            gradient_accumulation_steps: read.required("gradient_accumulation_steps", count)?,
+            learning_rate: read.number("learning_rate")?,
+            lr_scheduler_type: read.required("lr_scheduler_type", |v| LrSchedulerType::parse(v.as_str()?))?,
+            warmup_ratio: read.number("warmup_ratio")?,
+            warmup_steps: read.optional("warmup_steps", count)?,
+            weight_decay: read.number("weight_decay")?,
+            adam_beta1: read.number("adam_beta1")?,
+            adam_beta2: read.number("adam_beta2")?,
+            adam_epsilon: read.number("adam_epsilon")?,
+            max_grad_norm: read.number("max_grad_norm")?,
+            loss_norm: read.required("loss_norm", |v| LossNorm::parse(v.as_str()?))?,
+            precision: read.optional("precision", |v| Precision::parse(v.as_str()?))?,
+            gradient_checkpointing: read
+                .required("gradient_checkpointing", |v| GradientCheckpointing::parse(v.as_str()?))?,
+            logging_steps: read.required("logging_steps", count)?,
+            save_steps: read.required("save_steps", count)?,
+            save_total_limit: read.required("save_total_limit", count)?,
+            values: values.clone(),
+        };
+        if stage.method == Method::Projector && stage.freeze_mm_mlp_adapter {
+            return Err(Error::usage(format!(
+                "{place}: method = \"projector\" with freeze_mm_mlp_adapter = true leaves nothing to train"
+            ))
+            .hint("leave freeze_mm_mlp_adapter out, or choose another method"));
+        }
+        Ok(stage)
+    }
+
+    /// The name, or `train` for the stage of a config without stages.
+    pub fn title(&self) -> &str {
+        if self.name.is_empty() { "train" } else { &self.name }
+    }
+
+    /// Records per optimizer step on one device.
+    pub fn global_batch(&self) -> usize {
+        self.per_device_train_batch_size.saturating_mul(self.gradient_accumulation_steps)
+    }
+
+    /// What the adapters' product is multiplied with: alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023) for rsLoRA.
+    pub fn lora_scale(&self) -> f64 {
+        let rank = self.r as f64;
+        self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+}
+
+/// The defaults that other values decide, and where the pictures of a data file are.
+fn fill_dependent_defaults(values: &mut Vec<Setting>) {
+    let full = get(values, "method").and_then(Value::as_str) == Some("full");
+    fill(values, "learning_rate", Value::Float(if full { 2e-5 } else { 1e-4 }));
+    if let Some(rate) = get(values, "learning_rate").cloned() {
+        fill(values, "mm_projector_lr", rate);
+    }
+    let rank = get(values, "r").and_then(Value::as_integer).unwrap_or(64);
+    fill(values, "lora_alpha", Value::Float(2.0 * rank as f64));
+    // The folder goes into each entry; afterwards the key itself says nothing more.
+    let folder = get(values, "image_folder").cloned();
+    values.retain(|setting| setting.key != "image_folder");
+    for setting in values.iter_mut().filter(|setting| setting.key == "data_path") {
+        for entry in setting.value.as_array_mut().into_iter().flatten().filter_map(Value::as_table_mut) {
+            let path = entry.get("path").and_then(Value::as_str).unwrap_or_default().to_string();
+            if !path.starts_with(EMBEDDED) && !entry.contains_key("image_folder") {
+                let beside = Path::new(&path).parent().unwrap_or(Path::new("")).to_string_lossy().into_owned();
+                let mut filled = Table::from_iter([("path".to_string(), Value::String(path))]);
+                filled.insert("image_folder".into(), folder.clone().unwrap_or(Value::String(beside)));
+                filled.extend(std::mem::take(entry));
+                *entry = filled;
+            }
+        }
+    }
+    sort(values);
+}
+
+fn fill(values: &mut Vec<Setting>, key: &'static str, value: Value) {
+    if get(values, key).is_none() {
+        values.push(Setting { key, value, origin: Origin::Default });
+    }
+}
+
+fn data_entry(value: &Value) -> Option<DataEntry> {
+    let path = value.get("path")?.as_str()?;
+    let embedded = path.starts_with(EMBEDDED);
+    Some(DataEntry {
+        path: if embedded { DataSource::Embedded(path.into()) } else { DataSource::File(path.into()) },
+        image_folder: value.get("image_folder").and_then(Value::as_str).map(PathBuf::from),
+        weight: value.get("weight").and_then(Value::as_float).unwrap_or(1.0),
+        limit: value.get("limit").and_then(count),
+    })
+}
+
+fn target_modules(value: &Value) -> Option<TargetModules> {
+    match value {
+        Value::String(text) => TargetModules::parse(text).ok(),
+        other => {
+            let names: Option<Vec<String>> = other.as_array()?.iter().map(|v| v.as_str().map(str::to_string)).collect();
+            names.map(TargetModules::Names)
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! The typed values of a resolved config.
+
+use crate::error::{Error, Result};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+/// An enum whose variants have the names that the config uses.
+macro_rules! named {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$variant_doc])* $variant,)+ }
+
+        impl $name {
+            pub const NAMES: &'static [&'static str] = &[$($text),+];
+
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+
+            pub fn parse(name: &str) -> Option<Self> {
+                match name { $($text => Some(Self::$variant),)+ _ => None }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+
+named! {
+    /// What is trained.
+    Method {
+        /// The projector alone.
+        Projector = "projector",
+        /// Language model and projector.
+        Full = "full",
+        /// Low-rank adapters on the language model, and the projector.
+        Lora = "lora",
+    }
+}
+named! { ProjectorType { Linear = "linear", Mlp2xGelu = "mlp2x_gelu", } }
+named! {
+    /// Which of the vision tower's positions go to the projector.
+    SelectFeature { Patch = "patch", ClsPatch = "cls_patch", }
+}
+named! {
+    ImageAspectRatio {
+        /// As preprocessor_config.json says.
+        Square = "square",
+        /// Squared with the mean colour first.
+        Pad = "pad",
+    }
+}
+named! {
+    LrSchedulerType {
+        Cosine = "cosine",
+        Linear = "linear",
+        Constant = "constant",
+        ConstantWithWarmup = "constant_with_warmup",
+    }
+}
+named! {
+    LossNorm {
+        /// Sum of the token losses of the whole step over its supervised tokens.
+        GlobalTokens = "global_tokens",
+        /// The mean of the means of the micro-batches, as trainers before transformers 4.46 did.
+        MicroMean = "micro_mean",
+    }
+}
+named! {
+    /// How weights are kept on the device.
+    Precision { Float32 = "float32", Float16 = "float16", Bfloat16 = "bfloat16", }
+}
+named! {
+    GradientCheckpointing { None = "none", Selective = "selective", Full = "full", Offload = "offload", }
+}
+
+/// Where weights come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// In the program itself; the name with its `embedded:`.
+    Embedded(String),
+    /// A folder or a file; it need not exist.
+    Local(PathBuf),
+    /// A repository of the Hugging Face Hub, `owner/name`.
+    Hub(String),
+}
+
+pub(super) const EMBEDDED: &str = "embedded:";
+
+impl Source {
+    /// Reads `text` as written by a person in `folder`: `embedded:NAME`, a path, or, where nothing of that name is in
+    /// `folder`, an `owner/name` of the Hub.
+    pub fn parse(text: &str, folder: &Path) -> Self {
+        let path = join(folder, text);
+        if text.starts_with(EMBEDDED) {
+            Self::Embedded(text.to_string())
+        } else if !path.exists() && is_hub_id(text) {
+            Self::Hub(text.to_string())
+        } else {
+            Self::Local(path)
+        }
+    }
+
+    /// Back from the text that `Display` gave: a relative name can only be of the Hub.
+    pub(super) fn from_resolved(text: &str) -> Self {
+        if text.starts_with(EMBEDDED) {
+            Self::Embedded(text.to_string())
+        } else if Path::new(text).is_absolute() {
+            Self::Local(text.into())
+        } else {
+            Self::Hub(text.to_string())
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded(name) | Self::Hub(name) => f.write_str(name),
+            Self::Local(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+fn is_hub_id(text: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    text.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name))
+}
+
+/// `path` below `folder` without `.` parts; an absolute path stays.
+pub(super) fn join(folder: &Path, path: impl AsRef<Path>) -> PathBuf {
+    folder.join(path).components().collect()
+}
+
+/// Where records come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DataSource {
+    /// In the program itself; the name with its `embedded:`.
+    Embedded(String),
+    File(PathBuf),
+}
+
+impl fmt::Display for DataSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded(name) => f.write_str(name),
+            Self::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// One data set of the mixture in `data_path`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataEntry {
+    pub path: DataSource,
+    /// Given, or the data file's folder; none for embedded data.
+    pub image_folder: Option<PathBuf>,
+    /// How often its records are taken, relative to the other entries.
+    pub weight: f64,
+    /// Only so many records from the front.
+    pub limit: Option<usize>,
+}
+
+/// Which linear layers of the decoder get an adapter, by PEFT's rules.
+#[derive(Clone, Debug)]
+pub enum TargetModules {
+    AllLinear,
+    /// A module whose path is one of these, or ends in `.` and one of these.
+    Names(Vec<String>),
+    /// A module whose whole path matches; the text and the pattern made of it.
+    Pattern(String, regex::Regex),
+}
+
+impl TargetModules {
+    /// # Errors
+    /// Not a regular expression.
+    pub fn parse(text: &str) -> Result<Self> {
+        if text == "all-linear" {
+            return Ok(Self::AllLinear);
+        }
+        let pattern = regex::Regex::new(&format!("^(?:{text})$"))
+            .map_err(|error| Error::usage("not a regular expression").caused_by(error))?;
+        Ok(Self::Pattern(text.to_string(), pattern))
+    }
+
+    /// Whether the linear layer at `path` (`model.layers.0.self_attn.q_proj`) gets an adapter.
+    pub fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::AllLinear => true,
+            Self::Names(names) => names.iter().any(|name| {
+                path.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+            }),
+            Self::Pattern(_, pattern) => pattern.is_match(path),
+        }
+    }
+}
+
+impl PartialEq for TargetModules {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::AllLinear, Self::AllLinear) => true,
+            (Self::Names(a), Self::Names(b)) => a == b,
+            (Self::Pattern(a, _), Self::Pattern(b, _)) => a == b,
+            _ => false,
+        }
+    }
+}
+
+/// Which adapter to run on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// As `devices` lists them.
+    Index(usize),
+    /// A part of the adapter's name.
+    Name(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_match_by_suffix_and_patterns_match_whole_paths() {
+        let q = "model.layers.0.self_attn.q_proj";
+        assert!(TargetModules::Names(vec!["v_proj".into(), "q_proj".into()]).matches(q));
+        assert!(TargetModules::Names(vec!["self_attn.q_proj".into()]).matches(q));
+        assert!(!TargetModules::Names(vec!["proj".into()]).matches(q));
+        assert!(TargetModules::parse(r"model\.layers\.\d+\.self_attn\.(q|v)_proj").unwrap().matches(q));
+        // Alternatives must not escape the anchors.
+        assert!(!TargetModules::parse("model|q_proj").unwrap().matches(q));
+        assert!(TargetModules::parse("all-linear").unwrap().matches(q));
+        assert!(TargetModules::parse("(").is_err());
+    }
+
+    #[test]
+    fn a_hub_id_is_not_taken_for_a_path_unless_the_folder_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let parse = |text: &str| Source::parse(text, dir.path());
+        assert_eq!(parse("embedded:tiny"), Source::Embedded("embedded:tiny".into()));
+        assert_eq!(parse("lmsys/vicuna-7b-v1.5"), Source::Hub("lmsys/vicuna-7b-v1.5".into()));
+        assert_eq!(parse("./vicuna"), Source::Local(dir.path().join("vicuna")));
+        assert_eq!(parse("../a/b"), Source::Local(dir.path().join("../a/b")));
+        assert_eq!(parse("models/a/b"), Source::Local(dir.path().join("models/a/b")));
+        std::fs::create_dir_all(dir.path().join("lmsys/vicuna-7b-v1.5")).unwrap();
+        let local = parse("lmsys/vicuna-7b-v1.5");
+        assert_eq!(local, Source::Local(dir.path().join("lmsys/vicuna-7b-v1.5")));
+        assert_eq!(Source::from_resolved(&local.to_string()), local);
+    }
+}

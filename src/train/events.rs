@@ -1,0 +1,75 @@
+//! What a training run tells whoever watches it. The trainer never prints: it hands events to an [`Observer`].
+
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// The figures of one optimizer step: one line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Optimizer steps done, counted from 1.
+    pub step: u64,
+    /// Passes over the data done, as a fraction.
+    pub epoch: f64,
+    /// Mean negative log-likelihood of the supervised tokens, nats.
+    pub loss: f64,
+    /// Global L2 norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// The rate this step used.
+    pub learning_rate: f64,
+    /// Supervised tokens in the step.
+    pub target_tokens: u64,
+    /// Positions (text and picture) per second.
+    pub tokens_per_second: f64,
+    pub step_seconds: f64,
+    /// Memory held on the device, bytes.
+    pub device_bytes: u64,
+}
+
+/// What is about to be trained, told once before the first step of a stage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StageHeader {
+    pub name: String,
+    pub method: String,
+    pub model: String,
+    pub records: usize,
+    pub total_steps: u64,
+    /// Steps already done: 0, or where a resumed run goes on.
+    pub first_step: u64,
+    /// Records per optimizer step.
+    pub batch: usize,
+    pub trainable_parameters: u64,
+    pub total_parameters: u64,
+    pub output_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// One line for people: what was computed once, how many records were truncated.
+    Note(&'a str),
+    /// Loading, features, evaluation.
+    Progress {
+        what: &'a str,
+        done: usize,
+        total: usize,
+    },
+    StageStart(&'a StageHeader),
+    /// A step, and how many there will be.
+    Step(&'a StepMetrics, u64),
+    Saved(&'a Path),
+    StageEnd {
+        name: &'a str,
+        output: &'a Path,
+        seconds: f64,
+    },
+}
+
+pub trait Observer {
+    fn event(&mut self, event: Event<'_>);
+}
+
+/// Watches nothing.
+pub struct Silent;
+
+impl Observer for Silent {
+    fn event(&mut self, _event: Event<'_>) {}
+}

@@ -1,0 +1,21 @@
+//! Training: configs, stages, the optimizer, checkpoints, and what a run leaves behind.
+//!
+//! Must never know: the terminal. What happens is told to an [`events::Observer`].
+//!
+//! Read first: `run.rs` (stages in order), then `trainer.rs` (one stage), `trainable.rs` (what trains),
+//! `optimizer.rs`, `checkpoint.rs`.
+
+pub mod checkpoint;
+pub mod config;
+pub mod events;
+pub mod metrics;
+pub mod optimizer;
+pub mod pictures;
+pub mod plot;
+pub mod report;
+pub mod run;
+pub mod run_folder;
+pub mod schedule;
+pub mod start;
+pub mod trainable;
+pub mod trainer;

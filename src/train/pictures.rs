@@ -1,0 +1,126 @@
+//! Pictures for the trainer: decoded and processed on the host's cores; the features of a frozen tower computed once
+//! and kept on the device where they fit.
+
+use std::collections::HashMap;
+
+use rayon::prelude::*;
+
+use super::events::{Event, Observer};
+use crate::{
+    autograd::Tape,
+    data::image::{ImageProcessor, ImageSource},
+    error::Result,
+    models::llava::{Llava, Pictures},
+    ops::embedding,
+    tensor::Tensor,
+};
+
+/// Features kept on the device, at most.
+const MOST_FEATURE_BYTES: usize = 512 << 20;
+/// Pictures through the tower at once.
+const PICTURES_AT_ONCE: usize = 64;
+
+pub struct PictureStore {
+    processor: Option<ImageProcessor>,
+    kept: Option<Kept>,
+}
+
+/// Features of every picture: [pictures * N, Dv].
+struct Kept {
+    features: Tensor,
+    places: HashMap<ImageSource, usize>,
+    per_picture: usize,
+}
+
+/// The pictures of one micro-batch, still on their way.
+pub enum Loaded {
+    Features(Tensor),
+    Pixels(Vec<Vec<f32>>),
+}
+
+impl Loaded {
+    /// As the model takes them; `views` borrows the pixels.
+    pub fn as_pictures<'a>(&self, views: &'a [&'a [f32]]) -> Pictures<'a> {
+        match self {
+            Self::Features(features) => Pictures::Features(features.clone()),
+            Self::Pixels(_) => Pictures::Pixels(views),
+        }
+    }
+
+    pub fn views(&self) -> Vec<&[f32]> {
+        match self {
+            Self::Features(_) => Vec::new(),
+            Self::Pixels(pixels) => pixels.iter().map(Vec::as_slice).collect(),
+        }
+    }
+}
+
+impl PictureStore {
+    /// With `frozen`, computes the features of `images` once, if they fit.
+    pub fn new(
+        model: &Llava,
+        processor: Option<ImageProcessor>,
+        images: &[ImageSource],
+        frozen: bool,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        let mut store = Self { processor, kept: None };
+        let Some(llava) = model.config.llava().filter(|_| frozen && !images.is_empty()) else { return Ok(store) };
+        let mut places = HashMap::new();
+        let mut unique = Vec::new();
+        for image in images {
+            places.entry(image.clone()).or_insert_with(|| {
+                unique.push(image.clone());
+                unique.len() - 1
+            });
+        }
+        let per_picture = llava.image_seq_length();
+        let width = llava.vision_config.hidden_size;
+        if unique.len() * per_picture * width * 4 > MOST_FEATURE_BYTES {
+            observer.event(Event::Note(&format!(
+                "features of {} pictures would take more than {} MiB: the tower runs again for every step",
+                unique.len(),
+                MOST_FEATURE_BYTES >> 20
+            )));
+            return Ok(store);
+        }
+        let features = Tensor::empty(model.gpu(), &[unique.len() * per_picture, width]);
+        for (number, chunk) in unique.chunks(PICTURES_AT_ONCE).enumerate() {
+            let pixels = store.pixels(chunk)?;
+            let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
+            let mut tape = Tape::silent();
+            let computed = model.features(&mut model.inference(&mut tape), &views)?;
+            let first = number * PICTURES_AT_ONCE;
+            features.copy_rows(first * per_picture, &computed.value, 0, computed.value.rows());
+            observer.event(Event::Progress {
+                what: "picture features",
+                done: first + chunk.len(),
+                total: unique.len(),
+            });
+        }
+        model.gpu().sync()?;
+        observer.event(Event::Note(&format!(
+            "computed once: the frozen tower's features of {} pictures ({per_picture} x {width} each)",
+            unique.len()
+        )));
+        store.kept = Some(Kept { features, places, per_picture });
+        Ok(store)
+    }
+
+    /// Decodes and processes pictures, each to [C, S, S], in parallel.
+    fn pixels(&self, images: &[ImageSource]) -> Result<Vec<Vec<f32>>> {
+        let Some(processor) = &self.processor else { return Ok(Vec::new()) };
+        images.par_iter().map(|image| Ok(processor.process(&image.load()?)?.data)).collect()
+    }
+
+    /// The pictures of a micro-batch, in order.
+    pub fn load(&self, images: &[ImageSource]) -> Result<Loaded> {
+        let places: Option<Vec<usize>> =
+            self.kept.as_ref().and_then(|kept| images.iter().map(|image| kept.places.get(image).copied()).collect());
+        let (Some(kept), Some(places)) = (&self.kept, places) else { return Ok(Loaded::Pixels(self.pixels(images)?)) };
+        let n = kept.per_picture;
+        let rows: Vec<u32> = places.iter().flat_map(|place| (place * n) as u32..((place + 1) * n) as u32).collect();
+        let rows = Tensor::from_u32(kept.features.gpu(), &rows, &[rows.len()]);
+        Ok(Loaded::Features(embedding::gather(&kept.features, &rows)))
+    }
+}

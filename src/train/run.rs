@@ -1,0 +1,104 @@
+//! A run: stages in order, each starting from what the one before produced.
+
+use std::sync::atomic::AtomicBool;
+
+use super::{
+    config::{Method, RunConfig, Source, StageConfig},
+    events::{Event, Observer},
+    run_folder::{self, CONFIG_FILE},
+    start::Origin,
+    trainer::{StageOutcome, Trainer},
+};
+use crate::{
+    error::{Error, Result},
+    gpu::Gpu,
+};
+
+/// What a run left: for each stage its outcome, where this call trained it.
+pub struct RunOutcome {
+    pub stages: Vec<Option<StageOutcome>>,
+    /// The last stage's model, and its adapter.
+    pub result: Origin,
+}
+
+/// Trains every stage that is not finished. The run folder is checked before anything is loaded.
+///
+/// # Errors
+/// `Interrupted` when `stop` was set: the hint says how to go on.
+pub fn train(
+    run: &RunConfig,
+    resume: bool,
+    gpu: &Gpu,
+    stop: &AtomicBool,
+    observer: &mut dyn Observer,
+) -> Result<RunOutcome> {
+    let dirs = run.stage_dirs();
+    if resume && run.output_dir.join(CONFIG_FILE).exists() {
+        run.check_resumable(&RunConfig::load_saved(&run.output_dir)?)?;
+    }
+    // Opening the first model finds most mistakes before a folder is made.
+    if let Some(first) = run.stages.first().filter(|_| !resume)
+        && let Some(model) = &first.model_name_or_path
+    {
+        super::start::open_folder(model)?;
+    }
+    let start = run_folder::open_run(&run.output_dir, &dirs, resume)?;
+    let mut outcomes = Vec::new();
+    let mut before: Option<Origin> = None;
+    for (index, stage) in run.stages.iter().enumerate() {
+        let mut outcome = None;
+        if index >= start.stage {
+            let checkpoint = start.checkpoint.as_ref().filter(|_| index == start.stage);
+            let trainer =
+                Trainer::new(stage, before.as_ref(), checkpoint.map(|(_, path)| path.as_path()), gpu, observer);
+            let trainer = trainer.inspect_err(|_| remove_if_untouched(run))?;
+            // From here on the folder holds a run.
+            run_folder::write_atomically(&run.output_dir.join(CONFIG_FILE), run.to_toml().as_bytes())?;
+            observer.event(Event::StageStart(&trainer.header()));
+            let trained = trainer.run(stop, observer);
+            outcome = Some(trained.map_err(|error| how_to_go_on(error, run))?);
+            gpu.trim();
+        }
+        outcomes.push(outcome);
+        before = Some(produced(stage, before));
+    }
+    let result = before.ok_or_else(|| Error::usage("the config has no stage"))?;
+    Ok(RunOutcome { stages: outcomes, result })
+}
+
+/// What a finished stage leaves to the next one.
+fn produced(stage: &StageConfig, before: Option<Origin>) -> Origin {
+    match stage.method {
+        Method::Projector | Method::Full => {
+            Origin { model: Source::Local(stage.output_dir.join("model")), adapter: None }
+        }
+        Method::Lora => Origin {
+            model: match (&stage.model_name_or_path, before) {
+                (None, Some(before)) => before.model,
+                (Some(model), _) => model.clone(),
+                (None, None) => Source::Local(stage.output_dir.join("model")),
+            },
+            adapter: Some(stage.output_dir.join("adapter")),
+        },
+    }
+}
+
+/// A run that failed before its first step leaves no folder behind, unless it was there with something in it.
+fn remove_if_untouched(run: &RunConfig) {
+    if run.output_dir.join(CONFIG_FILE).exists() {
+        return;
+    }
+    // Only empty folders go: remove_dir refuses others.
+    for dir in run.stage_dirs() {
+        let _ = std::fs::remove_dir(dir);
+    }
+    let _ = std::fs::remove_dir(&run.output_dir);
+}
+
+fn how_to_go_on(error: Error, run: &RunConfig) -> Error {
+    if error.kind == crate::error::ErrorKind::Interrupted {
+        let command = format!("wgpu-llava train --resume --output-dir {}", run.output_dir.display());
+        return error.hint(format!("go on with: {command}"));
+    }
+    error
+}

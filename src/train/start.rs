@@ -1,0 +1,213 @@
+//! What a stage starts from: the model on the device, its tokenizer, pictures' processor and data.
+
+use std::{path::PathBuf, sync::Arc};
+
+use super::{
+    config::{DataSource, ImageAspectRatio, Method, ProjectorType as WantedProjector, SelectFeature, Source, StageConfig},
+    events::{Event, Observer},
+    trainable,
+};
+use crate::{
+    data::{
+        image::ImageProcessor,
+        dataset::{self, Dataset},
+        sample::Encoder,
+        template::Template,
+        tokenizer::Tokenizer,
+    },
+    embedded,
+    error::{Error, Result},
+    formats::{HostTensor, hf_folder::ModelFolder, peft::Adapter, safetensors::Checkpoint},
+    gpu::Gpu,
+    models::{
+        adapter,
+        config::{FeatureSelect, LlavaConfig, ModelConfig, ProjectorType},
+        llava::Llava,
+        names,
+    },
+};
+
+/// What the stage before produced.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    pub model: Source,
+    pub adapter: Option<PathBuf>,
+}
+
+/// A model ready to be trained.
+pub struct Start {
+    pub model: Llava,
+    pub folder: ModelFolder,
+    /// Rank, alpha and so on of the adapter that trains, under method `lora`.
+    pub adapter: Option<Adapter>,
+}
+
+/// Opens the folder of a model, or an embedded one.
+pub fn open_folder(source: &Source) -> Result<ModelFolder> {
+    match source {
+        Source::Embedded(name) => embedded::model(name),
+        Source::Local(path) => ModelFolder::open_base(path),
+        Source::Hub(name) => Err(Error::usage(format!("there is no model folder {name}"))
+            .hint("name a folder with config.json and model.safetensors; the Hugging Face Hub is not built yet")),
+    }
+}
+
+impl Start {
+    /// Loads what the stage trains: its own model, or what the stage before left.
+    pub fn open(stage: &StageConfig, before: Option<&Origin>, gpu: &Gpu) -> Result<Self> {
+        if let Some(tower) = &stage.vision_tower {
+            return Err(Error::usage(format!("vision_tower = \"{tower}\": joining a LLaMA and a CLIP is not built yet"))
+                .hint("start from a LLaVA folder"));
+        }
+        let origin = match (&stage.model_name_or_path, before) {
+            (Some(model), _) => Origin { model: model.clone(), adapter: None },
+            (None, Some(before)) => before.clone(),
+            (None, None) => return Err(Error::usage("model_name_or_path is required in the first stage")),
+        };
+        let folder = open_folder(&origin.model)?;
+        let mut config = folder.config().clone();
+        let given = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
+        if let ModelConfig::Llava(llava) = &mut config {
+            adjust(llava, stage, folder.has_projector() && given.is_none())?;
+        }
+        let named = config.clone();
+        let mut projector = |name: &str, shape: &[usize]| match &given {
+            Some(checkpoint) => projector_tensor(checkpoint, name, shape),
+            None => Ok(trainable::fresh_projector(stage.seed, &named, name, shape)),
+        };
+        let mut model = Llava::load_with(gpu, &folder, config, given.is_some(), &mut projector)?;
+
+        let named_adapter = match &stage.adapter_name_or_path {
+            Some(Source::Local(path)) => Some(path.clone()),
+            Some(other) => return Err(Error::usage(format!("adapter_name_or_path: there is no folder {other}"))),
+            None => origin.adapter,
+        };
+        let read = named_adapter.map(|path| Adapter::read(&path, &model.config)).transpose()?;
+        let adapter = match (stage.method, read) {
+            (Method::Lora, Some(read)) => Some(read),
+            (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
+            (_, Some(read)) => {
+                adapter::attach(&mut model, &read, 0.0)?;
+                adapter::fold(&mut model);
+                None
+            }
+            (_, None) => None,
+        };
+        if let Some(adapter) = &adapter {
+            adapter::attach(&mut model, adapter, stage.lora_dropout)?;
+        }
+        Ok(Self { model, folder, adapter })
+    }
+
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = self.folder.require_file("tokenizer.json")?;
+        Tokenizer::from_bytes(&tokenizer, self.folder.file("tokenizer_config.json")?.as_deref())
+    }
+
+    pub fn processor(&self, stage: &StageConfig) -> Result<Option<ImageProcessor>> {
+        let Some(llava) = self.model.config.llava() else { return Ok(None) };
+        let size = llava.vision_config.image_size as u32;
+        let processor = match self.folder.preprocessor_config()? {
+            Some(config) => ImageProcessor::from_config(&config.into(), "preprocessor_config.json", size)?,
+            None => ImageProcessor::clip(size),
+        };
+        Ok(Some(processor.with_pad(stage.image_aspect_ratio == ImageAspectRatio::Pad)))
+    }
+
+    /// The stage's records, tokenised; what was cut or masked is told as notes.
+    pub fn dataset(&self, stage: &StageConfig, observer: &mut dyn Observer) -> Result<Dataset> {
+        let tokenizer = self.tokenizer()?;
+        let positions = self.model.config.text().max_position_embeddings;
+        let own = tokenizer.model_max_length.map_or(positions, |length| length.min(positions));
+        let max_length = stage.model_max_length.unwrap_or(own);
+        let encoder = Encoder {
+            tokenizer: Arc::new(tokenizer),
+            template: Template::named(&stage.version)?,
+            system: None,
+            image_tokens: self.model.image_tokens(),
+            max_length: Some(max_length),
+        };
+        let mut sources = Vec::new();
+        let mut records = Vec::new();
+        for entry in &stage.data_path {
+            match &entry.path {
+                DataSource::File(path) => sources.push(dataset::Source {
+                    path: path.clone(),
+                    image_folder: entry.image_folder.clone(),
+                    weight: entry.weight,
+                    limit: entry.limit,
+                }),
+                DataSource::Embedded(name) => {
+                    let found = embedded::records(name)?;
+                    records.extend(found.into_iter().take(entry.limit.unwrap_or(usize::MAX)));
+                }
+            }
+        }
+        let mut dataset = match (sources.is_empty(), records.is_empty()) {
+            (false, true) => Dataset::open(&sources, encoder, stage.seed)?,
+            (true, _) => Dataset::from_records(records, encoder)?,
+            (false, false) => {
+                return Err(Error::usage("data_path mixes embedded records and files").hint("name one kind of them"));
+            }
+        };
+        let statistics = dataset.prepare(|_, _| ())?;
+        for note in statistics.notes(Some(max_length)) {
+            observer.event(Event::Note(&note));
+        }
+        statistics.check()?;
+        Ok(dataset)
+    }
+}
+
+/// Applies the stage's wishes to the model's config. `keeps`: the model brings the projector that will be used.
+fn adjust(llava: &mut LlavaConfig, stage: &StageConfig, keeps: bool) -> Result<()> {
+    if let Some(wanted) = stage.mm_projector_type {
+        let wanted = match wanted {
+            WantedProjector::Linear => ProjectorType::Linear,
+            WantedProjector::Mlp2xGelu => ProjectorType::Mlp2xGelu,
+        };
+        if keeps && wanted != llava.projector {
+            let message = format!(
+                "mm_projector_type is {}, but the model's projector is {}",
+                wanted.as_str(),
+                llava.projector.as_str()
+            );
+            return Err(Error::usage(message).hint("leave mm_projector_type out to go on with the model's projector"));
+        }
+        llava.projector = wanted;
+    }
+    if let Some(layer) = stage.mm_vision_select_layer {
+        let layers = llava.vision_config.num_hidden_layers as i64;
+        if !(-layers - 1..=layers).contains(&layer) {
+            return Err(Error::usage(format!("mm_vision_select_layer {layer}: the tower has {layers} layers")));
+        }
+        llava.vision_feature_layer = layer;
+    }
+    match stage.mm_vision_select_feature {
+        Some(SelectFeature::Patch) => llava.vision_feature_select_strategy = FeatureSelect::Default,
+        Some(SelectFeature::ClsPatch) => llava.vision_feature_select_strategy = FeatureSelect::Full,
+        None => {}
+    }
+    Ok(())
+}
+
+fn open_projector(source: &Source) -> Result<Checkpoint> {
+    match source {
+        Source::Local(path) => Checkpoint::open(path),
+        other => Err(Error::usage(format!("pretrain_mm_mlp_adapter: there is no file or folder {other}"))),
+    }
+}
+
+fn projector_tensor(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<HostTensor> {
+    let stored = checkpoint.names().find(|stored| names::canonical(stored) == name);
+    let stored = stored.ok_or_else(|| {
+        Error::data(format!("pretrain_mm_mlp_adapter holds no {name}"))
+            .hint("it must have the projector's type: see mm_projector_type")
+    })?;
+    let tensor = checkpoint.require(stored)?.to_f32()?;
+    if tensor.shape != shape {
+        let message = format!("pretrain_mm_mlp_adapter: {name} is {:?}, the model needs {shape:?}", tensor.shape);
+        return Err(Error::data(message).hint("it must come from a model with the same tower and the same width"));
+    }
+    Ok(tensor)
+}

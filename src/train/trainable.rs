@@ -1,0 +1,94 @@
+//! What trains under each method, and fresh adapters.
+
+use super::{
+    config::{Method, StageConfig},
+    optimizer::Trainable,
+};
+use crate::{
+    data::rng::Rng,
+    error::{Error, Result},
+    formats::{
+        HostTensor,
+        peft::{Adapter, LoraWeights},
+    },
+    models::{
+        config::ModelConfig,
+        llava::Llava,
+        names::{self, PROJECTOR},
+    },
+};
+
+/// A fresh adapter on the modules that the stage asks for: A uniform in ±1/sqrt(in) (PEFT's Kaiming start), B zero.
+///
+/// # Errors
+/// `Usage` when no module matches `target_modules`.
+pub fn fresh_adapter(stage: &StageConfig, config: &ModelConfig) -> Result<Adapter> {
+    let mut adapter = Adapter::new(stage.r, stage.lora_alpha, stage.lora_dropout, stage.use_rslora);
+    for (name, [outputs, inputs]) in names::decoder_linears(config.text()) {
+        if !stage.target_modules.matches(&name) {
+            continue;
+        }
+        let mut rng = Rng::named(stage.seed, &format!("{name}.lora_A"));
+        let bound = 1.0 / (inputs as f32).sqrt();
+        let a = (0..stage.r * inputs).map(|_| rng.uniform(bound)).collect();
+        let weights = LoraWeights {
+            lora_a: HostTensor::new([stage.r, inputs], a),
+            lora_b: HostTensor::zeros([outputs, stage.r]),
+            scale: adapter.scale(stage.r),
+        };
+        adapter.modules.insert(name, weights);
+    }
+    if adapter.modules.is_empty() {
+        return Err(Error::usage("target_modules matches no linear layer of the decoder")
+            .hint("use names such as q_proj and down_proj, or \"all-linear\""));
+    }
+    Ok(adapter)
+}
+
+/// A fresh projector tensor: uniform in ±1/sqrt(fan_in), weight and bias alike (PyTorch's Linear).
+pub fn fresh_projector(seed: u64, config: &ModelConfig, name: &str, shape: &[usize]) -> HostTensor {
+    let weight = name.replace(".bias", ".weight");
+    let fan_in = config
+        .llava()
+        .map(names::projector_tensors)
+        .and_then(|tensors| tensors.into_iter().find(|(known, _)| *known == weight))
+        .map_or(1, |(_, shape)| shape[1]);
+    let bound = 1.0 / (fan_in as f32).sqrt();
+    let mut rng = Rng::named(seed, name);
+    HostTensor::new(shape, (0..shape.iter().product()).map(|_| rng.uniform(bound)).collect())
+}
+
+/// Every parameter that trains in a stage, with its rate and decay: biases and norms (one dimension) do not decay.
+///
+/// # Errors
+/// `Usage` when nothing would train.
+pub fn select(stage: &StageConfig, model: &Llava) -> Result<Vec<Trainable>> {
+    let projector = model.projector.is_some() && (stage.method == Method::Projector || !stage.freeze_mm_mlp_adapter);
+    let mut trainables = Vec::new();
+    for parameter in model.parameters.iter() {
+        let name = parameter.name.as_str();
+        let is_lora = name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
+        let (trains, learning_rate) = if name.starts_with(PROJECTOR) {
+            (projector, stage.mm_projector_lr)
+        } else if name.starts_with("vision_tower.") {
+            (stage.unfreeze_mm_vision_tower, stage.learning_rate)
+        } else {
+            let language = match stage.method {
+                Method::Projector => false,
+                Method::Full => !is_lora,
+                Method::Lora => is_lora,
+            };
+            (language, stage.learning_rate)
+        };
+        if trains && let Some(id) = model.parameters.find(name) {
+            let weight_decay = if parameter.value.shape().len() > 1 { stage.weight_decay } else { 0.0 };
+            let of_pictures = name.starts_with(PROJECTOR) || name.starts_with("vision_tower.");
+            trainables.push(Trainable { id, learning_rate, weight_decay, of_pictures });
+        }
+    }
+    if trainables.is_empty() {
+        return Err(Error::usage(format!("{}: nothing would train with method {}", stage.title(), stage.method))
+            .hint("a projector needs a LLaVA (a model with a vision tower); a plain LLaMA takes full or lora"));
+    }
+    Ok(trainables)
+}

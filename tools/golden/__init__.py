@@ -1,0 +1,1 @@
+"""Builds the parity fixtures under tests/golden/parity (see tests/README.md)."""
