@@ -12,6 +12,14 @@ struct Params {
     kv_heads: u32, // K
     head_size: u32, // E
     scale: f32,
+    // The lane kernels' window of rows, and where it begins in their uniforms, in vec4s (stats: in words).
+    first_row: u32,
+    rows: u32,
+    q_before: u32,
+    k_before: u32,
+    v_before: u32,
+    dout_before: u32,
+    stats_before: u32,
 }
 #params
 
@@ -321,4 +329,197 @@ fn backward_key_value(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_in
 #end
     }
 #end
+}
+
+#kernel lane_forward
+// For devices that run on the host's processor: a lane is a query and keeps its vectors in registers, keys and values
+// are uniforms read at the same address by all lanes, nothing is shared and nothing waits. E = 4 * quads, at most
+// 4 * QUADS; the window of rows bound here holds whole sequences.
+@group(0) @binding(0) var<uniform> q: array<vec4<f32>, 4096>; // rows of [T, H, E]
+@group(0) @binding(1) var<uniform> k: array<vec4<f32>, 4096>; // rows of [T, K, E]
+@group(0) @binding(2) var<uniform> v: array<vec4<f32>, 4096>; // rows of [T, K, E]
+@group(0) @binding(3) var<storage, read_write> ranges: array<vec2<u32>>; // [T]
+@group(0) @binding(4) var<storage, read_write> out: array<f32>; // [T, H, E]
+@group(0) @binding(5) var<storage, read_write> stats: array<vec2<f32>>; // [T, H]
+
+@compute @workgroup_size(#{THREADS})
+fn lane_forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let head = group.y;
+    let kv_head = head * params.kv_heads / params.heads;
+    let quads = params.head_size / 4u;
+    let local = group.x * #{THREADS}u + lane;
+    let row = min(local, params.rows - 1u);
+    let range = ranges[params.first_row + row];
+    let q_at = params.q_before + (row * params.heads + head) * quads;
+#unroll e in 0..QUADS
+    let q#{e} = select(vec4<f32>(0.0), q[q_at + min(#{e}u, quads - 1u)] * params.scale, #{e}u < quads);
+    var acc#{e} = vec4<f32>(0.0);
+#end
+    var largest = MASKED;
+    var sum = 0.0;
+    // The loop's bounds are the same for all lanes, so that its loads stay uniform.
+    let first = ranges[params.first_row + min(group.x * #{THREADS}u, params.rows - 1u)].x - params.first_row;
+    let end = ranges[params.first_row + min(group.x * #{THREADS}u + #{THREADS - 1}u, params.rows - 1u)].y - params.first_row;
+    for (var key = first; key < end; key++) {
+        let k_at = params.k_before + (key * params.kv_heads + kv_head) * quads;
+        var dot4 = vec4<f32>(0.0);
+#unroll e in 0..QUADS
+        dot4 = fma(q#{e}, k[k_at + min(#{e}u, quads - 1u)], dot4);
+#end
+        let seen = key + params.first_row >= range.x && key + params.first_row < range.y;
+        let score = select(MASKED, dot4.x + dot4.y + dot4.z + dot4.w, seen);
+        let new_largest = max(largest, score);
+        let factor = exp(largest - new_largest);
+        let weight = select(0.0, exp(score - new_largest), seen);
+        largest = new_largest;
+        sum = fma(sum, factor, weight);
+        let v_at = params.v_before + (key * params.kv_heads + kv_head) * quads;
+#unroll e in 0..QUADS
+        acc#{e} = fma(vec4<f32>(weight), v[v_at + min(#{e}u, quads - 1u)], acc#{e} * factor);
+#end
+    }
+    if (local < params.rows) {
+        let scale = select(1.0 / sum, 0.0, sum == 0.0);
+        let t = params.first_row + row;
+        stats[t * params.heads + head] = vec2<f32>(select(largest + log(sum), 3.0e38, sum == 0.0), 0.0);
+        let at = (t * params.heads + head) * params.head_size;
+#unroll e in 0..QUADS
+        if (#{e}u < quads) {
+            out[at + #{e * 4}u] = acc#{e}.x * scale;
+            out[at + #{e * 4 + 1}u] = acc#{e}.y * scale;
+            out[at + #{e * 4 + 2}u] = acc#{e}.z * scale;
+            out[at + #{e * 4 + 3}u] = acc#{e}.w * scale;
+        }
+#end
+    }
+}
+
+#kernel lane_backward_query
+// A lane is a query; see lane_forward. q is bound as k's twin: scaled on the way in.
+@group(0) @binding(0) var<uniform> q: array<vec4<f32>, 4096>; // rows of [T, H, E]
+@group(0) @binding(1) var<uniform> k: array<vec4<f32>, 4096>; // rows of [T, K, E]
+@group(0) @binding(2) var<uniform> v: array<vec4<f32>, 4096>; // rows of [T, K, E]
+@group(0) @binding(3) var<storage, read_write> ranges: array<vec2<u32>>; // [T]
+@group(0) @binding(4) var<storage, read_write> stats: array<vec2<f32>>; // [T, H]
+@group(0) @binding(5) var<uniform> dout: array<vec4<f32>, 4096>; // rows of [T, H, E]
+@group(0) @binding(6) var<storage, read_write> dq: array<f32>; // [T, H, E]
+
+@compute @workgroup_size(#{THREADS})
+fn lane_backward_query(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let head = group.y;
+    let kv_head = head * params.kv_heads / params.heads;
+    let quads = params.head_size / 4u;
+    let local = group.x * #{THREADS}u + lane;
+    let row = min(local, params.rows - 1u);
+    let t = params.first_row + row;
+    let range = ranges[t];
+    let stat = stats[t * params.heads + head];
+    let q_at = params.q_before + (row * params.heads + head) * quads;
+    let dout_at = params.dout_before + (row * params.heads + head) * quads;
+#unroll e in 0..QUADS
+    let q#{e} = select(vec4<f32>(0.0), q[q_at + min(#{e}u, quads - 1u)] * params.scale, #{e}u < quads);
+    let dout#{e} = select(vec4<f32>(0.0), dout[dout_at + min(#{e}u, quads - 1u)], #{e}u < quads);
+    var acc#{e} = vec4<f32>(0.0);
+#end
+    let first = ranges[params.first_row + min(group.x * #{THREADS}u, params.rows - 1u)].x - params.first_row;
+    let end = ranges[params.first_row + min(group.x * #{THREADS}u + #{THREADS - 1}u, params.rows - 1u)].y - params.first_row;
+    for (var key = first; key < end; key++) {
+        let k_at = params.k_before + (key * params.kv_heads + kv_head) * quads;
+        let v_at = params.v_before + (key * params.kv_heads + kv_head) * quads;
+        var dot4 = vec4<f32>(0.0);
+        var dp4 = vec4<f32>(0.0);
+#unroll e in 0..QUADS
+        let k#{e} = k[k_at + min(#{e}u, quads - 1u)];
+        dot4 = fma(q#{e}, k#{e}, dot4);
+        dp4 = fma(dout#{e}, v[v_at + min(#{e}u, quads - 1u)], dp4);
+#end
+        let seen = key + params.first_row >= range.x && key + params.first_row < range.y;
+        let p = select(0.0, exp(dot4.x + dot4.y + dot4.z + dot4.w - stat.x), seen);
+        let ds = p * (dp4.x + dp4.y + dp4.z + dp4.w - stat.y) * params.scale;
+#unroll e in 0..QUADS
+        acc#{e} = fma(vec4<f32>(ds), k#{e}, acc#{e});
+#end
+    }
+    if (local < params.rows) {
+        let at = (t * params.heads + head) * params.head_size;
+#unroll e in 0..QUADS
+        if (#{e}u < quads) {
+            dq[at + #{e * 4}u] = acc#{e}.x;
+            dq[at + #{e * 4 + 1}u] = acc#{e}.y;
+            dq[at + #{e * 4 + 2}u] = acc#{e}.z;
+            dq[at + #{e * 4 + 3}u] = acc#{e}.w;
+        }
+#end
+    }
+}
+
+#kernel lane_backward_key_value
+// A lane is a key; queries and their gradients are uniforms. The ranges are those of the keys.
+@group(0) @binding(0) var<uniform> q: array<vec4<f32>, 4096>; // rows of [T, H, E]
+@group(0) @binding(1) var<uniform> k: array<vec4<f32>, 4096>; // rows of [T, K, E]
+@group(0) @binding(2) var<uniform> v: array<vec4<f32>, 4096>; // rows of [T, K, E]
+@group(0) @binding(3) var<storage, read_write> ranges: array<vec2<u32>>; // [T]: which queries see a key
+@group(0) @binding(4) var<uniform> stats: array<vec4<f32>, 4096>; // rows of [T, H], two entries a vec4
+@group(0) @binding(5) var<uniform> dout: array<vec4<f32>, 4096>; // rows of [T, H, E]
+@group(0) @binding(6) var<storage, read_write> dk: array<f32>; // [T, K, E]
+@group(0) @binding(7) var<storage, read_write> dv: array<f32>; // [T, K, E]
+
+@compute @workgroup_size(#{THREADS})
+fn lane_backward_key_value(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let kv_head = group.y;
+    let group_size = params.heads / params.kv_heads;
+    let quads = params.head_size / 4u;
+    let local = group.x * #{THREADS}u + lane;
+    let row = min(local, params.rows - 1u);
+    let range = ranges[params.first_row + row];
+    let k_at = params.k_before + (row * params.kv_heads + kv_head) * quads;
+    let v_at = params.v_before + (row * params.kv_heads + kv_head) * quads;
+#unroll e in 0..QUADS
+    let k#{e} = select(vec4<f32>(0.0), k[k_at + min(#{e}u, quads - 1u)] * params.scale, #{e}u < quads);
+    let v#{e} = select(vec4<f32>(0.0), v[v_at + min(#{e}u, quads - 1u)], #{e}u < quads);
+    var dk#{e} = vec4<f32>(0.0);
+    var dv#{e} = vec4<f32>(0.0);
+#end
+    let first = ranges[params.first_row + min(group.x * #{THREADS}u, params.rows - 1u)].x - params.first_row;
+    let end = ranges[params.first_row + min(group.x * #{THREADS}u + #{THREADS - 1}u, params.rows - 1u)].y - params.first_row;
+    for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
+        for (var query = first; query < end; query++) {
+            let q_at = params.q_before + (query * params.heads + head) * quads;
+            let dout_at = params.dout_before + (query * params.heads + head) * quads;
+            let stats_at = params.stats_before + (query * params.heads + head) * 2u;
+            let stat = stats[stats_at / 4u];
+            let lse = select(stat.x, stat.z, stats_at % 4u == 2u);
+            let delta = select(stat.y, stat.w, stats_at % 4u == 2u);
+            var dot4 = vec4<f32>(0.0);
+            var dp4 = vec4<f32>(0.0);
+#unroll e in 0..QUADS
+            let q#{e} = q[q_at + min(#{e}u, quads - 1u)];
+            let dout#{e} = dout[dout_at + min(#{e}u, quads - 1u)];
+            dot4 = fma(k#{e}, q#{e}, dot4);
+            dp4 = fma(v#{e}, dout#{e}, dp4);
+#end
+            let seen = query + params.first_row >= range.x && query + params.first_row < range.y;
+            let p = select(0.0, exp(dot4.x + dot4.y + dot4.z + dot4.w - lse), seen);
+            let ds = p * (dp4.x + dp4.y + dp4.z + dp4.w - delta) * params.scale;
+#unroll e in 0..QUADS
+            dk#{e} = fma(vec4<f32>(ds), q#{e}, dk#{e});
+            dv#{e} = fma(vec4<f32>(p), dout#{e}, dv#{e});
+#end
+        }
+    }
+    if (local < params.rows) {
+        let at = ((params.first_row + row) * params.kv_heads + kv_head) * params.head_size;
+#unroll e in 0..QUADS
+        if (#{e}u < quads) {
+            dk[at + #{e * 4}u] = dk#{e}.x;
+            dk[at + #{e * 4 + 1}u] = dk#{e}.y;
+            dk[at + #{e * 4 + 2}u] = dk#{e}.z;
+            dk[at + #{e * 4 + 3}u] = dk#{e}.w;
+            dv[at + #{e * 4}u] = dv#{e}.x;
+            dv[at + #{e * 4 + 1}u] = dv#{e}.y;
+            dv[at + #{e * 4 + 2}u] = dv#{e}.z;
+            dv[at + #{e * 4 + 3}u] = dv#{e}.w;
+        }
+#end
+    }
 }

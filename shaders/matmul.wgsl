@@ -15,6 +15,7 @@ struct Params {
     flags: u32, // ADD_BIAS, ACCUMULATE
     alpha: f32,
     bias_offset: u32,
+    window: u32, // rows of K in one uniform (by_uniform alone)
 }
 #params
 
@@ -25,10 +26,21 @@ const ACCUMULATE: u32 = 2u;
 // For devices that run on the host's processor. Their storage and workgroup loads go lane by lane, uniform loads do
 // not: so A and B are bound as uniforms, at most 64 KiB of whole rows each (src/ops/matmul.rs cuts the product),
 // lanes run along N, and all of a workgroup reads the same elements of A. A thread owns ROWS x COLS of C.
-@group(0) @binding(0) var<uniform> a: array<vec4<f32>, 4096>; // rows of [M, K], or of [K, M] in TN
-@group(0) @binding(1) var<uniform> b: array<vec4<f32>, 4096>; // rows of [K, N], or of [N, K] in NT
-@group(0) @binding(2) var<uniform> bias: array<vec4<f32>, 4096>; // [N]
-@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
+//
+// K may go over WINDOWS windows of `window` rows each (of B, in TN of A too), so that C is written once: a load of
+// storage is what costs.
+@group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
+@group(0) @binding(1) var<uniform> bias: array<vec4<f32>, 4096>; // [N]
+#unroll w in 0..WINDOWS
+@group(0) @binding(#{2 + w}) var<uniform> b#{w}: array<vec4<f32>, 4096>; // rows of [K, N], or of [N, K] in NT
+#end
+#ifdef TN
+#unroll w in 0..WINDOWS
+@group(0) @binding(#{2 + WINDOWS + w}) var<uniform> a#{w}: array<vec4<f32>, 4096>; // rows of [K, M]
+#end
+#else
+@group(0) @binding(#{2 + WINDOWS}) var<uniform> a0: array<vec4<f32>, 4096>; // rows of [M, K]
+#endif
 
 @compute @workgroup_size(#{THREADS})
 fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -38,98 +50,118 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     let last_col = params.n - 1u;
 #unroll j in 0..COLS
 #ifdef NT
-    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col) * params.ldb;
+    let bj#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col) * params.ldb;
 #else
-    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col);
+    let bj#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col);
 #endif
 #end
 #unroll i in 0..ROWS
 #ifdef TN
-    let a#{i} = params.a_offset + min(row + #{i}u, last_row);
+    let ai#{i} = params.a_offset + min(row + #{i}u, last_row);
 #else
-    let a#{i} = params.a_offset + min(row + #{i}u, last_row) * params.lda;
+    let ai#{i} = params.a_offset + min(row + #{i}u, last_row) * params.lda;
 #endif
 #unroll j in 0..COLS
     var c#{i}_#{j} = 0.0;
 #end
 #end
-#ifdef VEC
 #ifdef TN
+#ifdef VEC
     // Four neighbouring rows of C are one vec4 of A: M is a multiple of 4, so a clamped group is a whole group.
     let last_quad = params.m - 4u;
 #unroll q in 0..ROWS/4
     let quad#{q} = (params.a_offset + min(row + #{q * 4}u, last_quad)) / 4u;
 #end
     let lda4 = params.lda / 4u;
-    for (var k = 0u; k < params.k; k++) {
+#endif
+#unroll w in 0..WINDOWS
+    {
+        let count = min(params.window, params.k - min(#{w}u * params.window, params.k));
+        for (var k = 0u; k < count; k++) {
+#ifdef VEC
 #unroll q in 0..ROWS/4
-        let x#{q} = a[quad#{q} + k * lda4];
+            let x#{q} = a#{w}[quad#{q} + k * lda4];
 #end
-#unroll j in 0..COLS
-        let at#{j} = b#{j} + k * params.ldb;
-        let y#{j} = b[at#{j} / 4u][at#{j} % 4u];
-#end
-#unroll i in 0..ROWS
-#unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
-#end
-#end
-    }
 #else
-    for (var k = 0u; k < params.k; k += 4u) {
 #unroll i in 0..ROWS
-        let x#{i} = a[(a#{i} + k) / 4u];
+            let ax#{i} = ai#{i} + k * params.lda;
+            let x#{i} = a#{w}[ax#{i} / 4u][ax#{i} % 4u];
+#end
+#endif
+#unroll j in 0..COLS
+            let at#{j} = bj#{j} + k * params.ldb;
+            let y#{j} = b#{w}[at#{j} / 4u][at#{j} % 4u];
+#end
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+#ifdef VEC
+            c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
+#else
+            c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
+#endif
+#end
+#end
+        }
+    }
+#end
+#else
+#unroll w in 0..WINDOWS
+    {
+        let first = min(#{w}u * params.window, params.k);
+        let count = min(params.window, params.k - first);
+#ifdef VEC
+        for (var k = 0u; k < count; k += 4u) {
+#unroll i in 0..ROWS
+            let x#{i} = a0[(ai#{i} + first + k) / 4u];
 #end
 #ifdef NT
 #unroll j in 0..COLS
-        let y#{j} = b[(b#{j} + k) / 4u];
+            let y#{j} = b#{w}[(bj#{j} + k) / 4u];
 #end
 #unroll s in 0..4
 #unroll i in 0..ROWS
 #unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i}[#{s}], y#{j}[#{s}], c#{i}_#{j});
+            c#{i}_#{j} = fma(x#{i}[#{s}], y#{j}[#{s}], c#{i}_#{j});
 #end
 #end
 #end
 #else
 #unroll s in 0..4
 #unroll j in 0..COLS
-        let at#{s}_#{j} = b#{j} + (k + #{s}u) * params.ldb;
-        let y#{s}_#{j} = b[at#{s}_#{j} / 4u][at#{s}_#{j} % 4u];
+            let at#{s}_#{j} = bj#{j} + (k + #{s}u) * params.ldb;
+            let y#{s}_#{j} = b#{w}[at#{s}_#{j} / 4u][at#{s}_#{j} % 4u];
 #end
 #unroll i in 0..ROWS
 #unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i}[#{s}], y#{s}_#{j}, c#{i}_#{j});
+            c#{i}_#{j} = fma(x#{i}[#{s}], y#{s}_#{j}, c#{i}_#{j});
 #end
 #end
 #end
 #endif
-    }
-#endif
+        }
 #else
-    for (var k = 0u; k < params.k; k++) {
+        for (var k = 0u; k < count; k++) {
 #unroll i in 0..ROWS
-#ifdef TN
-        let ax#{i} = a#{i} + k * params.lda;
-#else
-        let ax#{i} = a#{i} + k;
-#endif
-        let x#{i} = a[ax#{i} / 4u][ax#{i} % 4u];
+            let ax#{i} = ai#{i} + first + k;
+            let x#{i} = a0[ax#{i} / 4u][ax#{i} % 4u];
 #end
 #unroll j in 0..COLS
 #ifdef NT
-        let at#{j} = b#{j} + k;
+            let at#{j} = bj#{j} + k;
 #else
-        let at#{j} = b#{j} + k * params.ldb;
+            let at#{j} = bj#{j} + k * params.ldb;
 #endif
-        let y#{j} = b[at#{j} / 4u][at#{j} % 4u];
+            let y#{j} = b#{w}[at#{j} / 4u][at#{j} % 4u];
 #end
 #unroll i in 0..ROWS
 #unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
+            c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
 #end
 #end
+        }
+#endif
     }
+#end
 #endif
 #unroll j in 0..COLS
     {

@@ -37,8 +37,11 @@ impl Case {
 
     /// `train full.toml` with `--set`s.
     fn train(&self, set: &[&str]) -> Output {
-        let mut command = program([Path::new("train"), &self.path("full.toml"), Path::new("--output-dir"), &self.out()]);
-        set.iter().for_each(|set| drop(command.args(["--set", set])));
+        let mut command =
+            program([Path::new("train"), &self.path("full.toml"), Path::new("--output-dir"), &self.out()]);
+        for set in set {
+            command.args(["--set", set]);
+        }
         command.output().unwrap()
     }
 
@@ -266,7 +269,8 @@ fn records_longer_than_model_max_length_are_cut_and_counted() {
 #[test]
 fn a_loss_that_is_not_finite_stops_the_run() {
     let case = Case::new();
-    let output = case.train(&["learning_rate=1e30", "lr_scheduler_type=\"constant\"", "max_grad_norm=0.0", "save_steps=1"]);
+    let output =
+        case.train(&["learning_rate=1e30", "lr_scheduler_type=\"constant\"", "max_grad_norm=0.0", "save_steps=1"]);
     assert_refused(&output, 1, &["loss became", "learning_rate"]);
     assert!(!case.out().join("model").exists(), "a model was written");
     for entry in fs::read_dir(case.out()).unwrap() {

@@ -152,7 +152,8 @@ fn no_layer_reaches_up() {
 
 #[test]
 fn only_the_command_line_prints_exits_or_reads_the_environment() {
-    let forbidden = Regex::new(r"\b(e?print(ln)?!|dbg!|(std::)?env::(var|args|current_dir|temp_dir|home_dir)|exit\()").unwrap();
+    let forbidden =
+        Regex::new(r"\b(e?print(ln)?!|dbg!|(std::)?env::(var|args|current_dir|temp_dir|home_dir)|exit\()").unwrap();
     let mut wrong = Vec::new();
     for path in rust_files(&source()) {
         if ["cli", "main"].contains(&layer_of(&path).as_str()) {

@@ -94,7 +94,8 @@ fn compare(op: &Op, gpu: &Gpu, n: usize) -> Result<(), Failed> {
     }
     for comparison in &comparisons {
         let error = comparison.error();
-        let line = format!("{} at {n}: {}: {error:.2e}, {:.0e} allowed", op.name, comparison.what, comparison.tolerance);
+        let line =
+            format!("{} at {n}: {}: {error:.2e}, {:.0e} allowed", op.name, comparison.what, comparison.tolerance);
         println!("{line}");
         // A NaN is no success either.
         if error.is_nan() || error > comparison.tolerance {

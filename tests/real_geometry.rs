@@ -117,7 +117,8 @@ fn one_decoder_layer_of_7b() {
         let shape = &shapes[name];
         let short = name.strip_prefix(prefix);
         // Embedding and last norm are there, but not in the way.
-        let values = short.map_or_else(|| vec![0.0; shape.iter().product()], |short| weight(numbered[short], short, shape));
+        let values =
+            short.map_or_else(|| vec![0.0; shape.iter().product()], |short| weight(numbered[short], short, shape));
         let id = parameters.insert(name, Tensor::from_f32(&gpu, &values, shape));
         if short.is_some() {
             let value = parameters.get(id).value.clone();

@@ -131,7 +131,8 @@ fn wait_until(child: &mut Child, mut done: impl FnMut() -> bool) -> bool {
 
 /// Bytes that the run has written into its folder so far, and steps logged.
 fn progress(out: &Path) -> usize {
-    let lines = |stage: &str| fs::read_to_string(out.join(stage).join("metrics.jsonl")).map_or(0, |t| t.lines().count());
+    let lines =
+        |stage: &str| fs::read_to_string(out.join(stage).join("metrics.jsonl")).map_or(0, |t| t.lines().count());
     lines("align") + lines("tune")
 }
 
@@ -160,7 +161,11 @@ fn killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes() {
                 child.kill().unwrap();
                 child.wait().unwrap();
                 kills += 1;
-                println!("kill {kills} of round {round}, at step {} of {}", progress(&out), STEPS.iter().sum::<usize>());
+                println!(
+                    "kill {kills} of round {round}, at step {} of {}",
+                    progress(&out),
+                    STEPS.iter().sum::<usize>()
+                );
                 continue;
             }
             let output = child.wait_with_output().unwrap();

@@ -81,7 +81,8 @@ fn every_shader_file_is_used_and_has_its_rust_file() {
         assert!(root().join(format!("src/ops/{name}.rs")).is_file(), "{} has no src/ops/{name}.rs", path.display());
         let sections = fs::read_to_string(&path).unwrap();
         for kernel in sections.lines().filter_map(|line| line.trim().strip_prefix("#kernel ")) {
-            let used = shader_variants().iter().any(|variant| variant.family == name && variant.kernel == kernel.trim());
+            let used =
+                shader_variants().iter().any(|variant| variant.family == name && variant.kernel == kernel.trim());
             assert!(used, "{}: no variant of #kernel {kernel}", path.display());
         }
     }

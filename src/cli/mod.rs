@@ -13,7 +13,7 @@ mod report;
 mod score;
 mod shaders;
 mod train;
-mod ui;
+pub mod ui;
 
 use std::{env, process::ExitCode};
 

@@ -159,12 +159,15 @@ impl Decoder<'_> {
         }
         let mut places = Vec::new();
         let ends = sequences.iter().skip(1).map(|next| next.base).chain([batch.tokens()]);
-        for (sequence, end) in sequences.iter().zip(ends) {
+        for (sequence, end) in sequences.iter().zip(ends.clone()) {
             places.extend((0..end - sequence.base).map(|position| (sequence.base, position)));
         }
         let last: Vec<u32> = sequences.iter().map(|sequence| (sequence.base + sequence.prompt - 1) as u32).collect();
         let model = self.model;
-        self.run(&places, &last, |forward| model.embed(forward, &batch, pictures))
+        // Rows stand in the cache as they stand in the batch.
+        let lengths: Vec<usize> = ends.zip(sequences).map(|(end, sequence)| end - sequence.base).collect();
+        let ranges = Ranges::packed(model.gpu(), &lengths, true);
+        self.run(&places, ranges, &last, |forward| model.embed(forward, &batch, pictures))
     }
 
     /// Reads the last token of each sequence; the logits behind it.
@@ -176,26 +179,29 @@ impl Decoder<'_> {
         }
         let last: Vec<u32> = (0..ids.len() as u32).collect();
         let model = self.model;
-        self.run(&places, &last, |forward| Ok(model.language.embed(forward, &ids)))
+        let ranges = places.iter().flat_map(|&(base, position)| [base as u32, (base + position + 1) as u32]);
+        let ranges: Vec<u32> = ranges.collect();
+        let ranges = Ranges::cached(Tensor::from_u32(model.gpu(), &ranges, &[places.len(), 2]));
+        self.run(&places, ranges, &last, |forward| Ok(model.language.embed(forward, &ids)))
     }
 
-    /// Runs rows at `places` (first row of the sequence, position in it) through the decoder, and the rows `last`
+    /// Runs rows at `places` (first row of the sequence, position in it), which see `ranges`, through the decoder, and the rows `last`
     /// through the head.
     fn run(
         &mut self,
         places: &[(usize, usize)],
+        ranges: Ranges,
         last: &[u32],
         embed: impl FnOnce(&mut Forward<'_>) -> Result<Var>,
     ) -> Result<Vec<Vec<f32>>> {
         let (model, gpu) = (self.model, self.model.gpu());
         let upload = |words: Vec<u32>, shape: &[usize]| Tensor::from_u32(gpu, &words, shape);
-        let ranges = places.iter().flat_map(|&(base, position)| [base as u32, (base + position + 1) as u32]);
         let rows = places.iter().map(|&(base, position)| (base + position) as u32).collect();
         let count = places.len();
         let places = Places {
             positions: upload(places.iter().map(|&(_, position)| position as u32).collect(), &[count]),
             last_position: places.iter().map(|&(_, position)| position).max().unwrap_or(0),
-            ranges: Ranges { of_queries: upload(ranges.collect(), &[count, 2]), of_keys: None },
+            ranges,
             cache: Some((&self.cache, upload(rows, &[count]))),
         };
         let mut tape = Tape::silent();

@@ -17,6 +17,8 @@ pub struct AdapterOptions {
     pub without_subgroups: bool,
     /// Run a GPU's kernels even on a host processor (tests use it).
     pub treat_as_gpu: bool,
+    /// Wait for every dispatch and keep its time ([`Gpu::profile`](super::Gpu::profile)); slow.
+    pub profile: bool,
 }
 
 /// One adapter as `wgpu-llava devices` shows it.

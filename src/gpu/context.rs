@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    time::Instant,
 };
 
 use super::{
@@ -58,6 +59,8 @@ struct Stream {
     pass: Option<wgpu::ComputePass<'static>>,
     recorded: usize,
     bind_groups: HashMap<Vec<(u64, u64, u64, bool)>, wgpu::BindGroup>,
+    /// Count and seconds of each kernel, when they are timed.
+    profile: Option<HashMap<String, (u64, f64)>>,
 }
 
 impl Gpu {
@@ -111,7 +114,7 @@ impl Gpu {
             facts,
             max_binding: options.max_binding.unwrap_or(largest).min(largest),
             alignment,
-            stream: Mutex::default(),
+            stream: Mutex::new(Stream { profile: options.profile.then(HashMap::new), ..Default::default() }),
             failure,
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -216,9 +219,25 @@ impl Gpu {
         }
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         stream.recorded += 1;
-        if stream.recorded >= DISPATCHES_PER_SUBMIT {
+        if stream.profile.is_some() {
+            let begun = Instant::now();
+            self.submit(stream);
+            let _ = self.inner.device.poll(wgpu::PollType::wait_indefinitely());
+            if let Some(profile) = &mut stream.profile {
+                let entry = profile.entry(name.to_string()).or_default();
+                *entry = (entry.0 + 1, entry.1 + begun.elapsed().as_secs_f64());
+            }
+        } else if stream.recorded >= DISPATCHES_PER_SUBMIT {
             self.submit(stream);
         }
+    }
+
+    /// Kernels with their dispatches and seconds, slowest first; empty unless the device was opened to profile.
+    pub fn profile(&self) -> Vec<(String, u64, f64)> {
+        let stream = self.stream();
+        let mut rows: Vec<_> = stream.profile.iter().flatten().map(|(name, &(n, s))| (name.clone(), n, s)).collect();
+        rows.sort_by(|a, b| b.2.total_cmp(&a.2));
+        rows
     }
 
     /// A uniform of its own for one dispatch, on devices without immediate data.

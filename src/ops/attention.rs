@@ -5,7 +5,13 @@
 //! with other ranges. Query head h reads key/value head h * K / H.
 
 use super::{Comparison, Cost, Op, Random, groups_for};
-use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+use std::sync::Arc;
+
+use crate::{
+    error::Result,
+    gpu::{Binding, Gpu, UNIFORM_BYTES},
+    tensor::{ALIGNMENT, Tensor},
+};
 
 /// Which keys each query sees, and the same seen from the keys.
 #[derive(Clone)]
@@ -14,6 +20,8 @@ pub struct Ranges {
     pub of_queries: Tensor,
     /// u32 [S, 2]: first query and end; needed by the backward alone.
     pub of_keys: Option<Tensor>,
+    /// Lengths of packed sequences; empty where queries and keys are not the same rows.
+    lengths: Arc<[usize]>,
 }
 
 impl Ranges {
@@ -32,7 +40,28 @@ impl Ranges {
         Self {
             of_queries: Tensor::from_u32(gpu, &queries, &[total, 2]),
             of_keys: Some(Tensor::from_u32(gpu, &keys, &[total, 2])),
+            lengths: lengths.into(),
         }
+    }
+
+    /// Queries over rows of a cache, each with its own range of them: u32 [T, 2].
+    pub fn cached(of_queries: Tensor) -> Self {
+        Self { of_queries, of_keys: None, lengths: Arc::default() }
+    }
+
+    /// Whole sequences in windows of at most `rows` rows: (first row, rows). `None` when a sequence is longer.
+    fn windows(&self, rows: usize) -> Option<Vec<(usize, usize)>> {
+        let mut windows: Vec<(usize, usize)> = Vec::new();
+        let mut start = 0;
+        for &length in self.lengths.iter() {
+            match windows.last_mut() {
+                Some(last) if last.1 + length <= rows => last.1 += length,
+                _ if length <= rows => windows.push((start, length)),
+                _ => return None,
+            }
+            start += length;
+        }
+        (!windows.is_empty()).then_some(windows)
     }
 }
 
@@ -52,6 +81,22 @@ impl Heads {
         [queries as u32, keys as u32, self.heads as u32, self.kv_heads as u32, self.head_size as u32, scale.to_bits()]
     }
 
+    /// On host processors: the windows and the variant of the lane kernels, where heads are whole vec4s, few enough
+    /// for registers, and every sequence fits a uniform.
+    fn lanes(self, gpu: &Gpu, ranges: &Ranges) -> Option<(Vec<(usize, usize)>, &'static str)> {
+        if !gpu.is_cpu() || !self.head_size.is_multiple_of(4) {
+            return None;
+        }
+        let suffix = match self.head_size {
+            ..=16 => "e16",
+            17..=32 => "e32",
+            33..=64 => "e64",
+            _ => return None,
+        };
+        let rows = (UNIFORM_BYTES as usize / 4 - ALIGNMENT) / (self.heads * self.head_size);
+        Some((ranges.windows(rows)?, suffix))
+    }
+
     /// The variant for a head size, and how many queries (or keys) its workgroups own.
     fn variant(self, kernel: &str) -> (String, usize) {
         match self.head_size {
@@ -62,6 +107,38 @@ impl Heads {
     }
 }
 
+/// Rows of whole sequences that the lane kernels bind as uniforms.
+struct Window {
+    heads: Heads,
+    first: usize,
+    rows: usize,
+}
+
+impl Window {
+    /// This window of a [T, H, E] tensor, and where it begins in the binding, in vec4s.
+    fn queries<'t>(&self, tensor: &'t Tensor) -> (Binding<'t>, usize) {
+        let (binding, before) = tensor.uniform(self.first * self.heads.heads * self.heads.head_size);
+        (binding, before / 4)
+    }
+
+    /// As `queries`, of a [T, K, E] tensor.
+    fn keys<'t>(&self, tensor: &'t Tensor) -> (Binding<'t>, usize) {
+        let (binding, before) = tensor.uniform(self.first * self.heads.kv_heads * self.heads.head_size);
+        (binding, before / 4)
+    }
+
+    fn params(&self, before: [usize; 5]) -> Vec<u32> {
+        let mut params = self.heads.params(0, 0).to_vec();
+        params.extend([self.first as u32, self.rows as u32]);
+        params.extend(before.map(|words| words as u32));
+        params
+    }
+
+    fn groups(&self, heads: usize) -> [u32; 3] {
+        [self.rows.div_ceil(8) as u32, heads as u32, 1]
+    }
+}
+
 /// q [T, H, E] over k, v [S, K, E]: the output [T, H, E], and log-sum-exp beside room for delta [T, H, 2].
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, ranges: &Ranges, heads: Heads) -> (Tensor, Tensor) {
     let gpu = q.gpu();
@@ -69,6 +146,17 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, ranges: &Ranges, heads: Heads
     let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
     let out = Tensor::empty(gpu, &[queries, width]);
     let stats = Tensor::empty(gpu, &[queries, heads.heads, 2]);
+    if let Some((windows, suffix)) = heads.lanes(gpu, ranges) {
+        for &(first, rows) in &windows {
+            let window = Window { heads, first, rows };
+            let ((q, q_before), (k, k_before), (v, v_before)) =
+                (window.queries(q), window.keys(k), window.keys(v));
+            let bindings = [q, k, v, ranges.of_queries.binding(), out.binding(), stats.binding()];
+            let params = window.params([q_before, k_before, v_before, 0, 0]);
+            gpu.dispatch(&format!("attention.lane_forward.{suffix}"), &bindings, &params, window.groups(heads.heads));
+        }
+        return (out, stats);
+    }
     // Queries of different cached sequences share no keys, so while decoding each goes alone.
     let (kernel, rows) =
         if queries < 8 { ("attention.forward.decode".into(), 1) } else { heads.variant("forward") };
@@ -101,6 +189,23 @@ pub fn backward(
         groups_for(rows, 64),
     );
     let [dq, dk, dv] = [q, k, v].map(|x| Tensor::empty(gpu, x.shape()));
+    let of_keys = ranges.of_keys.as_ref().expect("training ranges know both sides");
+    if let Some((windows, suffix)) = heads.lanes(gpu, ranges) {
+        for &(first, rows) in &windows {
+            let window = Window { heads, first, rows };
+            let ((q, q_before), (k, k_before), (v, v_before), (dout, dout_before)) =
+                (window.queries(q), window.keys(k), window.keys(v), window.queries(dout));
+            let (row_stats, stats_before) = stats.uniform(first * heads.heads * 2);
+            let params = window.params([q_before, k_before, v_before, dout_before, stats_before]);
+            let bindings = [q, k, v, ranges.of_queries.binding(), stats.binding(), dout, dq.binding()];
+            let kernel = format!("attention.lane_backward_query.{suffix}");
+            gpu.dispatch(&kernel, &bindings, &params, window.groups(heads.heads));
+            let bindings = [q, k, v, of_keys.binding(), row_stats, dout, dk.binding(), dv.binding()];
+            let kernel = format!("attention.lane_backward_key_value.{suffix}");
+            gpu.dispatch(&kernel, &bindings, &params, window.groups(heads.kv_heads));
+        }
+        return (dq, dk, dv);
+    }
     let (kernel, rows) = heads.variant("backward_query");
     gpu.dispatch(
         &kernel,
@@ -116,7 +221,6 @@ pub fn backward(
         &params,
         [queries.div_ceil(rows) as u32, heads.heads as u32, 1],
     );
-    let of_keys = ranges.of_keys.as_ref().expect("training ranges know both sides");
     let (kernel, rows) = heads.variant("backward_key_value");
     gpu.dispatch(
         &kernel,
@@ -184,8 +288,8 @@ pub fn reference(
 fn check(causal: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut comparisons = Vec::new();
     // Every head size class; grouped heads; lengths that share a workgroup and lengths that fill blocks.
-    for (kv_heads, head_size) in [(1, 5), (2, 33), (4, 136)] {
-        if n > 100 && head_size != 33 {
+    for (kv_heads, head_size) in [(1, 5), (2, 12), (4, 32), (2, 33), (1, 60), (4, 136)] {
+        if n > 100 && head_size > 33 {
             continue;
         }
         let heads = Heads { heads: 4, kv_heads, head_size };

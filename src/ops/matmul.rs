@@ -148,42 +148,47 @@ impl Call<'_> {
             let transposed = Tensor::empty(self.c.gpu(), &[length(region.k), n]);
             transpose_rows(self.b, region.n.0, &transposed);
             if uniform_rows(n) > fit_b {
-                for (m0, m1) in parts(region.m, fit_a) {
-                    for (k0, k1) in parts(region.k, uniform_rows(n)) {
-                        let part = Region { m: (m0, m1), n: region.n, k: (k0, k1) };
-                        self.launch_uniform(part, Layout::Nn, &transposed, k0, 0);
+                let window = Window::new(n, usize::MAX);
+                for m in parts(region.m, fit_a) {
+                    for k in parts(region.k, window.most()) {
+                        let part = Region { m, n: region.n, k };
+                        self.launch_uniform(part, Layout::Nn, &transposed, (k.0, 0), window);
                     }
                 }
                 return;
             }
         }
-        let (m_most, n_most, k_most) = match self.layout {
-            Layout::Nt => (fit_a, fit_b, usize::MAX),
-            Layout::Nn => (fit_a, usize::MAX, fit_b),
-            Layout::Tn => (usize::MAX, usize::MAX, fit_a.min(fit_b)),
+        let (m_most, n_most, window) = match self.layout {
+            Layout::Nt => (fit_a, fit_b, Window { rows: usize::MAX, count: 1 }),
+            Layout::Nn => (fit_a, usize::MAX, Window::new(self.b.cols(), usize::MAX)),
+            Layout::Tn => (usize::MAX, usize::MAX, Window::new(self.a.cols(), self.b.cols())),
         };
         for m in parts(region.m, m_most) {
             for n in parts(region.n, n_most) {
-                for k in parts(region.k, k_most) {
-                    let part = Region { m, n, k };
-                    let (b_row, b_col) = if self.layout == Layout::Nt { (n.0, k.0) } else { (k.0, n.0) };
-                    self.launch_uniform(part, self.layout, self.b, b_row, b_col);
+                for k in parts(region.k, window.most()) {
+                    let b_start = if self.layout == Layout::Nt { (n.0, k.0) } else { (k.0, n.0) };
+                    self.launch_uniform(Region { m, n, k }, self.layout, self.b, b_start, window);
                 }
             }
         }
     }
 
-    /// One dispatch over a region whose operands fit into uniforms; B's block starts at `b_row`, `b_col` of `b`.
-    fn launch_uniform(&self, region: Region, layout: Layout, b: &Tensor, b_row: usize, b_col: usize) {
+    /// One dispatch over a region whose operands fit into uniforms; B's block starts at row and column `b_start`.
+    fn launch_uniform(&self, region: Region, layout: Layout, b: &Tensor, b_start: (usize, usize), window: Window) {
         let Self { a, c, epilogue, .. } = *self;
         let (m, n, k) = (length(region.m), length(region.n), length(region.k));
         let (a_row, a_col) = if layout == Layout::Tn { (region.k.0, region.m.0) } else { (region.m.0, region.k.0) };
-        let (a_binding, a_before) = a.uniform(a_row * a.cols());
-        let (b_binding, b_before) = b.uniform(b_row * b.cols());
-        let (a_offset, b_offset) = (a_before + a_col, b_before + b_col);
+        let rows = window.rows.min(k.next_multiple_of(4));
+        // A window past the end is bound, and not read: the first one serves.
+        let at = |w: usize, row: usize| if w * rows < k { row + w * rows } else { row };
+        let b_count = if layout == Layout::Nt { 1 } else { WINDOWS };
+        let a_count = if layout == Layout::Tn { WINDOWS } else { 1 };
+        let b_bindings: Vec<_> = (0..b_count).map(|w| b.uniform(at(w, b_start.0) * b.cols())).collect();
+        let a_bindings: Vec<_> = (0..a_count).map(|w| a.uniform(at(w, a_row) * a.cols())).collect();
+        let (a_offset, b_offset) = (a_bindings[0].1 + a_col, b_bindings[0].1 + b_start.1);
         let first = region.k.0 == 0;
         let bias = epilogue.bias.filter(|_| first).map(|bias| bias.uniform(region.n.0));
-        let (bias_binding, bias_before) = bias.unwrap_or((a_binding, 0));
+        let (bias_binding, bias_before) = bias.unwrap_or((a_bindings[0].0, 0));
 
         // vec4 loads need rows that start at, and a fast axis that fills, whole vec4s.
         let fast = if layout == Layout::Tn { m } else { k };
@@ -218,9 +223,12 @@ impl Call<'_> {
             u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
             epilogue.alpha.unwrap_or(1.0).to_bits(),
             bias_before as u32,
+            rows as u32,
         ];
         let groups = [n.div_ceil(if wide { 128 } else { 32 }) as u32, m.div_ceil(8) as u32, 1];
-        c.gpu().dispatch(kernel, &[a_binding, b_binding, bias_binding, c_binding], &params, groups);
+        let operands = b_bindings.iter().chain(&a_bindings).map(|(binding, _)| *binding);
+        let bindings: Vec<_> = [c_binding, bias_binding].into_iter().chain(operands).collect();
+        c.gpu().dispatch(kernel, &bindings, &params, groups);
     }
 
     fn launch(&self, region: Region) {
@@ -246,6 +254,7 @@ impl Call<'_> {
             u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
             epilogue.alpha.unwrap_or(1.0).to_bits(),
             0,
+            0,
         ];
         let bind = |tensor: &Tensor, range| rows(tensor, range);
         let ((a_start, a_count), (b_start, b_count), (c_start, c_count)) =
@@ -261,6 +270,35 @@ impl Call<'_> {
 const UNIFORM_ELEMENTS: usize = UNIFORM_BYTES as usize / 4;
 /// Up to this many rows of A, W is read once by `matmul.rows`.
 const ROWS_KERNEL_MOST: usize = 4;
+
+/// Uniforms over K in one dispatch of the NN and TN kernels (WINDOWS in shaders/variants).
+const WINDOWS: usize = 4;
+
+/// How K is spread over uniforms: `count` windows of `rows` rows each.
+#[derive(Clone, Copy)]
+struct Window {
+    rows: usize,
+    count: usize,
+}
+
+impl Window {
+    /// For operands whose rows have `cols` (and `other`, or `usize::MAX` for none) elements. Several windows need
+    /// starts that are aligned alike; where rows are odd there is one.
+    fn new(cols: usize, other: usize) -> Self {
+        let widest = if other == usize::MAX { cols } else { cols.max(other) };
+        let rows = uniform_rows(widest);
+        let aligned = |rows: usize| {
+            (rows * cols).is_multiple_of(ALIGNMENT) && (other == usize::MAX || (rows * other).is_multiple_of(ALIGNMENT))
+        };
+        let even = (1..=rows / 8).rev().map(|eighth| eighth * 8).find(|&rows| aligned(rows));
+        even.map_or(Self { rows, count: 1 }, |rows| Self { rows, count: WINDOWS })
+    }
+
+    /// Rows of K in one dispatch.
+    fn most(self) -> usize {
+        self.rows.saturating_mul(self.count)
+    }
+}
 
 /// How many rows of `cols` elements one uniform holds, wherever the first begins.
 fn uniform_rows(cols: usize) -> usize {
@@ -280,7 +318,7 @@ fn parts((from, to): (usize, usize), most: usize) -> impl Iterator<Item = (usize
 fn transpose_rows(from: &Tensor, first: usize, to: &Tensor) {
     let (k, n) = (to.rows(), to.cols());
     let (source, before) = from.range_from(first * k, n * k);
-    let params = [n as u32, k as u32, 0, k as u32, 0, n as u32, before as u32, 0, 0, 0, 0, 0];
+    let params = [n as u32, k as u32, 0, k as u32, 0, n as u32, before as u32, 0, 0, 0, 0, 0, 0];
     let groups = [n.div_ceil(16) as u32, k.div_ceil(16) as u32, 1];
     to.gpu().dispatch("matmul.transpose", &[source, to.binding()], &params, groups);
 }

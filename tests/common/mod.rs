@@ -93,5 +93,8 @@ pub fn norm(values: &[f32]) -> f64 {
 /// Asserts `|got - want| <= tolerance * scale`.
 #[track_caller]
 pub fn assert_close(what: &str, got: f64, want: f64, tolerance: f64, scale: f64) {
-    assert!((got - want).abs() <= tolerance * scale, "{what}: {got} instead of {want} (tolerance {tolerance} of {scale})");
+    assert!(
+        (got - want).abs() <= tolerance * scale,
+        "{what}: {got} instead of {want} (tolerance {tolerance} of {scale})"
+    );
 }

@@ -67,9 +67,10 @@ if __name__ == "__main__":
     parser.add_argument("out")
     parser.add_argument("--records", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--short", action="store_true", help="questions of one to three words: the first lesson")
     parser.add_argument("--no-check", action="store_true", help="skip the check against easy-VQA's questions (needs the package easy-vqa)")
     args = parser.parse_args()
-    data = records(args.records, args.seed)
+    data = records(args.records, args.seed, args.short)
     if not args.no_check:
         import easy_vqa
 
