@@ -5,10 +5,13 @@
 //! ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
+pub mod cli;
 pub mod data;
 pub mod embedded;
 pub mod error;
+pub mod eval;
 pub mod formats;
+pub mod generate;
 pub mod gpu;
 pub mod models;
 pub mod nn;

@@ -11,8 +11,6 @@ use crate::{
 };
 
 pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
-    let mut ui = Ui::new(global.quiet, global.verbose);
-    let gpu = open_device(global, None, &mut ui)?;
     let request = Request {
         task: &args.task,
         model: args.model.as_deref().unwrap_or("embedded:tiny"),
@@ -21,6 +19,9 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
         out: args.out.as_deref(),
         data: args.data.as_deref(),
     };
+    request.check()?;
+    let mut ui = Ui::new(global.quiet, global.verbose);
+    let gpu = open_device(global, None, &mut ui)?;
     let outcome = eval::run(&gpu, &request, &mut ui)?;
     if args.json {
         return report::print_data(&format!("{}\n", outcome.json()));

@@ -27,8 +27,8 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
     // What can be wrong with the request is told before a model is loaded.
     let template = crate::data::Template::named(&args.version)?;
     let sources: Vec<ImageSource> = args.image.iter().cloned().map(ImageSource::File).collect();
-    for source in &sources {
-        source.load()?;
+    if let Some(missing) = args.image.iter().find(|path| !path.is_file()) {
+        return Err(Error::data(format!("there is no picture {}", missing.display())));
     }
     let mut ui = Ui::new(global.quiet, global.verbose);
     let opened = open_model(&args.model, global, &mut ui)?;

@@ -19,8 +19,9 @@ use std::{env, process::ExitCode};
 
 use crate::{
     error::{Error, Result},
+    formats::peft::Adapter,
     gpu::{AdapterOptions, Gpu},
-    models::open::{Opened, Place, open},
+    models::open::{Opened, Place, load},
     train::config::Source,
 };
 use args::{Backend, Cli, Command, GlobalArgs, ModelArgs, RecipesCommand};
@@ -103,6 +104,9 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
                 .hint("name a folder with config.json and model.safetensors; the Hugging Face Hub is not built yet"));
         }
     };
+    // Files that are wrong are told before a device is opened.
+    let folder = place.folder()?;
+    let adapter = args.adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
     let gpu = open_device(global, None, ui)?;
-    open(&gpu, place, args.adapter.as_deref())
+    load(&gpu, folder, adapter.as_ref())
 }

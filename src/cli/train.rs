@@ -12,7 +12,7 @@ use crate::{
     eval,
     gpu::Gpu,
     train::{
-        config::{RunConfig, Source},
+        config::{DeviceChoice, RunConfig, Source},
         metrics, plot,
         report::{self, ReportData, StageReport},
         run::{self, RunOutcome},
@@ -26,7 +26,10 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         return dry_run(&config);
     }
     let mut ui = Ui::new(global.quiet, global.verbose);
-    let device = config.device.as_ref().map(|choice| choice.to_string());
+    let device = config.device.as_ref().map(|choice| match choice {
+        DeviceChoice::Index(index) => index.to_string(),
+        DeviceChoice::Name(name) => name.clone(),
+    });
     let gpu = super::open_device(global, device, &mut ui)?;
     let stop = interrupt::install()?;
     let outcome = run::train(&config, args.resume, &gpu, stop, &mut ui)?;

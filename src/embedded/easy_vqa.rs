@@ -193,7 +193,10 @@ mod tests {
         let words = |text, answer| true_words(&question(text, answer)).join(" ");
         assert!(words("is there a red shape?", "yes").contains("red"));
         assert!(words("is no red shape present?", "no").contains("red"));
-        assert!(words("what color is the circle?", "teal").contains("circle") && !words("is a circle present?", "no").contains("circle"));
+        assert!(
+            words("what color is the circle?", "teal").contains("circle")
+                && !words("is a circle present?", "no").contains("circle")
+        );
         assert!(!words("is there not a circle?", "yes").contains("circle"));
 
         let captions = records("easy-vqa-captions").unwrap();

@@ -38,6 +38,25 @@ pub struct Request<'a> {
     pub data: Option<&'a Path>,
 }
 
+impl Request<'_> {
+    /// What can be known to be wrong before a device is opened.
+    ///
+    /// # Errors
+    /// `Usage`: an unknown task, or data for one that brings its own.
+    pub fn check(&self) -> Result<()> {
+        if !TASKS.contains(&self.task) {
+            let near = nearest(self.task, TASKS).unwrap_or_default();
+            return Err(Error::usage(format!("there is no benchmark `{}`; the nearest is `{near}`", self.task))
+                .hint(format!("there are: {}", TASKS.join(", "))));
+        }
+        if self.data.is_some() {
+            return Err(Error::usage("`--data` for easy-vqa is known, but not built yet")
+                .hint("leave it out: the data set is in the program"));
+        }
+        Ok(())
+    }
+}
+
 /// One question and what was answered.
 #[derive(Clone, Debug, Serialize)]
 pub struct Answer {
@@ -69,15 +88,7 @@ pub struct Outcome {
 /// # Errors
 /// `Usage`: an unknown task, or a model that cannot do it.
 pub fn run(gpu: &Gpu, request: &Request<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
-    if !TASKS.contains(&request.task) {
-        let near = nearest(request.task, TASKS).unwrap_or_default();
-        return Err(Error::usage(format!("there is no benchmark `{}`; the nearest is `{near}`", request.task))
-            .hint(format!("there are: {}", TASKS.join(", "))));
-    }
-    if request.data.is_some() {
-        return Err(Error::usage("`--data` for easy-vqa is known, but not built yet")
-            .hint("leave it out: the data set is in the program"));
-    }
+    request.check()?;
     let opened = open(gpu, Place::parse(request.model), request.adapter)?;
     let outcome = easy_vqa::evaluate(&opened, request.limit, observer)?;
     if let Some(out) = request.out {

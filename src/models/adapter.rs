@@ -97,7 +97,8 @@ pub fn export(model: &Llava, settings: &Adapter, with_projector: bool) -> Result
         let [Some(a), Some(b)] = matrices(&module).map(|name| model.parameters.find(&name)) else { continue };
         let [lora_a, lora_b] = [a, b].map(|id| read(id, model.parameters.get(id).value.shape()));
         let lora_a = lora_a?;
-        let scale = settings.modules.get(&module).map_or_else(|| settings.scale(lora_a.shape[0]), |module| module.scale);
+        let scale =
+            settings.modules.get(&module).map_or_else(|| settings.scale(lora_a.shape[0]), |module| module.scale);
         adapter.modules.insert(module, LoraWeights { lora_a, lora_b: lora_b?, scale });
     }
     if adapter.modules.is_empty() {

@@ -47,23 +47,27 @@ pub struct Opened {
 }
 
 /// Opens a model for inference, with an adapter on it if there is one.
-///
-/// A LLaVA whose projector is neither in its folder nor in the adapter answers text alone: its `projector` is `None`.
 pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opened> {
     let folder = place.folder()?;
+    let adapter = adapter.map(|path| Adapter::read(path, folder.config())).transpose()?;
+    load(gpu, folder, adapter.as_ref())
+}
+
+/// Brings an opened folder to the device.
+///
+/// A LLaVA whose projector is neither in its folder nor in the adapter answers text alone: its `projector` is `None`.
+pub fn load(gpu: &Gpu, folder: ModelFolder, adapter: Option<&Adapter>) -> Result<Opened> {
     let tokenizer = tokenizer(&folder)?;
     let processor = processor(&folder)?;
-    let adapter = adapter.map(|path| Adapter::read(path, folder.config())).transpose()?;
-    let saved = |name: &str| adapter.as_ref().and_then(|adapter| adapter.saved.get(name));
-    let mut projector = |name: &str, shape: &[usize]| {
-        Ok(saved(name).cloned().unwrap_or_else(|| HostTensor::zeros(shape)))
-    };
+    let saved = |name: &str| adapter.and_then(|adapter| adapter.saved.get(name));
+    let mut projector =
+        |name: &str, shape: &[usize]| Ok(saved(name).cloned().unwrap_or_else(|| HostTensor::zeros(shape)));
     let mut model = Llava::load_with(gpu, &folder, folder.config().clone(), false, &mut projector)?;
     let tensors = folder.config().llava().map(names::projector_tensors).unwrap_or_default();
     if !folder.has_projector() && !tensors.iter().all(|(name, _)| saved(name).is_some()) {
         model.projector = None;
     }
-    if let Some(adapter) = &adapter {
+    if let Some(adapter) = adapter {
         adapter::attach(&mut model, adapter, 0.0)?;
     }
     Ok(Opened { model, tokenizer: Arc::new(tokenizer), processor, folder })
@@ -83,7 +87,8 @@ pub fn tokenizer(folder: &ModelFolder) -> Result<Tokenizer> {
     };
     let (known, embedded) = (tokenizer.vocabulary_size(), folder.config().text().vocab_size);
     if known > embedded {
-        let message = format!("{}: the tokenizer has {known} tokens, the model's vocab_size is {embedded}", folder.name());
+        let message =
+            format!("{}: the tokenizer has {known} tokens, the model's vocab_size is {embedded}", folder.name());
         return Err(Error::data(message).hint("tokenizer and weights are of different models: fetch both afresh"));
     }
     Ok(tokenizer)
@@ -106,8 +111,12 @@ pub fn processor(folder: &ModelFolder) -> Result<Option<ImageProcessor>> {
     match processor.output_size() {
         Some((height, width)) if (height, width) == (size, size) => Ok(Some(processor)),
         other => {
-            let made = other.map_or("pictures of any size".into(), |(height, width)| format!("{width}x{height} pixels"));
-            let message = format!("{}: preprocessor_config.json gives {made}, the vision tower takes {size}x{size}", folder.name());
+            let made =
+                other.map_or("pictures of any size".into(), |(height, width)| format!("{width}x{height} pixels"));
+            let message = format!(
+                "{}: preprocessor_config.json gives {made}, the vision tower takes {size}x{size}",
+                folder.name()
+            );
             Err(Error::data(message).hint("set its `crop_size` to the `image_size` of vision_config in config.json"))
         }
     }
@@ -116,9 +125,9 @@ pub fn processor(folder: &ModelFolder) -> Result<Option<ImageProcessor>> {
 /// Pixel values [3, S, S] of every picture, on all cores. Errors name the picture.
 pub fn pixels(processor: &ImageProcessor, pictures: &[ImageSource]) -> Result<Vec<Vec<f32>>> {
     let process = |picture: &ImageSource| {
-        let values = processor.process(&picture.load()?).map_err(|error| {
-            Error { message: format!("{}: {}", picture.name(), error.message), ..error }
-        })?;
+        let values = processor
+            .process(&picture.load()?)
+            .map_err(|error| Error { message: format!("{}: {}", picture.name(), error.message), ..error })?;
         Ok(values.data)
     };
     pictures.par_iter().map(process).collect()
