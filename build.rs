@@ -48,8 +48,12 @@ fn main() {
         let path = root.join("shaders").join(format!("{name}.wgsl"));
         writeln!(table, "    ({name:?}, include_str!({:?})),", path.display().to_string()).expect("write to a string");
     }
-    writeln!(table, "];\npub static VARIANTS: &str = include_str!({:?});", root.join("shaders/variants").display().to_string())
-        .expect("write to a string");
+    writeln!(
+        table,
+        "];\npub static VARIANTS: &str = include_str!({:?});",
+        root.join("shaders/variants").display().to_string()
+    )
+    .expect("write to a string");
     let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
     fs::write(Path::new(&out).join("shaders.rs"), table).expect("OUT_DIR is writable");
 }

@@ -223,7 +223,7 @@ fn unreadable_and_huge_pictures() {
     fs::write(case.path("images/wide.png"), png_of(100_000)).unwrap();
     case.refused(&[], 3, &["wide.png", "100000x100000"]);
     fs::remove_file(case.path("images/wide.png")).unwrap();
-    case.refused(&[], 3, &["wide.png", "picture-two-turns"]);
+    case.refused(&[], 3, &["wide.png", "image_folder"]);
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn a_loss_that_is_not_finite_stops_the_run() {
     assert!(!case.out().join("model").exists(), "a model was written");
     for entry in fs::read_dir(case.out()).unwrap() {
         let name = entry.unwrap().file_name();
-        assert!(!name.to_string_lossy().contains(".tmp"), "left behind: {name:?}");
+        assert!(!name.to_string_lossy().contains("tmp"), "left behind: {name:?}");
     }
 }
 
@@ -319,7 +319,7 @@ fn a_disk_that_takes_no_more() {
     assert!(!case.out().join("model").exists(), "half a model");
     for entry in fs::read_dir(case.out()).unwrap() {
         let name = entry.unwrap().file_name();
-        assert!(!name.to_string_lossy().contains(".tmp"), "left behind: {name:?}");
+        assert!(!name.to_string_lossy().contains("tmp"), "left behind: {name:?}");
     }
 }
 

@@ -42,7 +42,7 @@ const WAYS: [Way; 4] = [
         name: "as_gpu",
         options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
         sizes: &[1, 7, 63, 65, 257],
-        concerns: |op| op.starts_with("matmul") || op.starts_with("patch_embed"),
+        concerns: |op| ["matmul", "attention", "patch_embed"].iter().any(|family| op.starts_with(family)),
     },
 ];
 

@@ -7,10 +7,11 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 use common::{golden, read_json, read_lines, run};
 
-const LOSS: f64 = 2e-4;
-const GRAD_NORM: f64 = 1e-3;
+/// Relative. float32 and float64 in PyTorch differ by 2e-6; software Vulkan is within 3e-7.
+const LOSS: f64 = 2e-5;
+const GRAD_NORM: f64 = 1e-4;
 /// expected.json has eight digits.
-const LEARNING_RATE: f64 = 1e-8;
+const LEARNING_RATE: f64 = 1e-7;
 
 /// Runs a case's config and compares every step.
 fn check(case: &str, run_name: &str) {

@@ -82,7 +82,8 @@ impl Outcome {
 fn assert_no_leftovers(folder: &Path) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        assert!(!path.to_string_lossy().contains(".tmp"), "left behind: {}", path.display());
+        let name = path.file_name().unwrap().to_string_lossy();
+        assert!(!name.contains("tmp"), "left behind: {}", path.display());
         if path.is_dir() {
             assert_no_leftovers(&path);
         }

@@ -86,12 +86,7 @@ impl Tape {
 
     /// Puts `value` on the tape, with the function that passes its gradient on. When nothing that trains lies
     /// behind it (`needed` is false), or the tape is silent, `backward` is dropped with all it holds.
-    fn record(
-        &mut self,
-        value: Tensor,
-        needed: bool,
-        backward: impl FnOnce(&mut Gradients, &Tensor) + 'static,
-    ) -> Var {
+    fn record(&mut self, value: Tensor, needed: bool, backward: impl FnOnce(&mut Gradients, &Tensor) + 'static) -> Var {
         if !self.recording || !needed {
             return Var { value, node: None };
         }

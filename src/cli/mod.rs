@@ -80,8 +80,7 @@ fn backend(global: &GlobalArgs) -> Option<&'static str> {
 fn open_device(global: &GlobalArgs, device: Option<String>, ui: &mut Ui) -> Result<Gpu> {
     let device = global.device.clone().or(device);
     let chosen = device.is_some();
-    let options =
-        AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
+    let options = AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
     let gpu = Gpu::open(&options)?;
     let facts = gpu.facts();
     ui.line(&format!("on {}: {} ({}, {})", facts.index, facts.name, facts.backend, facts.driver));
@@ -94,7 +93,8 @@ fn open_device(global: &GlobalArgs, device: Option<String>, ui: &mut Ui) -> Resu
 
 /// Opens a device and a model for inference.
 fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Opened> {
-    let working_dir = env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
+    let working_dir =
+        env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
     let source = args.source(&working_dir);
     let place = match &source {
         Source::Embedded(name) => Place::Embedded(name),

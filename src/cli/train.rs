@@ -20,7 +20,8 @@ use crate::{
 };
 
 pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
-    let working_dir = env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
+    let working_dir =
+        env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
     let config = resolve::run_config(args, global, &working_dir, SystemTime::now())?;
     if args.dry_run {
         return dry_run(&config);
@@ -76,7 +77,8 @@ fn report_data(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, results: Vec
         let measured = metrics::read(&path)?;
         let model = stage.model_name_or_path.as_ref().map_or("the stage before".to_string(), ToString::to_string);
         let data: Vec<String> = stage.data_path.iter().map(|entry| entry.path.to_string()).collect();
-        let settings = stage.values.iter().map(|setting| (setting.key.to_string(), setting.value.to_string())).collect();
+        let settings =
+            stage.values.iter().map(|setting| (setting.key.to_string(), setting.value.to_string())).collect();
         let mut row = StageReport {
             name: stage.title().to_string(),
             method: stage.method.to_string(),
@@ -114,9 +116,12 @@ fn next_commands(outcome: &RunOutcome) -> Vec<String> {
         Source::Local(path) => path.display().to_string(),
         other => other.to_string(),
     };
-    let adapter = outcome.result.adapter.as_ref().map_or(String::new(), |path| format!(" --adapter {}", path.display()));
+    let adapter =
+        outcome.result.adapter.as_ref().map_or(String::new(), |path| format!(" --adapter {}", path.display()));
     vec![
-        format!("wgpu-llava generate --model {model}{adapter} --image PICTURE.png --prompt \"what color is the shape?\""),
+        format!(
+            "wgpu-llava generate --model {model}{adapter} --image PICTURE.png --prompt \"what color is the shape?\""
+        ),
         format!("wgpu-llava eval easy-vqa --model {model}{adapter}"),
     ]
 }

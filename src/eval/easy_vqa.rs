@@ -91,7 +91,7 @@ pub fn evaluate(opened: &Opened, limit: Option<usize>, observer: &mut dyn Observ
     let what = "test questions";
     let answered = asker.ask(&questions, &mut |done| observer.event(Event::Progress { what, done, total }))?;
 
-    let frequent = most_frequent(&data.train, &data.answers);
+    let frequent = most_frequent(&data.train);
     let mut answers = Vec::new();
     for ((&question_id, question), answer) in order.iter().zip(&asked).zip(answered) {
         let usual = frequent(&question.text);
@@ -153,21 +153,29 @@ fn blank(train: &Split) -> Result<ImageSource> {
     Ok(ImageSource::Memory { name: "easy-vqa/blank".into(), width, height, rgb })
 }
 
-/// The training set's most frequent answer to a sentence; of equals the one listed first, and to an unknown sentence
-/// the most frequent of all.
-fn most_frequent<'a>(train: &'a Split, answers: &'a [String]) -> impl Fn(&str) -> &'a str {
-    let mut counts: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
-    let mut overall = vec![0; answers.len()];
-    for question in &train.questions {
-        if let Some(index) = answers.iter().position(|answer| **answer == *question.answer) {
-            counts.entry(&question.text).or_insert_with(|| vec![0; answers.len()])[index] += 1;
-            overall[index] += 1;
+/// The training set's most frequent answer to a sentence, and to an unknown sentence the most frequent of all. Of
+/// equals it is the one given first in the training set; two sentences of the data set have such equals, and the other
+/// choice would be right 6 times less in all test questions.
+fn most_frequent(train: &Split) -> impl Fn(&str) -> Arc<str> {
+    // Answers in the order in which they are first given, with their counts.
+    type Counts = Vec<(Arc<str>, usize)>;
+    fn count(counts: &mut Counts, answer: &Arc<str>) {
+        match counts.iter_mut().find(|(known, _)| known == answer) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((answer.clone(), 1)),
         }
     }
+    let mut by_sentence: BTreeMap<Arc<str>, Counts> = BTreeMap::new();
+    let mut overall = Counts::new();
+    for question in &train.questions {
+        count(by_sentence.entry(question.text.clone()).or_default(), &question.answer);
+        count(&mut overall, &question.answer);
+    }
     move |sentence| {
-        let counts = counts.get(sentence).unwrap_or(&overall);
-        let most = (0..counts.len()).rev().max_by_key(|&index| counts[index]);
-        most.map_or("", |index| &answers[index])
+        let counts = by_sentence.get(sentence).unwrap_or(&overall);
+        // Of equal ones `max_by_key` takes the last, which in reverse is the first.
+        let most = counts.iter().rev().max_by_key(|(_, count)| *count);
+        most.map_or_else(|| "".into(), |(answer, _)| answer.clone())
     }
 }
 
@@ -238,10 +246,10 @@ mod tests {
     #[test]
     fn the_most_frequent_answer_is_right_two_times_in_three() {
         let data = embedded::easy_vqa().unwrap();
-        let frequent = most_frequent(&data.train, &data.answers);
-        let right = data.test.questions.iter().filter(|question| frequent(&question.text) == &*question.answer).count();
-        let share = right as f64 / data.test.questions.len() as f64;
-        assert!((share - 0.670).abs() < 0.0005, "{share}");
+        let frequent = most_frequent(&data.train);
+        let right = data.test.questions.iter().filter(|question| frequent(&question.text) == question.answer).count();
+        // 67.0 %; every sentence of the test set is in the training set.
+        assert_eq!((right, data.test.questions.len()), (6481, 9673));
         assert!(!frequent("never asked").is_empty());
     }
 

@@ -160,7 +160,8 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
             by_index.or_else(by_name).ok_or_else(|| {
                 let names: Vec<String> =
                     found.iter().enumerate().map(|(i, a)| format!("{i}: {}", a.get_info().name)).collect();
-                Error::device(format!("no adapter is called `{wanted}`")).hint(format!("there are {}", names.join(", ")))
+                Error::device(format!("no adapter is called `{wanted}`"))
+                    .hint(format!("there are {}", names.join(", ")))
             })?
         }
     };

@@ -183,7 +183,8 @@ impl Gpu {
         let pipeline = kernels.pipeline(device, name, &layout);
         let stream = &mut *self.stream();
 
-        let key: Vec<_> = bindings.iter().map(|binding| (binding.buffer.id, binding.offset, binding.size, binding.uniform)).collect();
+        let key: Vec<_> =
+            bindings.iter().map(|binding| (binding.buffer.id, binding.offset, binding.size, binding.uniform)).collect();
         if stream.bind_groups.len() >= MAX_BIND_GROUPS {
             stream.bind_groups.clear();
         }
@@ -208,8 +209,7 @@ impl Gpu {
         });
 
         let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
-        let pass =
-            stream.pass.get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime());
+        let pass = stream.pass.get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime());
         pass.set_pipeline(&pipeline);
         pass.set_bind_group(0, &*bind_group, &[]);
         if kernels.immediates {
@@ -368,7 +368,9 @@ impl Gpu {
                 .hint("lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor")
                 .hint("shorten model_max_length, or train with method lora")
         } else {
-            error.hint("go on from the last checkpoint with --resume; another adapter: --device, see `wgpu-llava devices`")
+            error.hint(
+                "go on from the last checkpoint with --resume; another adapter: --device, see `wgpu-llava devices`",
+            )
         }
     }
 }

@@ -32,7 +32,8 @@ pub fn parse_variants(text: &str) -> Result<Vec<Variant>, String> {
     let mut variants = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let line = line.split('#').next().unwrap_or("").trim();
-        let Some((name, rest)) = line.split_once(char::is_whitespace).or((!line.is_empty()).then_some((line, ""))) else {
+        let Some((name, rest)) = line.split_once(char::is_whitespace).or((!line.is_empty()).then_some((line, "")))
+        else {
             continue;
         };
         let mut parts = name.split('.');
@@ -51,14 +52,11 @@ pub fn parse_variants(text: &str) -> Result<Vec<Variant>, String> {
 }
 
 /// Expands `variant` of its family's text. `file(name)` gives the text of `shaders/NAME.wgsl`.
-pub fn expand<'a>(
-    variant: &Variant,
-    modes: &[&str],
-    file: &dyn Fn(&str) -> Option<&'a str>,
-) -> Result<String, String> {
+pub fn expand<'a>(variant: &Variant, modes: &[&str], file: &dyn Fn(&str) -> Option<&'a str>) -> Result<String, String> {
     let mut defines = variant.defines.clone();
     defines.extend(modes.iter().map(|mode| (mode.to_string(), 1)));
-    let mut state = Expander { kernel: &variant.kernel, file, imported: BTreeSet::new(), out: String::new(), found: false };
+    let mut state =
+        Expander { kernel: &variant.kernel, file, imported: BTreeSet::new(), out: String::new(), found: false };
     let text = file(&variant.family).ok_or_else(|| format!("shaders/{}.wgsl is missing", variant.family))?;
     let lines: Vec<&str> = text.lines().collect();
     state.block(&variant.family, &lines, 0, &mut defines)?;
@@ -254,7 +252,9 @@ impl Expression<'_> {
         self.rest = rest[end..].trim_start();
         match word.parse() {
             Ok(number) => Ok(number),
-            Err(_) => self.defines.get(word).copied().ok_or_else(|| format!("`{word}` is not defined in `{}`", self.whole)),
+            Err(_) => {
+                self.defines.get(word).copied().ok_or_else(|| format!("`{word}` is not defined in `{}`", self.whole))
+            }
         }
     }
 }

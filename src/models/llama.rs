@@ -96,7 +96,8 @@ impl Llama {
         let mut layers = Vec::new();
         for layer in 0..config.num_hidden_layers {
             let at = format!("language_model.model.layers.{layer}");
-            let mut linear = |name: &str| -> Result<Linear> { Ok(Linear::new(load(&format!("{at}.{name}.weight"))?, None)) };
+            let mut linear =
+                |name: &str| -> Result<Linear> { Ok(Linear::new(load(&format!("{at}.{name}.weight"))?, None)) };
             layers.push(Layer {
                 q_proj: linear("self_attn.q_proj")?,
                 k_proj: linear("self_attn.k_proj")?,
@@ -141,6 +142,12 @@ impl Llama {
             x = self.layer(forward, index, layer, &x, places, &table);
         }
         self.norm(forward, self.norm, &x)
+    }
+
+    /// One decoder layer alone, x [T, D] to [T, D].
+    pub fn decoder_layer(&self, forward: &mut Forward<'_>, index: usize, x: &Var, places: &Places<'_>) -> Var {
+        let table = self.rope_table(x.value.gpu(), places.last_position + 1);
+        self.layer(forward, index, &self.layers[index], x, places, &table)
     }
 
     fn norm(&self, forward: &mut Forward<'_>, weight: Id, x: &Var) -> Var {

@@ -2,10 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::{
-    autograd::Weight,
-    tensor::Tensor,
-};
+use crate::{autograd::Weight, tensor::Tensor};
 
 /// Index of a parameter in its [`Parameters`].
 pub type Id = usize;

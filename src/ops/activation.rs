@@ -136,8 +136,7 @@ fn cost(n: usize) -> Cost {
 }
 
 pub const SWIGLU: Op = Op { name: "activation.swiglu", check: check_swiglu, cost };
-pub const GELU: Op =
-    Op { name: "activation.gelu", check: |gpu, n| check_activation(Activation::Gelu, gpu, n), cost };
+pub const GELU: Op = Op { name: "activation.gelu", check: |gpu, n| check_activation(Activation::Gelu, gpu, n), cost };
 pub const QUICK_GELU: Op =
     Op { name: "activation.quick_gelu", check: |gpu, n| check_activation(Activation::QuickGelu, gpu, n), cost };
 

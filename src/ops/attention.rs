@@ -149,19 +149,17 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, ranges: &Ranges, heads: Heads
     if let Some((windows, suffix)) = heads.lanes(gpu, ranges) {
         for &(first, rows) in &windows {
             let window = Window { heads, first, rows };
-            let ((q, q_before), (k, k_before), (v, v_before)) =
-                (window.queries(q), window.keys(k), window.keys(v));
+            let ((q, q_before), (k, k_before), (v, v_before)) = (window.queries(q), window.keys(k), window.keys(v));
             let bindings = [q, k, v, ranges.of_queries.binding(), out.binding(), stats.binding()];
             let params = window.params([q_before, k_before, v_before, 0, 0]);
             gpu.dispatch(&format!("attention.lane_forward.{suffix}"), &bindings, &params, window.groups(heads.heads));
         }
         return (out, stats);
     }
-    // Queries of different cached sequences share no keys, so while decoding each goes alone.
-    let (kernel, rows) =
-        if queries < 8 { ("attention.forward.decode".into(), 1) } else { heads.variant("forward") };
-    let bindings =
-        [q.binding(), k.binding(), v.binding(), ranges.of_queries.binding(), out.binding(), stats.binding()];
+    // Queries over a cache may share no keys, so each goes alone.
+    let alone = queries < 8 || ranges.lengths.is_empty();
+    let (kernel, rows) = if alone { ("attention.forward.decode".into(), 1) } else { heads.variant("forward") };
+    let bindings = [q.binding(), k.binding(), v.binding(), ranges.of_queries.binding(), out.binding(), stats.binding()];
     let groups = [queries.div_ceil(rows) as u32, heads.heads as u32, 1];
     gpu.dispatch(&kernel, &bindings, &heads.params(queries, keys), groups);
     (out, stats)
@@ -178,8 +176,7 @@ pub fn backward(
     heads: Heads,
 ) -> (Tensor, Tensor, Tensor) {
     let gpu = q.gpu();
-    let (queries, keys) =
-        (q.len() / (heads.heads * heads.head_size), k.len() / (heads.kv_heads * heads.head_size));
+    let (queries, keys) = (q.len() / (heads.heads * heads.head_size), k.len() / (heads.kv_heads * heads.head_size));
     let params = heads.params(queries, keys);
     let rows = queries * heads.heads;
     gpu.dispatch(
@@ -241,12 +238,7 @@ pub fn backward(
 }
 
 /// Output, dq, dk and dv on the host; `lengths` as in [`Ranges::packed`].
-pub fn reference(
-    [q, k, v, dout]: [&[f64]; 4],
-    lengths: &[usize],
-    causal: bool,
-    heads: Heads,
-) -> [Vec<f64>; 4] {
+pub fn reference([q, k, v, dout]: [&[f64]; 4], lengths: &[usize], causal: bool, heads: Heads) -> [Vec<f64>; 4] {
     let Heads { heads: h_count, kv_heads, head_size } = heads;
     let scale = 1.0 / (head_size as f64).sqrt();
     let mut result = [q, q, k, v].map(|x| vec![0.0; x.len()]);
@@ -300,10 +292,8 @@ fn check(causal: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
             random.tensor(gpu, &[tokens, heads.heads * head_size]),
             random.tensor(gpu, &[tokens, heads.heads * head_size]),
         );
-        let ((k, tk), (v, tv)) = (
-            random.tensor(gpu, &[tokens, kv_heads * head_size]),
-            random.tensor(gpu, &[tokens, kv_heads * head_size]),
-        );
+        let ((k, tk), (v, tv)) =
+            (random.tensor(gpu, &[tokens, kv_heads * head_size]), random.tensor(gpu, &[tokens, kv_heads * head_size]));
         let ranges = Ranges::packed(gpu, &lengths, causal);
         let (out, stats) = forward(&tq, &tk, &tv, &ranges, heads);
         let (dq, dk, dv) = backward([&tq, &tk, &tv, &out, &stats], &tdout, &ranges, heads);

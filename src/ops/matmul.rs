@@ -368,7 +368,12 @@ fn check(layout: Layout, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         product_into(layout, &ta, &tb, &c, Epilogue { alpha: Some(0.25), bias: None, accumulate: true });
         let plain = reference(layout, &wide(&a), &wide(&b), [m, n, k]);
         let want = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % n])).collect();
-        out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want, 2e-6 * (k as f64).sqrt().max(2.0)));
+        out.push(Comparison::new(
+            "alpha A B + bias, then + alpha A B",
+            c.to_vec()?,
+            want,
+            2e-6 * (k as f64).sqrt().max(2.0),
+        ));
     }
     Ok(out)
 }

@@ -72,7 +72,10 @@ impl Tensor {
     /// Copies `rows` rows of `from`, starting at its row `from_row`, to the rows of `self` from `to_row` on.
     pub fn copy_rows(&self, to_row: usize, from: &Tensor, from_row: usize, rows: usize) {
         let width = self.cols();
-        assert!(width == from.cols() && to_row + rows <= self.rows() && from_row + rows <= from.rows(), "rows in range");
+        assert!(
+            width == from.cols() && to_row + rows <= self.rows() && from_row + rows <= from.rows(),
+            "rows in range"
+        );
         let at = |tensor: &Tensor, row: usize| (tensor.offset + row * width) as u64 * 4;
         let size = (rows * width) as u64 * 4;
         self.gpu.copy(&from.buffer, at(from, from_row), &self.buffer, at(self, to_row), size);
@@ -86,7 +89,10 @@ impl Tensor {
 
     /// A part that starts `offset` elements in, a multiple of [`ALIGNMENT`].
     pub fn part(&self, offset: usize, shape: &[usize]) -> Self {
-        assert!(offset.is_multiple_of(ALIGNMENT) && offset + shape.iter().product::<usize>() <= self.len(), "a part inside");
+        assert!(
+            offset.is_multiple_of(ALIGNMENT) && offset + shape.iter().product::<usize>() <= self.len(),
+            "a part inside"
+        );
         Self { offset: self.offset + offset, shape: shape.to_vec(), ..self.clone() }
     }
 

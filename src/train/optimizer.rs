@@ -87,8 +87,7 @@ impl Optimizer {
             Some(first) => parameters.get(first.id).value.gpu().clone(),
             None => unreachable!("trainable.rs refuses a stage in which nothing trains"),
         };
-        let [values, gradients, first_moments, second_moments] =
-            [(); 4].map(|()| elementwise::zeros(&gpu, &[end]));
+        let [values, gradients, first_moments, second_moments] = [(); 4].map(|()| elementwise::zeros(&gpu, &[end]));
         for (trainable, (_, start, shape)) in trainables.iter().zip(&entries) {
             let value = values.part(*start, shape);
             value.copy_from(&parameters.get(trainable.id).value);
@@ -136,7 +135,8 @@ impl Optimizer {
     /// Name, shape, value and both moments of each tensor that trains.
     pub fn states(&self) -> impl Iterator<Item = (&str, &[usize], [Tensor; 3])> {
         self.entries.iter().map(|(name, start, shape)| {
-            let parts = [&self.values, &self.first_moments, &self.second_moments].map(|arena| arena.part(*start, shape));
+            let parts =
+                [&self.values, &self.first_moments, &self.second_moments].map(|arena| arena.part(*start, shape));
             (name.as_str(), shape.as_slice(), parts)
         })
     }

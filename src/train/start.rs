@@ -3,14 +3,16 @@
 use std::{path::PathBuf, sync::Arc};
 
 use super::{
-    config::{DataSource, ImageAspectRatio, Method, ProjectorType as WantedProjector, SelectFeature, Source, StageConfig},
+    config::{
+        DataSource, ImageAspectRatio, Method, ProjectorType as WantedProjector, SelectFeature, Source, StageConfig,
+    },
     events::{Event, Observer},
     trainable,
 };
 use crate::{
     data::{
-        image::ImageProcessor,
         dataset::{self, Dataset},
+        image::ImageProcessor,
         sample::Encoder,
         template::Template,
         tokenizer::Tokenizer,
@@ -56,8 +58,10 @@ impl Start {
     /// Loads what the stage trains: its own model, or what the stage before left.
     pub fn open(stage: &StageConfig, before: Option<&Origin>, gpu: &Gpu) -> Result<Self> {
         if let Some(tower) = &stage.vision_tower {
-            return Err(Error::usage(format!("vision_tower = \"{tower}\": joining a LLaMA and a CLIP is not built yet"))
-                .hint("start from a LLaVA folder"));
+            return Err(Error::usage(format!(
+                "vision_tower = \"{tower}\": joining a LLaMA and a CLIP is not built yet"
+            ))
+            .hint("start from a LLaVA folder"));
         }
         let origin = match (&stage.model_name_or_path, before) {
             (Some(model), _) => Origin { model: model.clone(), adapter: None },

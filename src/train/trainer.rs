@@ -28,7 +28,7 @@ use crate::{
         sampler::{Duration, Order, Plan},
     },
     error::{Error, Result},
-    formats::{HostTensor, hf_write, peft::Adapter},
+    formats::{HostTensor, hf_write},
     gpu::Gpu,
     models::{adapter, batch::PackedBatch, llava::Llava, names},
     nn::Forward,
@@ -102,7 +102,8 @@ impl<'a> Trainer<'a> {
             max_grad_norm: stage.max_grad_norm,
         };
         let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings);
-        let mut state = TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };
+        let mut state =
+            TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };
         if let Some(folder) = resume {
             state = checkpoint::load(folder, &optimizer, dataset.len(), total_steps)?;
         }
@@ -110,8 +111,7 @@ impl<'a> Trainer<'a> {
         let processor = start.processor(stage)?;
         let frozen = !stage.unfreeze_mm_vision_tower;
         let pictures = PictureStore::new(&start.model, processor, &used, frozen, observer)?;
-        let schedule =
-            Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);
+        let schedule = Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);
         let sums = elementwise::zeros(gpu, &[1 + accumulation]);
         Ok(Self { stage, start, dataset, plan, schedule, optimizer, pictures, sums, state })
     }
@@ -206,7 +206,8 @@ impl<'a> Trainer<'a> {
 
         let sums = self.sums.to_vec()?;
         let grad_norm = f64::from(sums[0]).sqrt();
-        let losses = sums[1..=batches.len()].iter().zip(&batches).map(|(&sum, batch)| (f64::from(sum), batch.targets.len()));
+        let losses =
+            sums[1..=batches.len()].iter().zip(&batches).map(|(&sum, batch)| (f64::from(sum), batch.targets.len()));
         let loss = match self.stage.loss_norm {
             LossNorm::GlobalTokens => losses.map(|(sum, _)| sum).sum::<f64>() / target_tokens.max(1) as f64,
             LossNorm::MicroMean => {
@@ -232,8 +233,11 @@ impl<'a> Trainer<'a> {
         let mut tape = Tape::recording();
         let pass = self.state.step * self.stage.gradient_accumulation_steps as u64 + index as u64;
         let model: &Llava = &self.start.model;
-        let mut forward =
-            Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some((self.stage.seed as u32, pass as u32)) };
+        let mut forward = Forward {
+            tape: &mut tape,
+            parameters: &model.parameters,
+            dropout: Some((self.stage.seed as u32, pass as u32)),
+        };
         if let Some(losses) = model.losses(&mut forward, batch, loaded.as_pictures(&views), scale)? {
             reduce::add_sum(&losses.value, &self.sums, 1 + index);
             tape.backward(&losses, losses.value.clone());
@@ -254,9 +258,7 @@ impl<'a> Trainer<'a> {
         let with_projector = model.projector.is_some() && !self.stage.freeze_mm_mlp_adapter;
         let with_projector = with_projector || !settings.saved.is_empty();
         let base = self.start.folder.name();
-        let Adapter { r, lora_alpha, lora_dropout, use_rslora, .. } = *settings;
-        adapter::to_adapter(model, r, lora_alpha, lora_dropout, use_rslora, with_projector)?
-            .write(folder, &model.config, base)
+        adapter::export(model, settings, with_projector)?.write(folder, &model.config, base)
     }
 
     fn write_model(&self, folder: &Path) -> Result<()> {

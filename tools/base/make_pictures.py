@@ -127,7 +127,7 @@ def pictures(count: int, seed: int, easy: bool = False):
         scene = words.random_scene(rng)
         if easy:
             scene.size, scene.background = "big", "light"
-        text = words.article(scene.shape) if easy else words.caption(scene, rng)
+        text = words.article(scene.shape) if easy else words.caption(scene)
         yield scene, text, draw(scene, rng, easy)
 
 

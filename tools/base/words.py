@@ -70,15 +70,9 @@ def describe(scene: Scene, rng: random.Random) -> str:
     return tags(scene, rng) if rng.random() < 0.6 else sentence(scene, rng)
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """One caption of a picture: always color and shape, sometimes size, place and background."""
-    size = f"{scene.size} " if rng.random() < 0.3 else ""
-    text = article(f"{size}{scene.color} {scene.shape}")
-    if rng.random() < 0.2:
-        text += f" in the {scene.place()}"
-    if rng.random() < 0.15:
-        text += f" on a {scene.background} background"
-    return text
+def caption(scene: Scene) -> str:
+    """The caption of a picture: color and shape, nothing else, so that its few tokens teach what counts."""
+    return article(f"{scene.color} {scene.shape}")
 
 
 # ---- questions ----------------------------------------------------------------------------------------------------------
