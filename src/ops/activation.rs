@@ -151,7 +151,7 @@ mod tests {
         let quick = [-0.0180713, -0.1542042, -0.1496116, 0.0, 0.3503884, 0.8457958, 2.9819288];
         for i in 0..7 {
             assert!((Activation::Gelu.reference(points[i]).0 - gelu[i]).abs() < 1e-7);
-            assert!((Activation::QuickGelu.reference(points[i]).0 - quick[i]).abs() < 1e-7);
+            assert!((Activation::QuickGelu.reference(points[i]).0 - quick[i]).abs() < 2e-7);
         }
         assert!((erfc(2.4999999) - erfc(2.5)).abs() < 1e-9);
     }

