@@ -306,11 +306,12 @@ fn uniform_rows(cols: usize) -> usize {
     (UNIFORM_ELEMENTS - slack) / cols
 }
 
-/// A range in equal parts of at most `most`, cut at multiples of 8.
+/// A range in equal parts of at most `most`, cut at multiples of 16: two threads then have as many workgroups each.
 fn parts((from, to): (usize, usize), most: usize) -> impl Iterator<Item = (usize, usize)> {
-    let most = if most >= 8 { most / 8 * 8 } else { most.max(1) };
+    let grain = if most >= 16 { 16 } else { 8 };
+    let most = if most >= grain { most / grain * grain } else { most.max(1) };
     let count = (to - from).div_ceil(most).max(1);
-    let step = (to - from).div_ceil(count).next_multiple_of(8).min(most).max(1);
+    let step = (to - from).div_ceil(count).next_multiple_of(grain).min(most).max(1);
     (from..to).step_by(step).map(move |start| (start, (start + step).min(to)))
 }
 
