@@ -1,44 +1,44 @@
-// SwiGLU, GELU (exact) and quick-GELU, forward and backward.
+// SwiGLU, GELU (exact) and quick-GELU, forward and backward; four elements a thread (tensors end in padding).
 #import index
 
 struct Params {
-    count: u32,
+    count: u32, // of vec4s
 }
 #params
 
-fn sigmoid(x: f32) -> f32 {
+fn sigmoid(x: vec4<f32>) -> vec4<f32> {
     return 1.0 / (1.0 + exp(-x));
 }
 
 #ifdef GELU
 // The complementary error function of x >= 0 by the continued-fraction-free Chebyshev fit in t = 1 / (1 + x / 2)
 // (relative error below 1.2e-7 everywhere, so that GELU's far negative tail stays exact too).
-fn erfc_positive(x: f32) -> f32 {
-    let t = 1.0 / fma(0.5, x, 1.0);
-    var p = 0.17087277;
-    p = fma(p, t, -0.82215223);
-    p = fma(p, t, 1.48851587);
-    p = fma(p, t, -1.13520398);
-    p = fma(p, t, 0.27886807);
-    p = fma(p, t, -0.18628806);
-    p = fma(p, t, 0.09678418);
-    p = fma(p, t, 0.37409196);
-    p = fma(p, t, 1.00002368);
-    p = fma(p, t, -1.26551223);
+fn erfc_positive(x: vec4<f32>) -> vec4<f32> {
+    let t = 1.0 / (0.5 * x + 1.0);
+    var p = vec4<f32>(0.17087277);
+    p = fma(p, t, vec4<f32>(-0.82215223));
+    p = fma(p, t, vec4<f32>(1.48851587));
+    p = fma(p, t, vec4<f32>(-1.13520398));
+    p = fma(p, t, vec4<f32>(0.27886807));
+    p = fma(p, t, vec4<f32>(-0.18628806));
+    p = fma(p, t, vec4<f32>(0.09678418));
+    p = fma(p, t, vec4<f32>(0.37409196));
+    p = fma(p, t, vec4<f32>(1.00002368));
+    p = fma(p, t, vec4<f32>(-1.26551223));
     return t * exp(-x * x + p);
 }
 
 // The normal distribution function.
-fn normal_cdf(x: f32) -> f32 {
+fn normal_cdf(x: vec4<f32>) -> vec4<f32> {
     let tail = 0.5 * erfc_positive(abs(x) * 0.70710678);
-    return select(1.0 - tail, tail, x < 0.0);
+    return select(1.0 - tail, tail, x < vec4<f32>(0.0));
 }
 #endif
 
 #kernel swiglu_forward
-@group(0) @binding(0) var<storage, read_write> gate: array<f32>; // [T, F]
-@group(0) @binding(1) var<storage, read_write> up: array<f32>; // [T, F]
-@group(0) @binding(2) var<storage, read_write> y: array<f32>; // [T, F]
+@group(0) @binding(0) var<storage, read_write> gate: array<vec4<f32>>; // [T, F]
+@group(0) @binding(1) var<storage, read_write> up: array<vec4<f32>>; // [T, F]
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [T, F]
 
 @compute @workgroup_size(64)
 fn swiglu_forward(
@@ -54,11 +54,11 @@ fn swiglu_forward(
 }
 
 #kernel swiglu_backward
-@group(0) @binding(0) var<storage, read_write> gate: array<f32>; // [T, F]
-@group(0) @binding(1) var<storage, read_write> up: array<f32>; // [T, F]
-@group(0) @binding(2) var<storage, read_write> dy: array<f32>; // [T, F]
-@group(0) @binding(3) var<storage, read_write> dgate: array<f32>; // [T, F]
-@group(0) @binding(4) var<storage, read_write> dup: array<f32>; // [T, F]
+@group(0) @binding(0) var<storage, read_write> gate: array<vec4<f32>>; // [T, F]
+@group(0) @binding(1) var<storage, read_write> up: array<vec4<f32>>; // [T, F]
+@group(0) @binding(2) var<storage, read_write> dy: array<vec4<f32>>; // [T, F]
+@group(0) @binding(3) var<storage, read_write> dgate: array<vec4<f32>>; // [T, F]
+@group(0) @binding(4) var<storage, read_write> dup: array<vec4<f32>>; // [T, F]
 
 @compute @workgroup_size(64)
 fn swiglu_backward(
@@ -77,8 +77,8 @@ fn swiglu_backward(
 }
 
 #kernel gelu_forward
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
-@group(0) @binding(1) var<storage, read_write> y: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> y: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn gelu_forward(
@@ -93,9 +93,9 @@ fn gelu_forward(
 }
 
 #kernel gelu_backward
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
-@group(0) @binding(1) var<storage, read_write> dy: array<f32>; // [N]
-@group(0) @binding(2) var<storage, read_write> dx: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> dy: array<vec4<f32>>; // [N]
+@group(0) @binding(2) var<storage, read_write> dx: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn gelu_backward(
@@ -112,8 +112,8 @@ fn gelu_backward(
 }
 
 #kernel quick_gelu_forward
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
-@group(0) @binding(1) var<storage, read_write> y: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> y: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn quick_gelu_forward(
@@ -128,9 +128,9 @@ fn quick_gelu_forward(
 }
 
 #kernel quick_gelu_backward
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
-@group(0) @binding(1) var<storage, read_write> dy: array<f32>; // [N]
-@group(0) @binding(2) var<storage, read_write> dx: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> dy: array<vec4<f32>>; // [N]
+@group(0) @binding(2) var<storage, read_write> dx: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn quick_gelu_backward(

@@ -3,7 +3,7 @@
 #import index
 
 struct Params {
-    count: u32,
+    count: u32, // of vec4s
     learning_rate: f32,
     beta1: f32,
     beta2: f32,
@@ -16,10 +16,10 @@ struct Params {
 #params
 
 #kernel step
-@group(0) @binding(0) var<storage, read_write> parameter: array<f32>; // [N]
-@group(0) @binding(1) var<storage, read_write> gradient: array<f32>; // [N]
-@group(0) @binding(2) var<storage, read_write> first_moment: array<f32>; // [N]
-@group(0) @binding(3) var<storage, read_write> second_moment: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> parameter: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> gradient: array<vec4<f32>>; // [N]
+@group(0) @binding(2) var<storage, read_write> first_moment: array<vec4<f32>>; // [N]
+@group(0) @binding(3) var<storage, read_write> second_moment: array<vec4<f32>>; // [N]
 @group(0) @binding(4) var<storage, read_write> square_sum: array<f32>; // [1]
 
 @compute @workgroup_size(64)

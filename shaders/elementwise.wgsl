@@ -1,8 +1,8 @@
-// What needs no neighbours: add, scale, fill.
+// What needs no neighbours: add, scale, fill; four elements a thread (tensors end in padding).
 #import index
 
 struct Params {
-    count: u32,
+    count: u32, // of vec4s; rows in add_rows
     value: f32,
     cols: u32,
 }
@@ -10,9 +10,9 @@ struct Params {
 
 #kernel add
 // y = a + b; y may be a.
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [N]
-@group(0) @binding(1) var<storage, read_write> b: array<f32>; // [N]
-@group(0) @binding(2) var<storage, read_write> y: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> b: array<vec4<f32>>; // [N]
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn add(
@@ -44,7 +44,7 @@ fn add_rows(@builtin(global_invocation_id) id: vec3<u32>) {
 }
 
 #kernel fill
-@group(0) @binding(0) var<storage, read_write> y: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> y: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn fill(
@@ -54,12 +54,12 @@ fn fill(
 ) {
     let i = linear_thread(group, groups, local);
     if (i < params.count) {
-        y[i] = params.value;
+        y[i] = vec4<f32>(params.value);
     }
 }
 
 #kernel scale
-@group(0) @binding(0) var<storage, read_write> y: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> y: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn scale(

@@ -6,7 +6,6 @@ struct Params {
     rows: u32,
     cols: u32,
     eps: f32,
-    accumulate: u32,
 }
 #params
 
@@ -44,7 +43,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
 }
 
 #kernel backward_x
-// With n = (x - mean) * rstd and g = dy * w: dx = rstd * (g - mean(g) - n * mean(g * n)), added to dx when asked.
+// With n = (x - mean) * rstd and g = dy * w: dx = rstd * (g - mean(g) - n * mean(g * n)).
 @group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, D]
 @group(0) @binding(1) var<storage, read_write> weight: array<f32>; // [D]
 @group(0) @binding(2) var<storage, read_write> stats: array<vec2<f32>>; // [T]
@@ -71,11 +70,7 @@ fn backward_x(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) 
     let mean_gn = workgroup_sum(lane, dots) / f32(params.cols);
     for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
         let n = (x[base + i] - mean) * rstd;
-        var value = rstd * (dy[base + i] * weight[i] - mean_g - n * mean_gn);
-        if (params.accumulate != 0u) {
-            value += dx[base + i];
-        }
-        dx[base + i] = value;
+        dx[base + i] = rstd * (dy[base + i] * weight[i] - mean_g - n * mean_gn);
     }
 }
 

@@ -6,7 +6,11 @@ struct Params {
     rows: u32,
     cols: u32,
     eps: f32,
-    accumulate: u32,
+    // The lane kernels' window: its first row, and where it begins in the uniforms, in vec4s.
+    first: u32,
+    x_before: u32,
+    dy_before: u32,
+    weight_before: u32,
 }
 #params
 
@@ -39,7 +43,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
 }
 
 #kernel backward_x
-// dx = rstd * (dy*w - x * rstd^2 * mean(x * dy*w)), added to dx when asked (a residual's gradient is there already).
+// dx = rstd * (dy*w - x * rstd^2 * mean(x * dy*w)).
 @group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, D]
 @group(0) @binding(1) var<storage, read_write> weight: array<f32>; // [D]
 @group(0) @binding(2) var<storage, read_write> rstd: array<f32>; // [T]
@@ -61,11 +65,7 @@ fn backward_x(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) 
     let scale = rstd[row];
     let pull = scale * scale * mean;
     for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
-        var value = scale * (dy[base + i] * weight[i] - x[base + i] * pull);
-        if (params.accumulate != 0u) {
-            value += dx[base + i];
-        }
-        dx[base + i] = value;
+        dx[base + i] = scale * (dy[base + i] * weight[i] - x[base + i] * pull);
     }
 }
 
@@ -88,4 +88,56 @@ fn backward_weight(@builtin(global_invocation_id) id: vec3<u32>) {
         sum = fma(dy[at], x[at] * rstd[row], sum);
     }
     dweight[col] += sum;
+}
+
+#kernel lane_forward
+// For devices that run on the host's processor: a lane is a row, read from uniforms; nothing is shared.
+@group(0) @binding(0) var<uniform> x: array<vec4<f32>, 4096>; // rows of [T, D]
+@group(0) @binding(1) var<uniform> weight: array<vec4<f32>, 4096>; // [D]
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [T, D]
+@group(0) @binding(3) var<storage, read_write> rstd: array<f32>; // [T]
+
+@compute @workgroup_size(8)
+fn lane_forward(@builtin(global_invocation_id) id: vec3<u32>) {
+    let row = min(id.x, params.rows - 1u);
+    let quads = params.cols / 4u;
+    let base = params.x_before + row * quads;
+    var squares = vec4<f32>(0.0);
+    for (var i = 0u; i < quads; i++) {
+        let value = x[base + i];
+        squares = fma(value, value, squares);
+    }
+    let mean = (squares.x + squares.y + squares.z + squares.w) / f32(params.cols);
+    let scale = 1.0 / sqrt(mean + params.eps);
+    let out = (params.first + row) * quads;
+    for (var i = 0u; i < quads; i++) {
+        y[out + i] = x[base + i] * scale * weight[params.weight_before + i];
+    }
+    rstd[params.first + row] = scale;
+}
+
+#kernel lane_backward_x
+@group(0) @binding(0) var<uniform> x: array<vec4<f32>, 4096>; // rows of [T, D]
+@group(0) @binding(1) var<uniform> weight: array<vec4<f32>, 4096>; // [D]
+@group(0) @binding(2) var<storage, read_write> rstd: array<f32>; // [T]
+@group(0) @binding(3) var<uniform> dy: array<vec4<f32>, 4096>; // rows of [T, D]
+@group(0) @binding(4) var<storage, read_write> dx: array<vec4<f32>>; // [T, D]
+
+@compute @workgroup_size(8)
+fn lane_backward_x(@builtin(global_invocation_id) id: vec3<u32>) {
+    let row = min(id.x, params.rows - 1u);
+    let quads = params.cols / 4u;
+    let x_base = params.x_before + row * quads;
+    let dy_base = params.dy_before + row * quads;
+    var dots = vec4<f32>(0.0);
+    for (var i = 0u; i < quads; i++) {
+        dots = fma(x[x_base + i], dy[dy_base + i] * weight[params.weight_before + i], dots);
+    }
+    let mean = (dots.x + dots.y + dots.z + dots.w) / f32(params.cols);
+    let scale = rstd[params.first + row];
+    let pull = scale * scale * mean;
+    let out = (params.first + row) * quads;
+    for (var i = 0u; i < quads; i++) {
+        dx[out + i] = scale * (dy[dy_base + i] * weight[params.weight_before + i] - x[x_base + i] * pull);
+    }
 }

@@ -1,7 +1,7 @@
 //! The geometry of the 7B model: one decoder layer forward and backward over 643 tokens, and a CLIP ViT-L/14 at 336
 //! pixels forward, with weights from a hash, against what PyTorch computes (tools/real_geometry.py).
 //!
-//! A run by hand, of some minutes on a processor and about 4 GB:
+//! A run by hand, of about a quarter of an hour on a processor and 4 GB:
 //! `cargo test --release --test real_geometry -- --ignored --nocapture --test-threads 1`
 
 mod common;
@@ -167,7 +167,10 @@ fn clip_vit_large_at_336_pixels() {
     let patches = Tensor::from_f32(&gpu, &patches, &[vision.num_patches(), 3 * 14 * 14]);
 
     let mut failures = Vec::new();
-    for layers in [0, 1, 12, 23] {
+    for layers in [0, 1, 23, 12] {
+        if layers == 12 && failures.is_empty() {
+            continue; // Its figures only help to find where an error begins.
+        }
         let mut load = |name: &str| {
             if let Some(id) = parameters.find(name) {
                 return Ok(id);

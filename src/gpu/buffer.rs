@@ -112,7 +112,7 @@ mod tests {
     fn rounding_wastes_at_most_a_sixteenth() {
         for size in [1u64, 255, 256, 257, 4097, 5000, 65_537, 1_000_003, 524_288_000] {
             let r = rounded(size);
-            assert!(r >= size && r % 256 == 0, "{size} -> {r}");
+            assert!(r >= size && r.is_multiple_of(256), "{size} -> {r}");
             assert!(size < 4096 || r - size <= size / 16, "{size} -> {r}");
         }
     }

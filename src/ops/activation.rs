@@ -13,7 +13,8 @@ fn launch(name: &str, tensors: &[&Tensor]) {
     let gpu = tensors[0].gpu();
     for (first, count) in bindable_elements(gpu, tensors[0].len()) {
         let bindings: Vec<_> = tensors.iter().map(|tensor| tensor.range(first, count)).collect();
-        gpu.dispatch(name, &bindings, &[count as u32], groups_for(count, THREADS));
+        let quads = count.div_ceil(4);
+        gpu.dispatch(name, &bindings, &[quads as u32], groups_for(quads, THREADS));
     }
 }
 

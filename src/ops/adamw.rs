@@ -37,9 +37,10 @@ pub fn step(
     let constants = step.constants().map(f32::to_bits);
     for (first, count) in bindable_elements(gpu, parameter.len()) {
         let [p, g, m, v] = tensors.map(|tensor| tensor.range(first, count));
-        let mut params = vec![count as u32];
+        let quads = count.div_ceil(4);
+        let mut params = vec![quads as u32];
         params.extend(constants);
-        gpu.dispatch("adamw.step", &[p, g, m, v, square_sum.binding()], &params, groups_for(count, THREADS));
+        gpu.dispatch("adamw.step", &[p, g, m, v, square_sum.binding()], &params, groups_for(quads, THREADS));
     }
 }
 

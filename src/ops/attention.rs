@@ -301,7 +301,7 @@ fn check(causal: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         let [want_out, want_dq, want_dk, want_dv] =
             reference([&wide[0], &wide[1], &wide[2], &wide[3]], &lengths, causal, heads);
         // A query that sees one key passes no gradient: what is left of dq is rounding.
-        let cancelling = if n < 8 { 1e-4 } else { 2e-5 };
+        let cancelling = if n < 8 { 3e-4 } else { 2e-5 };
         comparisons.extend([
             Comparison::new("out", out.to_vec()?, want_out, 3e-6),
             Comparison::new("dq", dq.to_vec()?, want_dq, cancelling),

@@ -18,7 +18,8 @@ fn launch(name: &str, tensors: &[&Tensor], value: f32) {
     let gpu = tensors[0].gpu();
     for (first, count) in bindable_elements(gpu, tensors[0].len()) {
         let bindings: Vec<_> = tensors.iter().map(|tensor| tensor.range(first, count)).collect();
-        gpu.dispatch(name, &bindings, &[count as u32, value.to_bits(), 0], groups_for(count, THREADS));
+        let quads = count.div_ceil(4);
+        gpu.dispatch(name, &bindings, &[quads as u32, value.to_bits(), 0], groups_for(quads, THREADS));
     }
 }
 

@@ -17,7 +17,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor,
             y.range(start, count),
             stats.range(first * 2, rows * 2),
         ];
-        gpu.dispatch("layer_norm.forward", &bindings, &[rows as u32, d as u32, eps.to_bits(), 0], groups_for(rows, 1));
+        gpu.dispatch("layer_norm.forward", &bindings, &[rows as u32, d as u32, eps.to_bits()], groups_for(rows, 1));
     }
     (y, stats)
 }
@@ -35,7 +35,7 @@ pub fn backward_x(x: &Tensor, weight: &Tensor, stats: &Tensor, dy: &Tensor) -> T
             dy.range(start, count),
             dx.range(start, count),
         ];
-        gpu.dispatch("layer_norm.backward_x", &bindings, &[rows as u32, d as u32, 0, 0], groups_for(rows, 1));
+        gpu.dispatch("layer_norm.backward_x", &bindings, &[rows as u32, d as u32, 0], groups_for(rows, 1));
     }
     dx
 }
@@ -52,7 +52,7 @@ pub fn backward_weight(x: &Tensor, stats: &Tensor, dy: &Tensor, dweight: &Tensor
             dweight.binding(),
             dbias.binding(),
         ];
-        gpu.dispatch("layer_norm.backward_weight", &bindings, &[rows as u32, d as u32, 0, 0], groups_for(d, THREADS));
+        gpu.dispatch("layer_norm.backward_weight", &bindings, &[rows as u32, d as u32, 0], groups_for(d, THREADS));
     }
 }
 

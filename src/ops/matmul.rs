@@ -9,10 +9,10 @@
 //! Which kernel runs is chosen per adapter and shape: GPUs stage tiles in workgroup memory, host processors want
 //! their operands as uniforms (`by_uniforms`), and a few rows of A go to a kernel that reads W once.
 
-use super::{Comparison, Cost, Op, Random, testing::wide};
+use super::{Comparison, Cost, Op, Random, testing::wide, uniform_rows};
 use crate::{
     error::Result,
-    gpu::{Gpu, UNIFORM_BYTES},
+    gpu::Gpu,
     tensor::{ALIGNMENT, Tensor},
 };
 
@@ -266,8 +266,6 @@ impl Call<'_> {
     }
 }
 
-/// Elements of one uniform binding.
-const UNIFORM_ELEMENTS: usize = UNIFORM_BYTES as usize / 4;
 /// Up to this many rows of A, W is read once by `matmul.rows`.
 const ROWS_KERNEL_MOST: usize = 4;
 
@@ -298,12 +296,6 @@ impl Window {
     fn most(self) -> usize {
         self.rows.saturating_mul(self.count)
     }
-}
-
-/// How many rows of `cols` elements one uniform holds, wherever the first begins.
-fn uniform_rows(cols: usize) -> usize {
-    let slack = if cols.is_multiple_of(ALIGNMENT) { 0 } else { ALIGNMENT };
-    (UNIFORM_ELEMENTS - slack) / cols
 }
 
 /// A range in equal parts of at most `most`, cut at multiples of 16: two threads then have as many workgroups each.

@@ -1,16 +1,31 @@
 //! y = x / sqrt(mean(x^2) + eps) * w over the last dimension, in f32. PyTorch: `torch.nn.functional.rms_norm`.
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for};
+use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for, uniform_windows};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// Normalises the rows of x [T, D] by weight [D]: y [T, D] and the rows' reciprocal deviations [T].
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f32) -> (Tensor, Tensor) {
     let (gpu, d) = (x.gpu(), x.cols());
     let (y, rstd) = (Tensor::empty(gpu, x.shape()), Tensor::empty(gpu, &[x.rows()]));
+    if let Some(windows) = uniform_windows(gpu, x.rows(), d) {
+        for (first, rows) in windows {
+            let ((x, x_before), (weight, weight_before)) = (x.uniform(first * d), weight.uniform(0));
+            let params = [rows, d, 0, first, x_before / 4, 0, weight_before / 4].map(|word| word as u32);
+            let params = [&params[..2], &[eps.to_bits()], &params[3..]].concat();
+            let bindings = [x, weight, y.binding(), rstd.binding()];
+            gpu.dispatch("rms_norm.lane_forward", &bindings, &params, [rows.div_ceil(8) as u32, 1, 1]);
+        }
+        return (y, rstd);
+    }
     for (first, rows) in bindable_rows(gpu, x.rows(), d) {
         let (start, count) = (first * d, rows * d);
         let bindings = [x.range(start, count), weight.binding(), y.range(start, count), rstd.range(first, rows)];
-        gpu.dispatch("rms_norm.forward", &bindings, &[rows as u32, d as u32, eps.to_bits(), 0], groups_for(rows, 1));
+        gpu.dispatch(
+            "rms_norm.forward",
+            &bindings,
+            &[rows as u32, d as u32, eps.to_bits(), 0, 0, 0, 0],
+            groups_for(rows, 1),
+        );
     }
     (y, rstd)
 }
@@ -19,6 +34,16 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f32) -> (Tensor, Tensor) {
 pub fn backward_x(x: &Tensor, weight: &Tensor, rstd: &Tensor, dy: &Tensor) -> Tensor {
     let (gpu, d) = (x.gpu(), x.cols());
     let dx = Tensor::empty(gpu, x.shape());
+    if let Some(windows) = uniform_windows(gpu, x.rows(), d) {
+        for (first, rows) in windows {
+            let ((x, x_before), (dy, dy_before)) = (x.uniform(first * d), dy.uniform(first * d));
+            let (weight, weight_before) = weight.uniform(0);
+            let params = [rows, d, 0, first, x_before / 4, dy_before / 4, weight_before / 4].map(|word| word as u32);
+            let bindings = [x, weight, rstd.binding(), dy, dx.binding()];
+            gpu.dispatch("rms_norm.lane_backward_x", &bindings, &params, [rows.div_ceil(8) as u32, 1, 1]);
+        }
+        return dx;
+    }
     for (first, rows) in bindable_rows(gpu, x.rows(), d) {
         let (start, count) = (first * d, rows * d);
         let bindings = [
@@ -28,7 +53,7 @@ pub fn backward_x(x: &Tensor, weight: &Tensor, rstd: &Tensor, dy: &Tensor) -> Te
             dy.range(start, count),
             dx.range(start, count),
         ];
-        gpu.dispatch("rms_norm.backward_x", &bindings, &[rows as u32, d as u32, 0, 0], groups_for(rows, 1));
+        gpu.dispatch("rms_norm.backward_x", &bindings, &[rows as u32, d as u32, 0, 0, 0, 0, 0], groups_for(rows, 1));
     }
     dx
 }
@@ -39,7 +64,12 @@ pub fn backward_weight(x: &Tensor, rstd: &Tensor, dy: &Tensor, dweight: &Tensor)
     for (first, rows) in bindable_rows(gpu, x.rows(), d) {
         let (start, count) = (first * d, rows * d);
         let bindings = [x.range(start, count), rstd.range(first, rows), dy.range(start, count), dweight.binding()];
-        gpu.dispatch("rms_norm.backward_weight", &bindings, &[rows as u32, d as u32, 0, 0], groups_for(d, THREADS));
+        gpu.dispatch(
+            "rms_norm.backward_weight",
+            &bindings,
+            &[rows as u32, d as u32, 0, 0, 0, 0, 0],
+            groups_for(d, THREADS),
+        );
     }
 }
 

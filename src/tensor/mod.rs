@@ -137,7 +137,8 @@ impl Tensor {
     pub fn range(&self, start: usize, count: usize) -> Binding<'_> {
         debug_assert!((self.offset + start).is_multiple_of(ALIGNMENT), "binding at element {}", self.offset + start);
         let offset = (self.offset + start) as u64 * 4;
-        Binding { buffer: &self.buffer, offset, size: count.max(1) as u64 * 4, uniform: false }
+        // Whole vec4s: every buffer, and every part of an arena, ends in padding.
+        Binding { buffer: &self.buffer, offset, size: count.max(1).next_multiple_of(4) as u64 * 4, uniform: false }
     }
 
     /// `count` elements from any `start` on: a binding that begins up to [`ALIGNMENT`] elements earlier, and how many.
