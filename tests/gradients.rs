@@ -116,7 +116,7 @@ impl Case<'_> {
         };
         // All inputs together, then each alone: a large gradient must not hide a wrong small one.
         let sizes: Vec<usize> = self.values.iter().map(Vec::len).collect();
-        let mut ranges = vec![0..sizes.iter().sum::<usize>()];
+        let mut ranges: Vec<_> = std::iter::once(0..sizes.iter().sum::<usize>()).collect();
         let mut start = 0;
         ranges.extend(sizes.iter().map(|size| {
             start += size;
