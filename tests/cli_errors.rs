@@ -10,6 +10,11 @@ use std::{
 
 use common::{copy_folder, golden, program, stderr};
 use serde_json::{Value, json};
+use wgpu_llava::formats::{
+    HostTensor,
+    safetensors::Checkpoint,
+    safetensors_writer::{TensorData, TensorHead, write_safetensors},
+};
 
 /// A copy of a parity case in which a test breaks something.
 struct Case {
@@ -56,6 +61,30 @@ impl Case {
 
     fn records(&self, records: &Value) {
         fs::write(self.path("data.jsonl"), records.to_string()).unwrap();
+    }
+
+    /// Leaves the model's language model alone, as a plain LLaMA.
+    fn forget_the_tower(&self) {
+        let path = self.path("model/config.json");
+        let mut config = common::read_json(&path)["text_config"].take();
+        config["model_type"] = json!("llama");
+        config["architectures"] = json!(["LlamaForCausalLM"]);
+        fs::write(path, config.to_string()).unwrap();
+        let whole = Checkpoint::open(&self.weights()).unwrap();
+        let mut kept: Vec<(String, HostTensor)> = Vec::new();
+        for name in whole.names() {
+            if let Some(own) = name.strip_prefix("language_model.") {
+                kept.push((own.to_owned(), whole.require(name).unwrap().to_f32().unwrap()));
+            }
+        }
+        drop(whole);
+        kept.sort_by(|a, b| a.0.cmp(&b.0));
+        let heads = kept.iter().map(|(name, tensor)| TensorHead::f32(name.clone(), tensor.shape.clone())).collect();
+        write_safetensors(&self.weights(), heads, &mut |head| {
+            let at = kept.iter().position(|(name, _)| *name == head.name).unwrap();
+            Ok(TensorData::F32(kept[at].1.data.clone().into()))
+        })
+        .unwrap();
     }
 
     fn weights(&self) -> PathBuf {
@@ -280,6 +309,34 @@ fn a_loss_that_is_not_finite_stops_the_run() {
     }
 }
 
+/// The last step's update has no further loss that would show what it did.
+#[test]
+fn a_last_step_that_breaks_the_weights_leaves_no_model() {
+    for (method, output) in [("full", "model"), ("lora", "adapter")] {
+        let case = Case::new();
+        let set = ["max_steps=1", "warmup_steps=0", "learning_rate=1e39", &format!("method=\"{method}\"")];
+        assert_refused(&case.train(&set), 1, &["finite", "learning_rate"]);
+        assert!(!case.out().join(output).exists(), "{method} was written");
+    }
+}
+
+#[test]
+fn pictures_that_nothing_can_use_and_a_projector_without_any() {
+    let case = Case::new();
+    case.records(&json!([{"id": "words", "conversations": conversation(&[("human", "Hi"), ("gpt", "Hello.")])}]));
+    case.refused(&["method=\"projector\""], 3, &["picture", "projector"]);
+    let case = Case::new();
+    case.forget_the_tower();
+    case.refused(&[], 2, &["model", "cannot see", "pictures"]);
+    // What it says to type next is what a language model can do.
+    case.records(&json!([{"text": "A river runs to the sea."}]));
+    let output = case.train(&["max_steps=1"]);
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("wgpu-llava generate") && !text.contains("--image"), "{text}");
+    assert!(!text.contains("eval easy-vqa"), "{text}");
+}
+
 #[test]
 fn devices_that_are_not_there() {
     let output = program(["devices"]).output().unwrap();
@@ -347,6 +404,15 @@ fn other_commands_name_what_is_wrong_too() {
     let missing = case.path("no-model");
     let output = program([Path::new("generate"), Path::new("--model"), &missing, prompt, Path::new("hi")]).output();
     assert_refused(&output.unwrap(), 3, &["no-model"]);
+    let output = with("generate", &[prompt, Path::new("hi"), image, &model]);
+    assert_refused(&output, 3, &["is a folder"]);
+    // Where nothing can be written is told before the work.
+    for out in [&model, &case.path("nowhere/scores.jsonl")] {
+        let output = with("score", &[data, &records, Path::new("--out"), out]);
+        assert_refused(&output, 2, &["--out", "folder"]);
+    }
+    let output = program([Path::new("eval"), Path::new("easy-vqa"), Path::new("--out"), &records]).output().unwrap();
+    assert_refused(&output, 2, &["--out", "not a folder"]);
     assert_refused(&program(["eval", "chess"]).output().unwrap(), 2, &["chess", "easy-vqa"]);
     assert_refused(&program(["trian"]).output().unwrap(), 2, &["trian", "train"]);
 }

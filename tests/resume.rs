@@ -224,3 +224,38 @@ fn a_folder_with_a_run_is_not_overwritten() {
     assert!(stderr(&output).contains("--resume"), "{}", stderr(&output));
     assert_eq!(fs::read_to_string(out.join("config.toml")).unwrap(), "# of an earlier run");
 }
+
+/// The tower's last bits depend on how many pictures go through it at once; a run that goes on meets fewer of them.
+#[test]
+fn resumed_with_fewer_pictures_left_it_sees_the_same_features() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = golden("parity/mha_untied_mlp/full.toml");
+    let out = folder.path().join("out");
+    let train = || {
+        let mut command = train(&config, &out);
+        for set in ["max_steps=3", "per_device_train_batch_size=1", "save_steps=1", "save_total_limit=1"] {
+            command.extend(["--set".into(), set.into()]);
+        }
+        run(command);
+        fs::read(out.join("model/model.safetensors")).unwrap()
+    };
+    let whole = train();
+    fs::remove_file(out.join("finished.json")).unwrap();
+    fs::remove_dir_all(out.join("model")).unwrap();
+    assert!(out.join("checkpoint-2").exists(), "the last step has to be done again");
+    assert!(train() == whole, "another model");
+}
+
+#[test]
+fn a_finished_run_gone_on_with_keeps_its_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = golden("parity/mha_untied_mlp/full.toml");
+    let out = folder.path().join("out");
+    let report = || {
+        run(train(&config, &out).into_iter().chain(["--set".into(), "max_steps=1".into()]));
+        fs::read_to_string(out.join("report.html")).unwrap()
+    };
+    let first = report();
+    assert!(first.contains("(7 records)"), "{first}");
+    assert_eq!(report(), first);
+}

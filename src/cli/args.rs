@@ -184,6 +184,7 @@ pub struct GenerateArgs {
     /// A picture, put before the prompt; may be given several times
     #[arg(long, value_name = "FILE")]
     pub image: Vec<PathBuf>,
+    /// What to ask
     #[arg(long, value_name = "TEXT")]
     pub prompt: String,
     /// Instead of the template's own system sentence
@@ -192,6 +193,7 @@ pub struct GenerateArgs {
     /// Conversation template
     #[arg(long, value_name = "T", default_value = "v1")]
     pub version: String,
+    /// The answer ends after so many tokens, or where the model ends it
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one())]
     pub max_new_tokens: usize,
     /// 0: always the likeliest token
@@ -200,8 +202,10 @@ pub struct GenerateArgs {
     /// Sample only from the likeliest tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
     pub top_p: f32,
+    /// Beams to search with (more than 1 is not built yet)
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
     pub num_beams: usize,
+    /// Of the draws at a temperature above 0
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// One JSON object instead of text
@@ -238,6 +242,7 @@ pub struct EvalArgs {
     /// A PEFT adapter on top of it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// The benchmark's data; not for easy-vqa, whose data is in the program
     #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
     /// Only so many questions
@@ -253,6 +258,7 @@ pub struct EvalArgs {
 
 #[derive(Debug, Args)]
 pub struct ShadersArgs {
+    /// The folder to write them to
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 }

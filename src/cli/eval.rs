@@ -6,7 +6,7 @@ use super::{
     ui::Ui,
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     eval::{self, Request},
 };
 
@@ -20,6 +20,9 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
         data: args.data.as_deref(),
     };
     request.check()?;
+    if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !out.is_dir()) {
+        return Err(Error::usage(format!("--out: {} is a file, not a folder", out.display())));
+    }
     let mut ui = Ui::new(global.quiet, global.verbose);
     let gpu = open_device(global, None, &mut ui)?;
     let outcome = eval::run(&gpu, &request, &mut ui)?;

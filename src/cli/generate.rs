@@ -28,7 +28,8 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
     let template = crate::data::Template::named(&args.version)?;
     let sources: Vec<ImageSource> = args.image.iter().cloned().map(ImageSource::File).collect();
     if let Some(missing) = args.image.iter().find(|path| !path.is_file()) {
-        return Err(Error::data(format!("there is no picture {}", missing.display())));
+        let what = if missing.is_dir() { "is a folder, not a picture" } else { "is not there" };
+        return Err(Error::data(format!("--image: {} {what}", missing.display())));
     }
     let mut ui = Ui::new(global.quiet, global.verbose);
     let opened = open_model(&args.model, global, &mut ui)?;

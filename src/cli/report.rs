@@ -2,7 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use owo_colors::OwoColorize;
-use std::{error::Error as StdError, io::Write};
+use std::{error::Error as StdError, io::Write, path::Path};
 
 /// 0 done, 1 the work failed, 2 wrong use, 3 data, 4 device or memory, 5 network, 130 interrupted. Never renumbered.
 pub fn exit_code(kind: ErrorKind) -> u8 {
@@ -42,6 +42,21 @@ fn render(error: &Error) -> String {
         text.push_str(&format!("{} {}\n", "hint:".cyan().bold(), hint.trim_end()));
     }
     text
+}
+
+/// Refuses a file that could not be written, before the work whose result it is to hold.
+///
+/// # Errors
+/// [`ErrorKind::Usage`]: it is a folder, or its folder is not there.
+pub fn check_output_file(option: &str, path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Err(Error::usage(format!("{option}: {} is a folder", path.display())).hint("name a file"));
+    }
+    match path.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
+        Some(parent) => Err(Error::usage(format!("{option}: there is no folder {}", parent.display()))
+            .hint("make it, or choose another place")),
+        None => Ok(()),
+    }
 }
 
 /// Writes data that was asked for to stdout. A reader that has gone (`| head`) is no error.

@@ -33,6 +33,9 @@ struct Line<'a> {
 
 pub fn run(args: &ScoreArgs, global: &GlobalArgs) -> Result<()> {
     Template::named(&args.version)?;
+    if let Some(out) = &args.out {
+        report::check_output_file("--out", out)?;
+    }
     let folder = args.image_folder.as_deref().or(args.data.parent()).unwrap_or(Path::new(""));
     let records = read_records(&args.data, folder, None)?;
     let mut ui = Ui::new(global.quiet, global.verbose);

@@ -1,6 +1,6 @@
 //! `wgpu-llava train`: resolves the config, trains, evaluates, reports.
 
-use std::{env, time::SystemTime};
+use std::{env, path::Path, time::SystemTime};
 
 use super::{
     args::{GlobalArgs, TrainArgs},
@@ -16,6 +16,8 @@ use crate::{
         metrics, plot,
         report::{self, ReportData, StageReport},
         run::{self, RunOutcome},
+        run_folder::CONFIG_FILE,
+        start::open_folder,
     },
 };
 
@@ -32,13 +34,16 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         DeviceChoice::Name(name) => name.clone(),
     });
     let gpu = super::open_device(global, device, &mut ui)?;
+    if args.resume && !config.output_dir.join(CONFIG_FILE).exists() {
+        ui.line(&format!("  nothing to go on with in {}: starting from the beginning", shown(&config.output_dir)));
+    }
     let stop = interrupt::install()?;
     let outcome = run::train(&config, args.resume, &gpu, stop, &mut ui)?;
     let results = evaluate(&config, &outcome, &gpu, &mut ui)?;
     let path = config.output_dir.join("report.html");
     report::write_report(&path, &report_data(&config, &outcome, &gpu, results)?)?;
-    ui.line(&format!("report: {}", path.display()));
-    for command in next_commands(&outcome) {
+    ui.line(&format!("report: {}", shown(&path)));
+    for command in next_commands(&config, &outcome) {
         ui.line(&format!("  {command}"));
     }
     Ok(())
@@ -95,7 +100,7 @@ fn report_data(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, results: Vec
             row.seconds = trained.seconds;
             row.trainable_parameters = trained.trainable_parameters;
             row.total_parameters = trained.total_parameters;
-            row.output = trained.output.display().to_string();
+            row.output = shown(&trained.output);
         }
         stages.push(row);
     }
@@ -106,22 +111,41 @@ fn report_data(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, results: Vec
         stages,
         results: results.iter().map(|result| result.row.clone()).collect(),
         samples: results.into_iter().flat_map(|result| result.samples).collect(),
-        next_commands: next_commands(outcome),
+        next_commands: next_commands(config, outcome),
     })
 }
 
-/// What to type next, ready to paste.
-fn next_commands(outcome: &RunOutcome) -> Vec<String> {
-    let model = match &outcome.result.model {
-        Source::Local(path) => path.display().to_string(),
+/// A path as a person in the current folder would write it.
+fn shown(path: &Path) -> String {
+    let here = env::current_dir().ok().and_then(|here| path.strip_prefix(here).ok().map(Path::to_path_buf));
+    here.unwrap_or_else(|| path.to_path_buf()).display().to_string()
+}
+
+/// What to type next, ready to paste: what this model was trained for, and no more than it can do.
+fn next_commands(config: &RunConfig, outcome: &RunOutcome) -> Vec<String> {
+    let mut model = match &outcome.result.model {
+        Source::Local(path) => quoted(&shown(path)),
         other => other.to_string(),
     };
-    let adapter =
-        outcome.result.adapter.as_ref().map_or(String::new(), |path| format!(" --adapter {}", path.display()));
-    vec![
-        format!(
-            "wgpu-llava generate --model {model}{adapter} --image PICTURE.png --prompt \"what color is the shape?\""
-        ),
-        format!("wgpu-llava eval easy-vqa --model {model}{adapter}"),
-    ]
+    if let Some(adapter) = &outcome.result.adapter {
+        model += &format!(" --adapter {}", quoted(&shown(adapter)));
+    }
+    let sees = open_folder(&outcome.result.model).is_ok_and(|folder| folder.config().llava().is_some());
+    let shapes = config.eval_after.iter().any(|task| task == "easy-vqa");
+    let (image, prompt) = match (sees, shapes) {
+        (true, true) => (" --image PICTURE.png", "what color is the shape?"),
+        (true, false) => (" --image PICTURE.png", "What is in the picture?"),
+        (false, _) => ("", "Hello"),
+    };
+    // `generate` asks in v1 unless told otherwise; another template than the training's gives bad answers.
+    let version = config.stages.last().map_or("v1", |stage| stage.version.as_str());
+    let version = if version == "v1" { String::new() } else { format!(" --version {version}") };
+    let mut commands = vec![format!("wgpu-llava generate --model {model}{version}{image} --prompt \"{prompt}\"")];
+    commands.extend(config.eval_after.iter().map(|task| format!("wgpu-llava eval {task} --model {model}")));
+    commands
+}
+
+/// In double quotes where a shell would take it apart.
+fn quoted(path: &str) -> String {
+    if path.contains(char::is_whitespace) { format!("\"{path}\"") } else { path.to_string() }
 }

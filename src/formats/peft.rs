@@ -366,8 +366,8 @@ fn number(value: f64) -> Value {
 
 /// What modules_to_save calls the module of a saved tensor.
 fn saved_module(name: &str, config: &ModelConfig) -> String {
-    if name.starts_with(names::PROJECTOR) {
-        return names::PROJECTOR.to_owned();
+    if let Some(whole) = [names::PROJECTOR, names::VISION_TOWER].into_iter().find(|whole| name.starts_with(whole)) {
+        return whole.to_owned();
     }
     let path = names::at_runtime(name, config);
     let module = path.rsplit_once('.').map_or(path.as_str(), |(module, _)| module);

@@ -116,6 +116,10 @@ pub fn generate(
             if sequence.done {
                 continue;
             }
+            if rows[row].iter().any(|logit| logit.is_nan()) {
+                return Err(Error::failed("the model's answer is not a number")
+                    .hint("the weights hold infinities or NaN, or overflow on this prompt"));
+            }
             let token = choose(&rows[row], options, &mut sequence.rng);
             sequence.tokens.push(token);
             let told = on_token(index, token);

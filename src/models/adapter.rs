@@ -121,6 +121,19 @@ pub fn export(model: &Llava, settings: &Adapter, with_projector: bool) -> Result
     Ok(adapter)
 }
 
+/// Puts the vision tower, as it is now, among the tensors saved with an adapter.
+///
+/// # Errors
+/// Whatever has failed on the device.
+pub fn save_tower(model: &Llava, adapter: &mut Adapter) -> Result<()> {
+    for (name, shape) in names::expected_tensors(&model.config) {
+        if let Some(id) = model.parameters.find(&name).filter(|_| name.starts_with(names::VISION_TOWER)) {
+            adapter.saved.insert(name, HostTensor::new(shape, model.parameters.get(id).value.to_vec()?));
+        }
+    }
+    Ok(())
+}
+
 /// [`export`] for an adapter whose modules all have the factor of `lora_alpha` and their rank.
 ///
 /// # Errors

@@ -308,6 +308,8 @@ mod tests {
             (llama(r#""num_attention_heads": 30"#), "hidden_size is 4096, which num_attention_heads = 30"),
             (llama(r#""num_key_value_heads": 5"#), "num_attention_heads is 32, which num_key_value_heads = 5"),
             (llama(r#""head_dim": 33"#), "head_dim is 33"),
+            (llama(r#""head_dim": 258"#), "head_dim: heads of 258, wider than 256, are not built yet"),
+            (vision(r#""hidden_size": 514, "num_attention_heads": 2"#), "heads of 257, wider than 256"),
             (llama(r#""rms_norm_eps": 0"#), "rms_norm_eps is 0"),
             (llama(r#""attention_bias": true"#), "attention_bias: biases in the language model are not built yet"),
             (llama(r#""hidden_act": "gelu""#), "hidden_act: `gelu` is not built yet"),

@@ -6,7 +6,7 @@ use super::{
     config::{ClipVisionConfig, FeatureSelect, LlamaConfig, LlavaConfig, ProjectorType},
     config_fields::Fields,
 };
-use crate::error::Result;
+use crate::{error::Result, ops::attention::MAX_HEAD_SIZE};
 
 /// Old and new spelling, wherever either stands: transformers 5 loads in the dtype it finds here.
 pub(super) fn set_dtype(map: &mut Map<String, Value>, dtype: &str) {
@@ -33,6 +33,9 @@ impl LlamaConfig {
             Some(head_dim) => head_dim,
             None => fields.divided(("hidden_size", hidden_size), ("num_attention_heads", num_attention_heads))?,
         };
+        if head_dim > MAX_HEAD_SIZE {
+            return Err(fields.not_built("head_dim", &format!("heads of {head_dim}, wider than {MAX_HEAD_SIZE}, are")));
+        }
         if head_dim % 2 == 1 {
             return Err(fields.bad("head_dim", &format!("is {head_dim}: rotary positions need an even head width")));
         }
@@ -120,7 +123,11 @@ impl ClipVisionConfig {
         fields.only("hidden_act", &["quick_gelu"], "quick_gelu")?;
         let hidden_size = fields.size("hidden_size", 768)?;
         let num_attention_heads = fields.size("num_attention_heads", 12)?;
-        fields.divided(("hidden_size", hidden_size), ("num_attention_heads", num_attention_heads))?;
+        let head_size = fields.divided(("hidden_size", hidden_size), ("num_attention_heads", num_attention_heads))?;
+        if head_size > MAX_HEAD_SIZE {
+            let what = format!("heads of {head_size}, wider than {MAX_HEAD_SIZE}, are");
+            return Err(fields.not_built("num_attention_heads", &what));
+        }
         let num_channels = fields.size("num_channels", 3)?;
         if num_channels != 3 {
             return Err(fields.not_built("num_channels", &format!("pictures of {num_channels} channels are")));

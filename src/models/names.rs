@@ -10,6 +10,7 @@ pub const EMBED_TOKENS: &str = "language_model.model.embed_tokens.weight";
 pub const FINAL_NORM: &str = "language_model.model.norm.weight";
 pub const LM_HEAD: &str = "language_model.lm_head.weight";
 pub const PROJECTOR: &str = "multi_modal_projector";
+pub const VISION_TOWER: &str = "vision_tower";
 
 /// A tensor's name and shape.
 pub type NamedShape = (String, Vec<usize>);

@@ -58,7 +58,7 @@ pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opene
 /// A LLaVA whose projector is neither in its folder nor in the adapter answers text alone: its `projector` is `None`.
 pub fn load(gpu: &Gpu, folder: ModelFolder, adapter: Option<&Adapter>) -> Result<Opened> {
     let tokenizer = tokenizer(&folder)?;
-    let processor = processor(&folder)?;
+    let processor = processor(&folder, false)?;
     let saved = |name: &str| adapter.and_then(|adapter| adapter.saved.get(name));
     let mut projector =
         |name: &str, shape: &[usize]| Ok(saved(name).cloned().unwrap_or_else(|| HostTensor::zeros(shape)));
@@ -94,11 +94,11 @@ pub fn tokenizer(folder: &ModelFolder) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// How pictures are brought to the tower; none for a plain LLaMA.
+/// How pictures are brought to the tower, with `pad` squared first; none for a plain LLaMA.
 ///
 /// # Errors
 /// `Data`: preprocessor_config.json gives pictures of another size than the tower takes.
-pub fn processor(folder: &ModelFolder) -> Result<Option<ImageProcessor>> {
+pub fn processor(folder: &ModelFolder, pad: bool) -> Result<Option<ImageProcessor>> {
     let ModelConfig::Llava(llava) = folder.config() else { return Ok(None) };
     let size = llava.vision_config.image_size as u32;
     let processor = match folder.preprocessor_config()? {
@@ -108,6 +108,7 @@ pub fn processor(folder: &ModelFolder) -> Result<Option<ImageProcessor>> {
         }
         None => ImageProcessor::clip(size),
     };
+    let processor = if pad { processor.with_pad(true) } else { processor };
     match processor.output_size() {
         Some((height, width)) if (height, width) == (size, size) => Ok(Some(processor)),
         other => {

@@ -65,13 +65,16 @@ impl Ranges {
     }
 }
 
+/// The widest head that the kernels have registers for.
+pub const MAX_HEAD_SIZE: usize = 256;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     /// H
     pub heads: usize,
     /// K, a divisor of H
     pub kv_heads: usize,
-    /// E, 256 at most
+    /// E, [`MAX_HEAD_SIZE`] at most
     pub head_size: usize,
 }
 

@@ -142,21 +142,19 @@ impl Call<'_> {
         if fit_a < 8 || fit_b < 8 {
             return self.launch(region);
         }
-        if self.layout == Layout::Nt && fit_b < 64 && region.k.0 == 0 && length(region.k) == self.b.cols() {
+        let n = length(region.n);
+        let whole_rows = region.k.0 == 0 && length(region.k) == self.b.cols();
+        if self.layout == Layout::Nt && fit_b < 64 && whole_rows && uniform_rows(n) > fit_b {
             // Too few rows of W fit to fill the lanes: the transposed matrix has shorter rows.
-            let n = length(region.n);
             let transposed = Tensor::empty(self.c.gpu(), &[length(region.k), n]);
             transpose_rows(self.b, region.n.0, &transposed);
-            if uniform_rows(n) > fit_b {
-                let window = Window::new(n, usize::MAX);
-                for m in parts(region.m, fit_a) {
-                    for k in parts(region.k, window.most()) {
-                        let part = Region { m, n: region.n, k };
-                        self.launch_uniform(part, Layout::Nn, &transposed, (k.0, 0), window);
-                    }
+            let window = Window::new(n, usize::MAX);
+            for m in parts(region.m, fit_a) {
+                for k in parts(region.k, window.most()) {
+                    self.launch_uniform(Region { m, n: region.n, k }, Layout::Nn, &transposed, (k.0, 0), window);
                 }
-                return;
             }
+            return;
         }
         let (m_most, n_most, window) = match self.layout {
             Layout::Nt => (fit_a, fit_b, Window { rows: usize::MAX, count: 1 }),

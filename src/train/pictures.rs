@@ -1,7 +1,7 @@
 //! Pictures for the trainer: decoded and processed on the host's cores; the features of a frozen tower computed once
 //! and kept on the device where they fit.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use rayon::prelude::*;
 
@@ -56,24 +56,22 @@ impl Loaded {
 }
 
 impl PictureStore {
-    /// With `frozen`, computes the features of `images` once, if they fit.
+    /// With `frozen`, computes the features of `images` once, if they fit: those of the whole stage, of which `left`
+    /// are still to come. A run that goes on puts the same pictures through the tower together as one that never
+    /// stopped, because kernels, and with them the last bits, follow from how many there are.
     pub fn new(
         model: &Llava,
         processor: Option<ImageProcessor>,
         images: &[ImageSource],
+        left: &[ImageSource],
         frozen: bool,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         let mut store = Self { processor, kept: None };
         let Some(llava) = model.config.llava().filter(|_| frozen && !images.is_empty()) else { return Ok(store) };
-        let mut places = HashMap::new();
-        let mut unique = Vec::new();
-        for image in images {
-            places.entry(image.clone()).or_insert_with(|| {
-                unique.push(image.clone());
-                unique.len() - 1
-            });
-        }
+        let mut seen = HashSet::new();
+        let unique: Vec<ImageSource> = images.iter().filter(|image| seen.insert(*image)).cloned().collect();
+        let left: HashSet<&ImageSource> = left.iter().collect();
         let per_picture = llava.image_seq_length();
         let width = llava.vision_config.hidden_size;
         if unique.len() * per_picture * width * 4 > MOST_FEATURE_BYTES {
@@ -85,23 +83,30 @@ impl PictureStore {
             return Ok(store);
         }
         let features = Tensor::empty(model.gpu(), &[unique.len() * per_picture, width]);
-        for (number, chunk) in unique.chunks(PICTURES_AT_ONCE).enumerate() {
+        let chunks: Vec<(usize, &[ImageSource])> = unique
+            .chunks(PICTURES_AT_ONCE)
+            .enumerate()
+            .filter(|(_, chunk)| chunk.iter().any(|image| left.contains(image)))
+            .collect();
+        let total = chunks.iter().map(|(_, chunk)| chunk.len()).sum();
+        let mut places = HashMap::new();
+        for (number, chunk) in chunks {
             let pixels = store.pixels(chunk)?;
             let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
             let mut tape = Tape::silent();
             let computed = model.features(&mut model.inference(&mut tape), &views)?;
             let first = number * PICTURES_AT_ONCE;
             features.copy_rows(first * per_picture, &computed.value, 0, computed.value.rows());
-            observer.event(Event::Progress {
-                what: "picture features",
-                done: first + chunk.len(),
-                total: unique.len(),
-            });
+            places.extend(chunk.iter().cloned().zip(first..));
+            observer.event(Event::Progress { what: "picture features", done: places.len(), total });
         }
         model.gpu().sync()?;
+        if places.is_empty() {
+            return Ok(store);
+        }
         observer.event(Event::Note(&format!(
             "computed once: the frozen tower's features of {} pictures ({per_picture} x {width} each)",
-            unique.len()
+            places.len()
         )));
         store.kept = Some(Kept { features, places, per_picture });
         Ok(store)

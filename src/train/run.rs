@@ -14,7 +14,7 @@ use crate::{
     gpu::Gpu,
 };
 
-/// What a run left: for each stage its outcome, where this call trained it.
+/// What a run left: the outcome of each stage, trained now or before.
 pub struct RunOutcome {
     pub stages: Vec<Option<StageOutcome>>,
     /// The last stage's model, and its adapter.
@@ -46,7 +46,7 @@ pub fn train(
     let mut outcomes = Vec::new();
     let mut before: Option<Origin> = None;
     for (index, stage) in run.stages.iter().enumerate() {
-        let mut outcome = None;
+        let outcome;
         if index >= start.stage {
             let checkpoint = start.checkpoint.as_ref().filter(|_| index == start.stage);
             let trainer =
@@ -58,6 +58,10 @@ pub fn train(
             let trained = trainer.run(stop, observer);
             outcome = Some(trained.map_err(|error| how_to_go_on(error, run))?);
             gpu.trim();
+        } else {
+            observer.event(Event::Note(&format!("stage {} was finished before", stage.title())));
+            let finished = run_folder::finished(&stage.output_dir)?;
+            outcome = finished.map(|finished| StageOutcome::of(&stage.output_dir, &finished));
         }
         outcomes.push(outcome);
         before = Some(produced(stage, before));

@@ -202,12 +202,16 @@ pub fn remove_leftovers(folder: &Path) -> Result<()> {
 }
 
 /// Written when a stage is done and its output is in place.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct FinishedStage {
     pub steps: u64,
     pub seconds: f64,
     /// The output, relative to the stage folder: `model` or `adapter`.
     pub output: String,
+    pub records: usize,
+    pub trainable_parameters: u64,
+    pub total_parameters: u64,
 }
 
 pub fn mark_finished(stage_dir: &Path, finished: &FinishedStage) -> Result<()> {
@@ -410,7 +414,7 @@ mod tests {
         fs::create_dir(stages[0].join("checkpoint-9.tmp-1-1")).unwrap();
         assert_eq!(start(true), StartPoint { stage: 0, checkpoint: Some((7, checkpoint)), resumed: true });
         assert_eq!(names(&stages[0]), ["checkpoint-7"]);
-        let done = FinishedStage { steps: 9, seconds: 1.5, output: "model".into() };
+        let done = FinishedStage { steps: 9, seconds: 1.5, output: "model".into(), ..FinishedStage::default() };
         mark_finished(&stages[0], &done).unwrap();
         assert_eq!(finished(&stages[0]).unwrap(), Some(done.clone()));
         assert_eq!(start(true), StartPoint { stage: 1, checkpoint: None, resumed: true });

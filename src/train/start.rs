@@ -15,7 +15,6 @@ use crate::{
         image::ImageProcessor,
         sample::Encoder,
         template::Template,
-        tokenizer::Tokenizer,
     },
     embedded,
     error::{Error, Result},
@@ -25,7 +24,7 @@ use crate::{
         adapter,
         config::{FeatureSelect, LlavaConfig, ModelConfig, ProjectorType},
         llava::Llava,
-        names,
+        names, open,
     },
 };
 
@@ -103,24 +102,17 @@ impl Start {
         Ok(Self { model, folder, adapter })
     }
 
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
-        let tokenizer = self.folder.require_file("tokenizer.json")?;
-        Tokenizer::from_bytes(&tokenizer, self.folder.file("tokenizer_config.json")?.as_deref())
-    }
-
+    /// How pictures are brought to the tower; none for a plain LLaMA.
+    ///
+    /// # Errors
+    /// As [`open::processor`].
     pub fn processor(&self, stage: &StageConfig) -> Result<Option<ImageProcessor>> {
-        let Some(llava) = self.model.config.llava() else { return Ok(None) };
-        let size = llava.vision_config.image_size as u32;
-        let processor = match self.folder.preprocessor_config()? {
-            Some(config) => ImageProcessor::from_config(&config.into(), "preprocessor_config.json", size)?,
-            None => ImageProcessor::clip(size),
-        };
-        Ok(Some(processor.with_pad(stage.image_aspect_ratio == ImageAspectRatio::Pad)))
+        open::processor(&self.folder, stage.image_aspect_ratio == ImageAspectRatio::Pad)
     }
 
     /// The stage's records, tokenised; what was cut or masked is told as notes.
     pub fn dataset(&self, stage: &StageConfig, observer: &mut dyn Observer) -> Result<Dataset> {
-        let tokenizer = self.tokenizer()?;
+        let tokenizer = open::tokenizer(&self.folder)?;
         let positions = self.model.config.text().max_position_embeddings;
         let own = tokenizer.model_max_length.map_or(positions, |length| length.min(positions));
         let max_length = stage.model_max_length.unwrap_or(own);
@@ -159,6 +151,15 @@ impl Start {
             observer.event(Event::Note(&note));
         }
         statistics.check()?;
+        if self.model.vision.is_none() && statistics.images > 0 {
+            let message =
+                format!("{} cannot see, and {} records have pictures", self.folder.name(), statistics.with_images);
+            return Err(Error::usage(message).hint("name a LLaVA in model_name_or_path, or data without pictures"));
+        }
+        if stage.method == Method::Projector && statistics.images == 0 {
+            return Err(Error::data("no record has a picture: there is nothing to train a projector with")
+                .hint("method `projector` learns from pictures alone: look at data_path, or choose lora or full"));
+        }
         Ok(dataset)
     }
 }

@@ -48,6 +48,14 @@ pub struct StageOutcome {
     pub total_parameters: u64,
 }
 
+impl StageOutcome {
+    /// What the stage in `dir` wrote down when it was finished.
+    pub fn of(dir: &Path, finished: &FinishedStage) -> Self {
+        let FinishedStage { records, steps, seconds, trainable_parameters, total_parameters, .. } = *finished;
+        Self { output: dir.join(&finished.output), records, steps, seconds, trainable_parameters, total_parameters }
+    }
+}
+
 /// A stage, ready to step.
 pub struct Trainer<'a> {
     stage: &'a StageConfig,
@@ -107,10 +115,11 @@ impl<'a> Trainer<'a> {
         if let Some(folder) = resume {
             state = checkpoint::load(folder, &optimizer, dataset.len(), total_steps)?;
         }
-        let used = used_images(&dataset, &plan, state.step, stage.unfreeze_mm_vision_tower)?;
+        let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
+        let left = used_images(&dataset, &plan, state.step, stage.unfreeze_mm_vision_tower)?;
         let processor = start.processor(stage)?;
         let frozen = !stage.unfreeze_mm_vision_tower;
-        let pictures = PictureStore::new(&start.model, processor, &used, frozen, observer)?;
+        let pictures = PictureStore::new(&start.model, processor, &used, &left, frozen, observer)?;
         let schedule = Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);
         let sums = elementwise::zeros(gpu, &[1 + accumulation]);
         Ok(Self { stage, start, dataset, plan, schedule, optimizer, pictures, sums, state })
@@ -219,7 +228,7 @@ impl<'a> Trainer<'a> {
             return Err(Error::failed(format!("the loss became {loss} (gradient norm {grad_norm}) in step {t}"))
                 .hint(format!("lower learning_rate (now {:e}) or raise warmup_ratio", self.stage.learning_rate))
                 .hint(format!("the step's first records: {}", ids.join(", ")))
-                .hint("the newest checkpoint is from before it: go on from there with --resume"));
+                .hint("start again in another --output-dir: --resume would come to the same step"));
         }
         let positions = batches.iter().map(PackedBatch::tokens).sum();
         Ok(Measured { loss, grad_norm, target_tokens: target_tokens as u64, positions })
@@ -258,7 +267,15 @@ impl<'a> Trainer<'a> {
         let with_projector = model.projector.is_some() && !self.stage.freeze_mm_mlp_adapter;
         let with_projector = with_projector || !settings.saved.is_empty();
         let base = self.start.folder.name();
-        adapter::export(model, settings, with_projector)?.write(folder, &model.config, base)
+        let mut adapter = adapter::export(model, settings, with_projector)?;
+        if self.stage.unfreeze_mm_vision_tower {
+            adapter::save_tower(model, &mut adapter)?;
+        }
+        for (name, module) in &adapter.modules {
+            [&module.lora_a, &module.lora_b].into_iter().try_for_each(|tensor| check_finite(name, &tensor.data))?;
+        }
+        adapter.saved.iter().try_for_each(|(name, tensor)| check_finite(name, &tensor.data))?;
+        adapter.write(folder, &model.config, base)
     }
 
     fn write_model(&self, folder: &Path) -> Result<()> {
@@ -269,7 +286,9 @@ impl<'a> Trainer<'a> {
             let missing = || Error::failed(format!("{name} is not in the model"));
             let id = model.parameters.find(name).ok_or_else(missing)?;
             let shape = shapes.get(name).ok_or_else(missing)?;
-            Ok(HostTensor::new(shape.clone(), model.parameters.get(id).value.to_vec()?))
+            let values = model.parameters.get(id).value.to_vec()?;
+            check_finite(name, &values)?;
+            Ok(HostTensor::new(shape.clone(), values))
         })
     }
 
@@ -284,22 +303,30 @@ impl<'a> Trainer<'a> {
         }
         let written = metrics::read(&dir.join(metrics::FILE_NAME))?;
         plot::write_loss_svg(&dir.join("loss.svg"), self.stage.title(), &written)?;
-        let finished =
-            FinishedStage { steps: self.state.total_steps, seconds: self.state.seconds, output: what.to_string() };
-        run_folder::mark_finished(dir, &finished)?;
-        observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
-        Ok(StageOutcome {
-            output,
-            records: self.dataset.len(),
+        let finished = FinishedStage {
             steps: self.state.total_steps,
             seconds: self.state.seconds,
+            output: what.to_string(),
+            records: self.dataset.len(),
             trainable_parameters: self.optimizer.elements() as u64,
             total_parameters: self.start.model.parameters.elements() as u64,
-        })
+        };
+        run_folder::mark_finished(dir, &finished)?;
+        observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
+        Ok(StageOutcome::of(dir, &finished))
     }
 }
 
-/// The pictures of the records that the remaining steps will meet; none when the tower trains.
+/// The last step's update has no loss behind it that would show that it went wrong.
+fn check_finite(name: &str, values: &[f32]) -> Result<()> {
+    if values.iter().all(|value| value.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::failed(format!("{name} holds values that are not finite after the last step, and is not written"))
+        .hint("lower learning_rate or raise warmup_ratio, and start again in another --output-dir"))
+}
+
+/// The pictures of the records that the steps after `first` will meet; none when the tower trains.
 fn used_images(dataset: &Dataset, plan: &Plan, first: u64, tower_trains: bool) -> Result<Vec<ImageSource>> {
     let mut seen = vec![false; dataset.len()];
     let mut images = Vec::new();

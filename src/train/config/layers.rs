@@ -71,7 +71,7 @@ fn known_key(name: &str, place: &str) -> Result<&'static Key> {
     keys::find(name).ok_or_else(|| {
         let near = nearest(name, KEYS.iter().map(|key| key.name)).unwrap_or_default();
         Error::usage(format!("{place}: unknown key `{name}`; did you mean `{near}`?"))
-            .hint(format!("the nearest known key is `{near}`; README.md lists every key"))
+            .hint(format!("the nearest known key is `{near}`; `wgpu-llava train --dry-run` shows all that are set"))
     })
 }
 
