@@ -50,7 +50,7 @@ if ! command -v cargo > /dev/null && [ -f "${HOME:-}/.cargo/env" ]; then
     . "$HOME/.cargo/env"
 fi
 command -v cargo > /dev/null || stop "cargo is not installed: this needs Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer" \
-    "curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh" \
+    "install Rust with rustup (the Rust project's own installer), or your system's packages" \
     "then open a new shell and start this script again"
 
 # Drivers ask for a folder of their own, and warn at every start where there is none.

@@ -9,7 +9,7 @@ fn resolve_all(recipe: Option<&str>, file: Option<&str>, set: &[&str]) -> Result
         set: &set,
         output_dir: None,
         default_output_dir: Path::new("runs/today"),
-        working_dir: Path::new("/work"),
+        working_dir: Path::new("/home/ada"),
     })
 }
 
@@ -45,14 +45,14 @@ save_steps = 50
 #[test]
 fn defaults_are_those_of_the_documentation() {
     let run = resolve(MINIMAL, &[]).unwrap();
-    assert_eq!(run.output_dir, Path::new("/work/runs/today"));
+    assert_eq!(run.output_dir, Path::new("/home/ada/runs/today"));
     assert_eq!((run.device, run.eval_limit, run.eval_after.len()), (None, None, 0));
     let stage = &run.stages[0];
     assert_eq!((stage.name.as_str(), stage.output_dir.as_path()), ("", run.output_dir.as_path()));
-    assert_eq!(stage.model_name_or_path, Some(Source::Local("/work/conf/base".into())));
+    assert_eq!(stage.model_name_or_path, Some(Source::Local("/home/ada/conf/base".into())));
     let data = &stage.data_path[0];
-    assert_eq!(data.path, DataSource::File("/work/conf/data/train.json".into()));
-    assert_eq!(data.image_folder.as_deref(), Some(Path::new("/work/conf/data")));
+    assert_eq!(data.path, DataSource::File("/home/ada/conf/data/train.json".into()));
+    assert_eq!(data.image_folder.as_deref(), Some(Path::new("/home/ada/conf/data")));
     assert_eq!((data.weight, data.limit), (1.0, None));
     assert_eq!((stage.version.as_str(), stage.image_aspect_ratio), ("v1", ImageAspectRatio::Square));
     assert_eq!((stage.shuffle, stage.seed, stage.group_by_modality_length), (true, 0, false));
@@ -80,7 +80,7 @@ fn defaults_are_those_of_the_documentation() {
 fn stages_inherit_the_top_and_start_from_the_one_before() {
     let run = resolve(TWO_STAGES, &[]).unwrap();
     let [first, second] = &run.stages[..] else { panic!("two stages") };
-    assert_eq!(first.output_dir, Path::new("/work/runs/today/pretrain"));
+    assert_eq!(first.output_dir, Path::new("/home/ada/runs/today/pretrain"));
     assert_eq!((first.seed, second.seed, first.save_steps, second.save_steps), (7, 7, 100, 50));
     assert_eq!(first.model_name_or_path, Some(Source::Embedded("embedded:tiny".into())));
     assert_eq!(second.model_name_or_path, None);
@@ -88,9 +88,9 @@ fn stages_inherit_the_top_and_start_from_the_one_before() {
     assert_eq!(first.data_path[0].path, DataSource::Embedded("embedded:captions".into()));
     assert_eq!(first.data_path[0].image_folder, None);
     assert_eq!((second.data_path[0].weight, second.data_path[0].limit), (2.0, Some(10)));
-    assert_eq!(second.data_path[0].image_folder.as_deref(), Some(Path::new("/work/conf")));
+    assert_eq!(second.data_path[0].image_folder.as_deref(), Some(Path::new("/home/ada/conf")));
     assert_eq!(second.data_path[1].path, DataSource::File("/b/b.jsonl".into()));
-    assert_eq!(second.data_path[1].image_folder.as_deref(), Some(Path::new("/work/conf/pictures")));
+    assert_eq!(second.data_path[1].image_folder.as_deref(), Some(Path::new("/home/ada/conf/pictures")));
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn the_command_line_wins_and_a_stage_of_it_wins_over_all() {
     assert_eq!(run.stages[1].model_name_or_path, None);
     let origin = |key: &str| run.stages[1].values.iter().find(|v| v.key == key).unwrap().origin.clone();
     assert_eq!(origin("learning_rate"), Origin::CommandLine);
-    assert_eq!(origin("r"), Origin::File("/work/conf/run.toml".into()));
+    assert_eq!(origin("r"), Origin::File("/home/ada/conf/run.toml".into()));
     assert_eq!(origin("weight_decay"), Origin::Default);
     assert_eq!(resolve(MINIMAL, &["r=1", "r=2"]).unwrap().stages[0].r, 2);
 }
@@ -113,11 +113,11 @@ fn a_file_wins_over_a_recipe_and_keeps_its_stages() {
     let run = resolve_all(Some(TWO_STAGES), Some("seed = 1\nlearning_rate = 0.5\n"), &["output_dir=here"]).unwrap();
     assert_eq!(run.stages.len(), 2);
     assert_eq!((run.stages[0].seed, run.stages[0].learning_rate), (1, 0.5));
-    assert_eq!(run.output_dir, Path::new("/work/here"));
+    assert_eq!(run.output_dir, Path::new("/home/ada/here"));
     let file = "output_dir = \"out\"\n[[stage]]\nname = \"finetune\"\nr = 2\nmodel_name_or_path = \"m\"\n";
     let run = resolve_all(Some(TWO_STAGES), Some(file), &[]).unwrap();
     assert_eq!((run.stages.len(), run.stages[0].r, run.stages[0].save_steps), (1, 2, 50));
-    assert_eq!(run.output_dir, Path::new("/work/conf/out"));
+    assert_eq!(run.output_dir, Path::new("/home/ada/conf/out"));
 }
 
 #[test]
