@@ -233,7 +233,7 @@ fn resumed_with_fewer_pictures_left_it_sees_the_same_features() {
     let out = folder.path().join("out");
     let train = || {
         let mut command = train(&config, &out);
-        for set in ["max_steps=3", "per_device_train_batch_size=1", "save_steps=1", "save_total_limit=1"] {
+        for set in ["max_steps=3", "gradient_accumulation_steps=1", "save_steps=1", "save_total_limit=1"] {
             command.extend(["--set".into(), set.into()]);
         }
         run(command);
