@@ -2,7 +2,7 @@
 //!
 //! The layers, each knowing only those before it:
 //! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data` → `models` → `train`, `generate`, `eval` → `cli`.
-//! ARCHITECTURE.md says what lives where and why.
+//! `error` and `rng` are below all of them. ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
 pub mod cli;
@@ -16,5 +16,6 @@ pub mod gpu;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod rng;
 pub mod tensor;
 pub mod train;

@@ -21,7 +21,7 @@ const FORBIDDEN: [(&str, &[&str]); 2] =
     [("formats", &["gpu", "tensor", "ops", "autograd", "nn"]), ("data", &["gpu", "tensor", "ops", "autograd", "nn"])];
 
 /// Known to everybody.
-const COMMON: [&str; 1] = ["error"];
+const COMMON: [&str; 2] = ["error", "rng"];
 
 /// What is in the binary: at home beside the models, whose folders and records it is made of.
 const EMBEDDED: (&str, &str) = ("embedded", "models");

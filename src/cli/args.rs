@@ -132,7 +132,7 @@ pub struct NotBuilt {
 
 #[derive(Debug, Args)]
 pub struct DevicesArgs {
-    /// One JSON object instead of text
+    /// One JSON object a line, an adapter each, instead of text
     #[arg(long)]
     pub json: bool,
 }
@@ -145,7 +145,7 @@ pub struct TrainArgs {
     /// An embedded recipe, below the config file if both are given (see `recipes ls`)
     #[arg(long, short, value_name = "NAME")]
     pub recipe: Option<String>,
-    /// Override a config key, of all stages or of one; may be given several times
+    /// Override a config key (`recipes keys` lists them), of all stages or of one; may be given several times
     #[arg(long, short, value_name = "[STAGE.]KEY=VALUE")]
     pub set: Vec<String>,
     /// The run folder [default: runs/<date>]
@@ -154,7 +154,7 @@ pub struct TrainArgs {
     /// Go on with the run in the run folder
     #[arg(long)]
     pub resume: bool,
-    /// Print the config as resolved and where each value came from, and stop
+    /// Check models and data, print the config as resolved and where each value came from, and stop
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -272,6 +272,8 @@ pub enum RecipesCommand {
         #[arg(value_name = "NAME")]
         name: String,
     },
+    /// Every config key, with its default and its meaning
+    Keys,
     /// Write one to a file, to be changed
     Copy {
         #[arg(value_name = "NAME")]
@@ -354,6 +356,7 @@ mod tests {
             "shaders --out s",
             "recipes ls",
             "recipes show default",
+            "recipes keys",
             "recipes copy default mine.toml",
             "completions zsh",
             "--device 0 --backend gl --precision float32 --quiet devices",

@@ -13,15 +13,16 @@ use crate::{
 
 pub fn run(args: &DevicesArgs, global: &GlobalArgs) -> Result<()> {
     let adapters = list_adapters(backend(global))?;
-    if args.json {
-        let json = serde_json::to_string_pretty(&adapters);
-        let json = json.map_err(|error| Error::failed("cannot write the adapters as JSON").caused_by(error))?;
-        return report::print_data(&format!("{json}\n"));
-    }
     if adapters.is_empty() {
         // Opening one says what is missing and where to get it.
         let options = AdapterOptions { backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
         return Gpu::open(&options).map(|_| ());
+    }
+    if args.json {
+        let line = |adapter| serde_json::to_string(adapter).map(|line| line + "\n");
+        let lines = adapters.iter().map(line).collect::<Result<String, _>>();
+        let lines = lines.map_err(|error| Error::failed("cannot write the adapters as JSON").caused_by(error))?;
+        return report::print_data(&lines);
     }
     report::print_data(&adapters.iter().map(describe).collect::<String>())
 }

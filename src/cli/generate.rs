@@ -14,7 +14,7 @@ use super::{
     ui::Ui,
 };
 use crate::{
-    data::{ImageSource, Tokenizer, Turn},
+    data::{IMAGE_PLACEHOLDER, ImageSource, Tokenizer, Turn},
     error::{Error, Result},
     generate::{Options, generate},
     models::llava::Pictures,
@@ -30,6 +30,10 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
     if let Some(missing) = args.image.iter().find(|path| !path.is_file()) {
         let what = if missing.is_dir() { "is a folder, not a picture" } else { "is not there" };
         return Err(Error::data(format!("--image: {} {what}", missing.display())));
+    }
+    if args.prompt.contains(IMAGE_PLACEHOLDER) {
+        return Err(Error::usage(format!("--prompt holds `{IMAGE_PLACEHOLDER}`"))
+            .hint("leave it out and give the picture with --image: it goes before the prompt by itself"));
     }
     let mut ui = Ui::new(global.quiet, global.verbose);
     let opened = open_model(&args.model, global, &mut ui)?;
@@ -50,22 +54,27 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
 
     let mut answer = Answer { tokenizer: &opened.tokenizer, stop, ids: Vec::new(), shown: 0, stream: !args.json };
     let mut failure = None;
-    let mut on_token = |_, token| match answer.push(token) {
-        Ok(flow) => flow,
-        Err(error) => {
+    let mut first = None;
+    let mut on_token = |_, token| {
+        first.get_or_insert_with(Instant::now);
+        answer.push(token).unwrap_or_else(|error| {
             failure = Some(error);
             ControlFlow::Break(())
-        }
+        })
     };
     let started = Instant::now();
     let generated = generate(&opened.model, &[prompt], Pictures::Pixels(&views), &options, &mut on_token)?;
-    let seconds = started.elapsed().as_secs_f64();
     if let Some(error) = failure {
         return Err(error);
     }
     let text = answer.text()?;
     let Some(generated) = generated.first() else { return Ok(()) };
-    let speed = generated.token_ids.len() as f64 / seconds.max(1e-9);
+    // Decoding alone: the first token's time is that of the prompt, the pictures and the kernels' compilation.
+    let (new, since) = match (generated.token_ids.len(), first) {
+        (count @ 2.., Some(first)) => (count - 1, first),
+        (count, _) => (count, started),
+    };
+    let speed = new as f64 / since.elapsed().as_secs_f64().max(1e-9);
     if args.json {
         let json = json!({
             "text": text,

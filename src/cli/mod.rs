@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Result},
     formats::peft::Adapter,
     gpu::{AdapterOptions, Gpu},
-    models::open::{Opened, Place, load},
+    models::open::{Opened, Place, load, no_folder},
     train::config::Source,
 };
 use args::{Backend, Cli, Command, GlobalArgs, ModelArgs, RecipesCommand};
@@ -56,6 +56,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Eval(args) => eval::run(args, global),
         Command::Shaders(args) => shaders::run(args, global),
         Command::Recipes(RecipesCommand::Ls) => report::print_data(&recipes::list()),
+        Command::Recipes(RecipesCommand::Keys) => report::print_data(&recipes::keys()),
         Command::Recipes(RecipesCommand::Show { name }) => report::print_data(recipes::find(name)?.text),
         Command::Recipes(RecipesCommand::Copy { name, path }) => {
             let path = recipes::copy(name, path.as_deref())?;
@@ -99,10 +100,7 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
     let place = match &source {
         Source::Embedded(name) => Place::Embedded(name),
         Source::Local(path) => Place::Folder(path),
-        Source::Hub(name) => {
-            return Err(Error::data(format!("there is no model folder {name}"))
-                .hint("name a folder with config.json and model.safetensors; the Hugging Face Hub is not built yet"));
-        }
+        Source::Hub(name) => return Err(no_folder(name)),
     };
     // Files that are wrong are told before a device is opened.
     let folder = place.folder()?;

@@ -1,8 +1,9 @@
-//! The recipes that are in the program, and `recipes ls|show|copy`.
+//! The recipes that are in the program, and `recipes ls|show|copy|keys`.
 
 use crate::{
     error::{Error, Result, nearest},
-    train::run_folder::write_atomically,
+    formats::atomic::write_file,
+    train::config::keys::{KEYS, Key, Kind},
 };
 use std::path::{Path, PathBuf};
 
@@ -37,6 +38,20 @@ pub fn list() -> String {
     RECIPES.iter().map(|recipe| format!("{:width$}  {}\n", recipe.name, recipe.about())).collect()
 }
 
+/// `recipes keys`: every config key with its default and its meaning, as the one list of them has it.
+pub fn keys() -> String {
+    let width = KEYS.iter().map(|key| key.name.len()).max().unwrap_or(0);
+    let line = |key: &Key| {
+        let default = key.default.map_or(String::new(), |default| format!(" [{default}]"));
+        let choices = match key.kind {
+            Kind::Choice(names) | Kind::Choices(names) => format!(": {}", names.join(", ")),
+            _ => String::new(),
+        };
+        format!("{:width$}  {}{choices}{default}\n", key.name, key.meaning)
+    };
+    KEYS.iter().map(line).collect()
+}
+
 /// `recipes copy`: writes the recipe to `path`, or to `<name>.toml`, and gives the path. Never overwrites.
 pub fn copy(name: &str, path: Option<&Path>) -> Result<PathBuf> {
     let recipe = find(name)?;
@@ -45,7 +60,7 @@ pub fn copy(name: &str, path: Option<&Path>) -> Result<PathBuf> {
         return Err(Error::usage(format!("{} is there already", path.display()))
             .hint(format!("give another name: wgpu-llava recipes copy {name} OTHER.toml")));
     }
-    write_atomically(&path, recipe.text.as_bytes())?;
+    write_file(&path, recipe.text.as_bytes())?;
     Ok(path)
 }
 

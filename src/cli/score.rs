@@ -10,7 +10,7 @@ use super::{
     ui::Ui,
 };
 use crate::{
-    data::{ImageSource, Sample, Template, record::read_records},
+    data::{ImageSource, Sample, Template, dataset::check_images, record::read_records},
     error::{Error, Result},
     formats::atomic::write_file,
     models::{batch::PackedBatch, llava::Pictures, open::Opened},
@@ -38,6 +38,7 @@ pub fn run(args: &ScoreArgs, global: &GlobalArgs) -> Result<()> {
     }
     let folder = args.image_folder.as_deref().or(args.data.parent()).unwrap_or(Path::new(""));
     let records = read_records(&args.data, folder, None)?;
+    check_images(&records)?;
     let mut ui = Ui::new(global.quiet, global.verbose);
     let opened = open_model(&args.model, global, &mut ui)?;
     let encoder = opened.encoder(&args.version, None)?;
@@ -45,7 +46,7 @@ pub fn run(args: &ScoreArgs, global: &GlobalArgs) -> Result<()> {
     let cut = samples.iter().filter(|sample| sample.truncated > 0).count();
     if cut > 0 {
         let limit = encoder.max_length.unwrap_or_default();
-        ui.line(&format!("{cut} records are longer than the model's {limit} positions: their tails are not scored"));
+        ui.line(&format!("records longer than the model's {limit} positions, their tails not scored: {cut}"));
     }
     let mut text = String::new();
     let mut done = 0;

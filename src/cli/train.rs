@@ -12,6 +12,7 @@ use crate::{
     eval,
     gpu::Gpu,
     train::{
+        check,
         config::{DeviceChoice, RunConfig, Source},
         metrics, plot,
         report::{self, ReportData, StageReport},
@@ -25,10 +26,10 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
     let config = resolve::run_config(args, global, &working_dir, SystemTime::now())?;
-    if args.dry_run {
-        return dry_run(&config);
-    }
     let mut ui = Ui::new(global.quiet, global.verbose);
+    if args.dry_run {
+        return dry_run(&config, &mut ui);
+    }
     let device = config.device.as_ref().map(|choice| match choice {
         DeviceChoice::Index(index) => index.to_string(),
         DeviceChoice::Name(name) => name.clone(),
@@ -49,12 +50,16 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     Ok(())
 }
 
-/// The config as resolved, with the origin of each value, on stdout.
-fn dry_run(config: &RunConfig) -> Result<()> {
+/// The config as resolved, with the origin of each value, on stdout; then what it would do, or what is wrong with it.
+fn dry_run(config: &RunConfig, ui: &mut Ui) -> Result<()> {
     for stage in &config.stages {
         crate::data::template::Template::named(&stage.version)?;
     }
-    errors::print_data(&resolve::describe(config))
+    errors::print_data(&resolve::describe(config))?;
+    for line in check::check(config, ui)? {
+        ui.line(&line);
+    }
+    Ok(())
 }
 
 fn evaluate(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, ui: &mut Ui) -> Result<Vec<eval::Outcome>> {

@@ -14,10 +14,12 @@ use rayon::prelude::*;
 use super::{
     image::ImageSource,
     record::{Content, Record, Repairs, read_records},
-    rng::Rng,
     sample::{Encoder, Sample},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    rng::Rng,
+};
 
 /// Samples are kept after a first pass as long as they hold no more tokens than this (about half a GiB).
 const KEPT_TOKENS: usize = 1 << 26;
@@ -194,25 +196,30 @@ impl Dataset {
         self.entries.iter().flat_map(of).filter(|image| seen.insert(*image)).cloned().collect()
     }
 
-    /// Looks for every picture file, without reading it. Error (Data): names the record of the first that is missing,
-    /// and how many there are.
+    /// As [`check_images`], of every record.
     pub fn check_images(&self) -> Result<()> {
-        let mut seen = HashSet::new();
-        let mut missing = Vec::new();
-        for record in &self.records {
-            for image in &record.images {
-                if let ImageSource::File(path) = image
-                    && seen.insert(path)
-                    && !path.is_file()
-                {
-                    missing.push((&record.id, path));
-                }
+        check_images(&self.records)
+    }
+}
+
+/// Looks for every picture file, without reading it. Error (Data): names the record of the first that is missing, and
+/// how many there are.
+pub fn check_images(records: &[Record]) -> Result<()> {
+    let mut seen = HashSet::new();
+    let mut missing = Vec::new();
+    for record in records {
+        for image in &record.images {
+            if let ImageSource::File(path) = image
+                && seen.insert(path)
+                && !path.is_file()
+            {
+                missing.push((&record.id, path));
             }
         }
-        let Some((id, path)) = missing.first() else { return Ok(()) };
-        Err(Error::data(format!("record {id:?}: `image`: there is no file {}", path.display()))
-            .hint(format!("{} picture files are missing in all; `image_folder` says where they are", missing.len())))
     }
+    let Some((id, path)) = missing.first() else { return Ok(()) };
+    Err(Error::data(format!("record {id:?}: `image`: there is no file {}", path.display()))
+        .hint(format!("picture files missing in all: {}; `image_folder` says where they are", missing.len())))
 }
 
 /// The entries of a source whose `count` records begin at `first`: all of it, as often as `weight` has whole ones, then
@@ -226,6 +233,11 @@ fn used(first: usize, count: usize, weight: f64, rng: &mut Rng) -> Vec<u32> {
     part.sort_unstable();
     entries.extend(part.into_iter().map(|index| (first + index) as u32));
     entries
+}
+
+/// `1 record`, `2 records`.
+pub fn counted(records: usize) -> String {
+    format!("{records} record{}", if records == 1 { "" } else { "s" })
 }
 
 /// What one record adds to the statistics.
@@ -291,27 +303,19 @@ impl Statistics {
     pub fn notes(&self, max_length: Option<usize>) -> Vec<String> {
         let limit = max_length.map_or_else(String::new, |limit| format!(" of {limit}"));
         let repairs = &self.repairs;
+        let lost = format!("records longer than model_max_length{limit} ({} positions lost)", self.truncated_tokens);
         [
-            (
-                self.truncated_records,
-                format!(
-                    "records longer than model_max_length{limit} lost their tail ({} positions)",
-                    self.truncated_tokens
-                ),
-            ),
-            (self.fully_masked, "records have nothing to learn".to_owned()),
-            (self.ignored_turns, "further turns ignored by the template `plain`".to_owned()),
-            (repairs.dropped_turns, "turns before the first question or after the last answer dropped".to_owned()),
-            (repairs.unplaced_images, "pictures unused: no `<image>` in the text of their records".to_owned()),
-            (
-                repairs.merged_placeholders,
-                "repeated `<image>` taken as one: one picture, several in one turn".to_owned(),
-            ),
-            (repairs.literal_placeholders, "`<image>` in records without a picture taken as ordinary text".to_owned()),
+            (self.truncated_records, lost.as_str()),
+            (self.fully_masked, "records with nothing to learn"),
+            (self.ignored_turns, "further turns, ignored by the template `plain`"),
+            (repairs.dropped_turns, "turns dropped before the first question or after the last answer"),
+            (repairs.unplaced_images, "pictures unused, with no `<image>` in the text of their records"),
+            (repairs.merged_placeholders, "repeated `<image>` taken as one (one picture, several in one turn)"),
+            (repairs.literal_placeholders, "`<image>` without a picture, taken as ordinary text"),
         ]
         .into_iter()
         .filter(|(count, _)| *count > 0)
-        .map(|(count, what)| format!("{count} {what}"))
+        .map(|(count, what)| format!("{what}: {count}"))
         .collect()
     }
 }
@@ -343,9 +347,6 @@ mod tests {
         statistics.fully_masked_whole = 2;
         assert_eq!(statistics.check().unwrap_err().message, "2 of 100 records have nothing to learn");
         statistics = Statistics { truncated_records: 2, truncated_tokens: 9, ..Statistics::default() };
-        assert_eq!(
-            statistics.notes(Some(64)),
-            ["2 records longer than model_max_length of 64 lost their tail (9 positions)"]
-        );
+        assert_eq!(statistics.notes(Some(64)), ["records longer than model_max_length of 64 (9 positions lost): 2"]);
     }
 }

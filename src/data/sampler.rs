@@ -4,8 +4,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::rng::Rng;
 use crate::error::{Error, Result};
+use crate::rng::Rng;
 
 /// Streams of the seed, one for each use.
 const STREAM_EPOCH: u64 = 0x6570_6f63_6800_0000;

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc, time::Instant};
 use super::{Answer, Outcome};
 use crate::{
     autograd::Tape,
-    data::{Encoder, ImageSource, Rng, Turn},
+    data::{Encoder, ImageSource, Turn},
     embedded::{self, Question, Split},
     error::{Error, Result},
     generate::{self, Options},
@@ -19,6 +19,7 @@ use crate::{
         open::{Opened, pixels},
     },
     nn::Forward,
+    rng::Rng,
     tensor::Tensor,
     train::{
         events::{Event, Observer},

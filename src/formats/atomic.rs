@@ -10,7 +10,10 @@ use std::{
 
 use crate::error::{Error, Result};
 
-/// Writes a whole file at once.
+const PARTIAL: &str = ".partial";
+const OLD: &str = ".partial.old";
+
+/// Writes a whole file at once: the old file or the new one is there at any moment, never half of one.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = NewFile::create(path)?;
     file.write_all(bytes).map_err(|source| Error::writing(path, source))?;
@@ -110,13 +113,27 @@ impl Drop for NewFolder {
     }
 }
 
+/// Removes a folder by its name first: a kill while its files are being deleted leaves no half of it under that name.
+pub fn remove_folder(folder: &Path) -> Result<()> {
+    let doomed = partial_path(folder)?;
+    fs::rename(folder, &doomed)
+        .and_then(|()| fs::remove_dir_all(&doomed))
+        .map_err(|error| Error::failed(format!("cannot remove {}", folder.display())).caused_by(error))
+}
+
+/// Whether a path is what a killed process left on the way to something whole.
+pub fn is_leftover(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with('.') && (name.ends_with(PARTIAL) || name.ends_with(OLD))
+}
+
 fn partial_path(target: &Path) -> Result<PathBuf> {
     let Some(name) = target.file_name() else {
         return Err(Error::usage(format!("{} does not name a file or a folder to write", target.display())));
     };
     let mut partial = std::ffi::OsString::from(".");
     partial.push(name);
-    partial.push(".partial");
+    partial.push(PARTIAL);
     Ok(target.with_file_name(partial))
 }
 
@@ -157,6 +174,35 @@ mod tests {
         assert!(!target.exists());
         assert_eq!(fs::read_dir(dir.path().join("a")).unwrap().count(), 0);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_is_replaced_and_a_missing_folder_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.json");
+        write_file(&path, b"old").unwrap();
+        write_file(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        let error = write_file(&dir.path().join("missing/a.json"), b"x").unwrap_err();
+        assert_eq!(error.kind, crate::error::ErrorKind::Failed);
+    }
+
+    #[test]
+    fn leftovers_are_known_by_their_names() {
+        for (name, leftover) in [
+            (".model.partial", true),
+            (".model.partial.old", true),
+            ("model", false),
+            (".git", false),
+            ("a.partial", false),
+        ] {
+            assert_eq!(is_leftover(&Path::new("x").join(name)), leftover, "{name}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("gone")).unwrap();
+        remove_folder(&dir.path().join("gone")).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 
 use crate::{
     autograd::{Tape, Var, functions},
-    data::{IGNORE_INDEX, Rng},
+    data::IGNORE_INDEX,
     error::{Error, Result},
     models::{
         batch::PackedBatch,
@@ -16,6 +16,7 @@ use crate::{
     },
     nn::Forward,
     ops::attention::Ranges,
+    rng::Rng,
     tensor::Tensor,
 };
 

@@ -1,6 +1,6 @@
 //! From logits to the next token.
 
-use crate::data::Rng;
+use crate::rng::Rng;
 
 /// The likeliest token; the lowest id of several that are equally likely.
 pub fn greedy(logits: &[f32]) -> u32 {

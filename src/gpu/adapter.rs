@@ -149,6 +149,13 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let instance = instance(options.backend.as_deref())?;
     let mut found = adapters(&instance);
     if found.is_empty() {
+        if let Some(backend) = &options.backend {
+            let others = list_adapters(None)?;
+            if let Some(first) = others.first() {
+                return Err(Error::device(format!("no adapter offers the backend `{backend}`"))
+                    .hint(format!("without --backend there is {} ({})", first.name, first.backend)));
+            }
+        }
         return Err(NO_ADAPTER_HINTS.iter().fold(Error::device(NO_ADAPTER), |error, hint| error.hint(*hint)));
     }
     let index = match options.device.as_deref() {

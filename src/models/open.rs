@@ -53,6 +53,12 @@ pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opene
     load(gpu, folder, adapter.as_ref())
 }
 
+/// Nothing on this machine has that name, and it may be one of the Hub's.
+pub fn no_folder(name: &str) -> Error {
+    Error::data(format!("there is no model folder {name}"))
+        .hint("name a folder with config.json and model.safetensors; the Hugging Face Hub is not built yet")
+}
+
 /// Brings an opened folder to the device.
 ///
 /// A LLaVA whose projector is neither in its folder nor in the adapter answers text alone: its `projector` is `None`.

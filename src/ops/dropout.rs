@@ -5,7 +5,7 @@
 //! recomputed or resumed step draws what it drew before, on every device.
 
 use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for};
-use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+use crate::{error::Result, gpu::Gpu, rng::philox, tensor::Tensor};
 
 /// Drops elements of x, of any shape, with probability `p` in [0, 1). `stream` tells apart the places of a model that
 /// draw, `step` the draws of one place. With p = 0 the result is x itself, sharing its memory.
@@ -28,22 +28,6 @@ pub fn apply(x: &Tensor, p: f64, seed: u32, stream: u32, step: u32) -> Tensor {
 fn threshold_and_scale(p: f64) -> (u32, f32) {
     assert!((0.0..1.0).contains(&p), "a dropout probability of {p}");
     ((p * 4_294_967_296.0).round() as u32, (1.0 / (1.0 - p)) as f32)
-}
-
-/// One block of Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four words from
-/// a counter and a key.
-pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let ([mut a, mut b, mut c, mut d], [mut k, mut l]) = (counter, key);
-    let product = |multiplier: u32, x: u32| {
-        let wide = u64::from(multiplier) * u64::from(x);
-        ((wide >> 32) as u32, wide as u32)
-    };
-    for _ in 0..10 {
-        let ((high_a, low_a), (high_c, low_c)) = (product(0xD251_1F53, a), product(0xCD9E_8D57, c));
-        [a, b, c, d] = [high_c ^ b ^ k, low_c, high_a ^ d ^ l, low_a];
-        (k, l) = (k.wrapping_add(0x9E37_79B9), l.wrapping_add(0xBB67_AE85));
-    }
-    [a, b, c, d]
 }
 
 /// [`apply`] on the host.
@@ -83,17 +67,6 @@ pub const OP: Op = Op {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn philox_gives_the_published_vectors() {
-        // Random123's kat_vectors, "philox4x32 10".
-        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
-        assert_eq!(
-            philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
-            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
-        );
-    }
 
     #[test]
     fn the_share_of_dropped_elements_is_p() {

@@ -63,7 +63,7 @@ pub fn save(
     })?;
     let path = writer.path().join(TRAINER_FILE);
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::failed("trainer state").caused_by(error))?;
-    super::run_folder::write_atomically(&path, &json)?;
+    crate::formats::atomic::write_file(&path, &json)?;
     extra(writer.path())?;
     writer.commit(save_total_limit)
 }

@@ -1,7 +1,8 @@
 //! `metrics.jsonl`: one line a logged step, appended and flushed, so that a killed run loses at most the line in hand.
 
-use super::{events::StepMetrics, run_folder::write_atomically};
+use super::events::StepMetrics;
 use crate::error::{Error, Result};
+use crate::formats::atomic::write_file;
 use std::{
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Write},
@@ -39,7 +40,7 @@ impl MetricsWriter {
                 _ => break,
             }
         }
-        write_atomically(&path, kept.as_bytes())?;
+        write_file(&path, kept.as_bytes())?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|error| Error::writing(&path, error))?;
         Ok(Self { path, file })
     }

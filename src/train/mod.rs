@@ -5,6 +5,7 @@
 //! Read first: `run.rs` (stages in order), then `trainer.rs` (one stage), `trainable.rs` (what trains),
 //! `optimizer.rs`, `checkpoint.rs`.
 
+pub mod check;
 pub mod checkpoint;
 pub mod config;
 pub mod events;

@@ -3,14 +3,15 @@
 
 use std::collections::{HashMap, HashSet};
 
-use rayon::prelude::*;
-
 use super::events::{Event, Observer};
 use crate::{
     autograd::Tape,
     data::image::{ImageProcessor, ImageSource},
     error::Result,
-    models::llava::{Llava, Pictures},
+    models::{
+        llava::{Llava, Pictures},
+        open,
+    },
     ops::embedding,
     tensor::Tensor,
 };
@@ -114,8 +115,7 @@ impl PictureStore {
 
     /// Decodes and processes pictures, each to [C, S, S], in parallel.
     fn pixels(&self, images: &[ImageSource]) -> Result<Vec<Vec<f32>>> {
-        let Some(processor) = &self.processor else { return Ok(Vec::new()) };
-        images.par_iter().map(|image| Ok(processor.process(&image.load()?)?.data)).collect()
+        self.processor.as_ref().map_or(Ok(Vec::new()), |processor| open::pixels(processor, images))
     }
 
     /// The pictures of a micro-batch, in order.

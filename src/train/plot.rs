@@ -2,8 +2,9 @@
 //!
 //! The picture is complete in itself and readable on light and dark pages: a style inside it swaps the colours.
 
-use super::{events::StepMetrics, run_folder::write_atomically};
+use super::events::StepMetrics;
 use crate::error::{Error, Result};
+use crate::formats::atomic::write_file;
 use plotters::prelude::*;
 use std::path::Path;
 
@@ -46,7 +47,7 @@ pub fn loss_svg(title: &str, metrics: &[StepMetrics]) -> Result<String> {
 
 /// Writes [`loss_svg`] to `path`.
 pub fn write_loss_svg(path: &Path, title: &str, metrics: &[StepMetrics]) -> Result<()> {
-    write_atomically(path, loss_svg(title, metrics)?.as_bytes())
+    write_file(path, loss_svg(title, metrics)?.as_bytes())
 }
 
 type DrawResult = std::result::Result<(), Box<dyn std::error::Error>>;

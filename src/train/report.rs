@@ -2,8 +2,8 @@
 //!
 //! The same figures are in it as JSON, in an element with the id `report-data`.
 
-use super::run_folder::write_atomically;
 use crate::error::{Error, Result};
+use crate::formats::atomic::write_file;
 use serde::Serialize;
 use std::{
     fmt::{self, Write},
@@ -79,7 +79,7 @@ impl SampleAnswer {
 
 /// Writes [`html`] to `path`.
 pub fn write_report(path: &Path, report: &ReportData) -> Result<()> {
-    write_atomically(path, html(report)?.as_bytes())
+    write_file(path, html(report)?.as_bytes())
 }
 
 /// The page.
@@ -115,7 +115,10 @@ fn write_page(page: &mut String, report: &ReportData) -> std::result::Result<(),
     if !report.samples.is_empty() {
         let right = report.samples.iter().filter(|sample| sample.right()).count();
         let total = report.samples.len();
-        writeln!(page, "<section><h2>Sample answers</h2>\n<p>{right} of these {total} are right.</p>")?;
+        writeln!(
+            page,
+            "<section><h2>Sample answers</h2>\n<p>Chosen so that mistakes are among them: {right} of these {total} are right.</p>"
+        )?;
         page.push_str("<div class=\"samples\">\n");
         report.samples.iter().try_for_each(|sample| write_sample(page, sample))?;
         page.push_str("</div></section>\n");

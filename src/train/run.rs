@@ -53,7 +53,7 @@ pub fn train(
                 Trainer::new(stage, before.as_ref(), checkpoint.map(|(_, path)| path.as_path()), gpu, observer);
             let trainer = trainer.inspect_err(|_| remove_if_untouched(run))?;
             // From here on the folder holds a run.
-            run_folder::write_atomically(&run.output_dir.join(CONFIG_FILE), run.to_toml().as_bytes())?;
+            crate::formats::atomic::write_file(&run.output_dir.join(CONFIG_FILE), run.to_toml().as_bytes())?;
             observer.event(Event::StageStart(&trainer.header()));
             let trained = trainer.run(stop, observer);
             outcome = Some(trained.map_err(|error| how_to_go_on(error, run))?);

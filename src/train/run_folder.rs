@@ -1,15 +1,17 @@
 //! The run folder: everything in it appears whole or not at all.
 //!
-//! A file is written beside its place under a temporary name, synced and renamed; a folder likewise. So a kill at any
-//! moment leaves whole checkpoints only, and temporary leftovers, which the next start removes.
+//! [`crate::formats::atomic`] writes it all, so a kill at any moment leaves whole checkpoints only, and temporary
+//! leftovers, which the next start removes.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    formats::atomic::{self, NewFolder, write_file},
+};
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::{self, File},
-    io::{ErrorKind, Write},
+    fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -17,108 +19,6 @@ use std::{
 pub const CONFIG_FILE: &str = "config.toml";
 const FINISHED_FILE: &str = "finished.json";
 const CHECKPOINT_PREFIX: &str = "checkpoint-";
-/// In the name of whatever is not yet, or no longer, whole.
-const TEMPORARY: &str = ".tmp-";
-
-/// `path` + `.tmp-<process>-<count>`: beside the target, so that the rename stays on one file system.
-fn temporary_beside(path: &Path) -> PathBuf {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!("{TEMPORARY}{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-    path.with_file_name(name)
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// A rename is only safe from a power cut once the folder's own entry is on disk. Windows has no such call.
-fn sync_folder(path: &Path) -> Result<()> {
-    if cfg!(unix) {
-        File::open(path).and_then(|folder| folder.sync_all()).map_err(|error| Error::writing(path, error))?;
-    }
-    Ok(())
-}
-
-/// Writes `bytes` to `path`: the old file or the new one is there at any moment, never half of one.
-///
-/// # Errors
-/// [`ErrorKind::Failed`](crate::error::ErrorKind::Failed): full disk, no permission. Nothing is left behind.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = temporary_beside(path);
-    let written = File::create(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&temporary, path));
-    if let Err(error) = written {
-        // The first error is the one to tell; the leftover may not even exist.
-        let _ = fs::remove_file(&temporary);
-        return Err(Error::writing(path, error));
-    }
-    sync_folder(parent(path))
-}
-
-/// A folder being filled under a temporary name; dropped without [`commit`](Self::commit), it is removed.
-pub struct AtomicFolder {
-    target: PathBuf,
-    temporary: PathBuf,
-}
-
-impl AtomicFolder {
-    /// Creates the temporary folder beside `target`, and the folders above it.
-    pub fn begin(target: &Path) -> Result<Self> {
-        let temporary = temporary_beside(target);
-        fs::create_dir_all(&temporary).map_err(|error| Error::writing(&temporary, error))?;
-        Ok(Self { target: target.to_path_buf(), temporary })
-    }
-
-    /// Where to write the files to.
-    pub fn path(&self) -> &Path {
-        &self.temporary
-    }
-
-    /// Syncs every file and puts the folder in its place. An older folder of that name is replaced.
-    pub fn commit(self) -> Result<PathBuf> {
-        sync_tree(&self.temporary)?;
-        if self.target.exists() {
-            remove_folder(&self.target)?;
-        }
-        fs::rename(&self.temporary, &self.target).map_err(|error| Error::writing(&self.target, error))?;
-        sync_folder(parent(&self.target))?;
-        Ok(self.target.clone())
-    }
-}
-
-impl Drop for AtomicFolder {
-    fn drop(&mut self) {
-        // After a commit there is nothing of this name any more.
-        let _ = fs::remove_dir_all(&self.temporary);
-    }
-}
-
-fn sync_tree(folder: &Path) -> Result<()> {
-    for path in entries(folder)? {
-        if path.is_dir() {
-            sync_tree(&path)?;
-        } else {
-            // Opened for writing: Windows refuses to flush a file that was opened for reading.
-            File::options()
-                .write(true)
-                .open(&path)
-                .and_then(|file| file.sync_all())
-                .map_err(|error| Error::writing(&path, error))?;
-        }
-    }
-    sync_folder(folder)
-}
-
-/// Renames first: a kill while files are being deleted must not leave half a folder under a good name.
-fn remove_folder(folder: &Path) -> Result<()> {
-    let doomed = temporary_beside(folder);
-    fs::rename(folder, &doomed)
-        .and_then(|()| fs::remove_dir_all(&doomed))
-        .map_err(|error| Error::failed(format!("cannot remove {}", folder.display())).caused_by(error))
-}
-
 /// What is in a folder, sorted; empty where there is no such folder.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = match fs::read_dir(folder) {
@@ -140,14 +40,15 @@ pub fn checkpoint_dir(stage_dir: &Path, step: u64) -> PathBuf {
 
 /// A checkpoint being written; it gets its name when it is whole.
 pub struct CheckpointWriter {
-    folder: AtomicFolder,
+    folder: NewFolder,
+    target: PathBuf,
     stage_dir: PathBuf,
 }
 
 impl CheckpointWriter {
     pub fn begin(stage_dir: &Path, step: u64) -> Result<Self> {
-        let folder = AtomicFolder::begin(&checkpoint_dir(stage_dir, step))?;
-        Ok(Self { folder, stage_dir: stage_dir.to_path_buf() })
+        let target = checkpoint_dir(stage_dir, step);
+        Ok(Self { folder: NewFolder::create(&target)?, target, stage_dir: stage_dir.to_path_buf() })
     }
 
     /// Where to write the files to.
@@ -158,15 +59,14 @@ impl CheckpointWriter {
     /// Makes it `checkpoint-N`, then deletes the oldest until `save_total_limit` (at least 1) are left. One of the
     /// same step that is there already stays: it is the same, and it is whole.
     pub fn commit(self, save_total_limit: usize) -> Result<PathBuf> {
-        let target = self.folder.target.clone();
-        if !target.exists() {
+        if !self.target.exists() {
             self.folder.commit()?;
         }
         let found = checkpoints(&self.stage_dir)?;
         for (_, path) in found.iter().take(found.len().saturating_sub(save_total_limit.max(1))) {
-            remove_folder(path)?;
+            atomic::remove_folder(path)?;
         }
-        Ok(target)
+        Ok(self.target)
     }
 }
 
@@ -192,8 +92,7 @@ pub fn latest_checkpoint(stage_dir: &Path) -> Result<Option<(u64, PathBuf)>> {
 /// Removes what a killed run left half-written in `folder` (not in the folders below it).
 pub fn remove_leftovers(folder: &Path) -> Result<()> {
     for path in entries(folder)? {
-        let temporary = path.file_name().is_some_and(|name| name.to_string_lossy().contains(TEMPORARY));
-        if temporary {
+        if atomic::is_leftover(&path) {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             removed.map_err(|error| Error::failed(format!("cannot remove {}", path.display())).caused_by(error))?;
         }
@@ -218,7 +117,7 @@ pub fn mark_finished(stage_dir: &Path, finished: &FinishedStage) -> Result<()> {
     let path = stage_dir.join(FINISHED_FILE);
     let text = serde_json::to_vec_pretty(finished)
         .map_err(|error| Error::failed(format!("cannot write {}", path.display())).caused_by(error))?;
-    write_atomically(&path, &text)
+    write_file(&path, &text)
 }
 
 /// What [`mark_finished`] wrote, or none where the stage is not done.
@@ -253,8 +152,11 @@ pub struct StartPoint {
 /// # Errors
 /// [`ErrorKind::Usage`](crate::error::ErrorKind::Usage): the folder holds a run and `resume` is false.
 pub fn open_run(output_dir: &Path, stage_dirs: &[PathBuf], resume: bool) -> Result<StartPoint> {
-    if output_dir.exists() && !output_dir.is_dir() {
-        return Err(Error::usage(format!("output_dir: {} is a file, not a folder", output_dir.display())));
+    // The nearest thing on its way that exists must be a folder.
+    if let Some(there) = output_dir.ancestors().find(|path| path.exists())
+        && !there.is_dir()
+    {
+        return Err(Error::usage(format!("output_dir: {} is a file, not a folder", there.display())));
     }
     let existing = holds_run(output_dir, stage_dirs)?;
     if existing && !resume {
@@ -330,18 +232,6 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_replaced_and_nothing_else_is_left() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.json");
-        write_atomically(&path, b"old").unwrap();
-        write_atomically(&path, b"new").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"new");
-        assert_eq!(names(dir.path()), ["a.json"]);
-        let error = write_atomically(&dir.path().join("missing/a.json"), b"x").unwrap_err();
-        assert_eq!(error.kind, ErrorKind::Failed);
-    }
-
-    #[test]
     fn rotation_deletes_the_oldest_by_number() {
         let dir = tempfile::tempdir().unwrap();
         for step in [2, 10, 9, 100] {
@@ -372,21 +262,13 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_of_the_same_step_stays_and_an_output_folder_is_replaced() {
+    fn a_checkpoint_of_the_same_step_stays() {
         let dir = tempfile::tempdir().unwrap();
         let first = save(dir.path(), 5, 2);
         let again = CheckpointWriter::begin(dir.path(), 5).unwrap();
         fs::write(again.path().join("other"), "").unwrap();
         assert_eq!(again.commit(2).unwrap(), first);
         assert_eq!(names(&first), ["state"]);
-        for name in ["old", "new"] {
-            let folder = AtomicFolder::begin(&dir.path().join("adapter")).unwrap();
-            fs::create_dir(folder.path().join("below")).unwrap();
-            fs::write(folder.path().join("below").join(name), name).unwrap();
-            folder.commit().unwrap();
-        }
-        assert_eq!(names(&dir.path().join("adapter/below")), ["new"]);
-        assert_eq!(names(dir.path()), ["adapter", "checkpoint-5"]);
     }
 
     #[test]
@@ -398,7 +280,7 @@ mod tests {
         assert_eq!(open_run(&run, &stages, false).unwrap(), fresh);
         // Nothing was done yet: with and without --resume it is a fresh start.
         assert_eq!(open_run(&run, &stages, true).unwrap(), fresh);
-        write_atomically(&run.join(CONFIG_FILE), b"").unwrap();
+        write_file(&run.join(CONFIG_FILE), b"").unwrap();
         let error = open_run(&run, &stages, false).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Usage);
         assert!(error.hints[0].contains("--resume") && error.hints[1].contains("--output-dir"));
@@ -411,7 +293,7 @@ mod tests {
         let start = |resume| open_run(dir.path(), &stages, resume).unwrap();
         start(false);
         let checkpoint = save(&stages[0], 7, 2);
-        fs::create_dir(stages[0].join("checkpoint-9.tmp-1-1")).unwrap();
+        fs::create_dir(stages[0].join(".checkpoint-9.partial")).unwrap();
         assert_eq!(start(true), StartPoint { stage: 0, checkpoint: Some((7, checkpoint)), resumed: true });
         assert_eq!(names(&stages[0]), ["checkpoint-7"]);
         let done = FinishedStage { steps: 9, seconds: 1.5, output: "model".into(), ..FinishedStage::default() };

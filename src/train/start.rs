@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     data::{
-        dataset::{self, Dataset},
+        dataset::{self, Dataset, counted},
         image::ImageProcessor,
         sample::Encoder,
         template::Template,
@@ -35,6 +35,17 @@ pub struct Origin {
     pub adapter: Option<PathBuf>,
 }
 
+/// All of a start that needs no device: files opened and checked, weights not read yet.
+pub struct Prepared {
+    pub folder: ModelFolder,
+    /// The folder's, with the stage's wishes.
+    config: ModelConfig,
+    /// Of `pretrain_mm_mlp_adapter`.
+    projector: Option<Checkpoint>,
+    /// The stage's own, or what the stage before left.
+    adapter: Option<Adapter>,
+}
+
 /// A model ready to be trained.
 pub struct Start {
     pub model: Llava,
@@ -48,14 +59,16 @@ pub fn open_folder(source: &Source) -> Result<ModelFolder> {
     match source {
         Source::Embedded(name) => embedded::model(name),
         Source::Local(path) => ModelFolder::open_base(path),
-        Source::Hub(name) => Err(Error::usage(format!("there is no model folder {name}"))
-            .hint("name a folder with config.json and model.safetensors; the Hugging Face Hub is not built yet")),
+        Source::Hub(name) => Err(open::no_folder(name)),
     }
 }
 
-impl Start {
-    /// Loads what the stage trains: its own model, or what the stage before left.
-    pub fn open(stage: &StageConfig, before: Option<&Origin>, gpu: &Gpu) -> Result<Self> {
+impl Prepared {
+    /// Opens what the stage trains: its own model, or what the stage before left.
+    ///
+    /// # Errors
+    /// `Data` or `Usage`: a file that is missing or wrong, a wish that the model cannot fulfil.
+    pub fn open(stage: &StageConfig, before: Option<&Origin>) -> Result<Self> {
         if let Some(tower) = &stage.vision_tower {
             return Err(Error::usage(format!(
                 "vision_tower = \"{tower}\": joining a LLaMA and a CLIP is not built yet"
@@ -69,23 +82,68 @@ impl Start {
         };
         let folder = open_folder(&origin.model)?;
         let mut config = folder.config().clone();
-        let given = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
+        let projector = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
         if let ModelConfig::Llava(llava) = &mut config {
-            adjust(llava, stage, folder.has_projector() && given.is_none())?;
+            adjust(llava, stage, folder.has_projector() && projector.is_none())?;
         }
+        let named_adapter = match &stage.adapter_name_or_path {
+            Some(Source::Local(path)) => Some(path.clone()),
+            Some(other) => return Err(Error::usage(format!("adapter_name_or_path: there is no folder {other}"))),
+            None => origin.adapter,
+        };
+        let adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
+        Ok(Self { folder, config, projector, adapter })
+    }
+
+    /// How pictures are brought to the tower; none for a plain LLaMA.
+    ///
+    /// # Errors
+    /// As [`open::processor`].
+    pub fn processor(&self, stage: &StageConfig) -> Result<Option<ImageProcessor>> {
+        open::processor(&self.folder, stage.image_aspect_ratio == ImageAspectRatio::Pad)
+    }
+
+    /// The stage's records, tokenised, their picture files looked for; what was cut or masked is told as notes.
+    pub fn dataset(&self, stage: &StageConfig, observer: &mut dyn Observer) -> Result<Dataset> {
+        let tokenizer = open::tokenizer(&self.folder)?;
+        let positions = self.config.text().max_position_embeddings;
+        let own = tokenizer.model_max_length.map_or(positions, |length| length.min(positions));
+        let max_length = stage.model_max_length.unwrap_or(own);
+        let encoder = Encoder {
+            tokenizer: Arc::new(tokenizer),
+            template: Template::named(&stage.version)?,
+            system: None,
+            image_tokens: self.config.llava().map_or(0, LlavaConfig::image_seq_length),
+            max_length: Some(max_length),
+        };
+        let mut dataset = open_dataset(stage, encoder)?;
+        let statistics = dataset.prepare(|_, _| ())?;
+        for note in statistics.notes(Some(max_length)) {
+            observer.event(Event::Note(&note));
+        }
+        statistics.check()?;
+        if self.config.llava().is_none() && statistics.images > 0 {
+            let message =
+                format!("{} cannot see, and {} have pictures", self.folder.name(), counted(statistics.with_images));
+            return Err(Error::usage(message).hint("name a LLaVA in model_name_or_path, or data without pictures"));
+        }
+        if stage.method == Method::Projector && statistics.images == 0 {
+            return Err(Error::data("no record has a picture: there is nothing to train a projector with")
+                .hint("method `projector` learns from pictures alone: look at data_path, or choose lora or full"));
+        }
+        dataset.check_images()?;
+        Ok(dataset)
+    }
+
+    /// Brings the weights to the device; what is new (projector, adapter) gets its first values.
+    pub fn load(self, stage: &StageConfig, gpu: &Gpu) -> Result<Start> {
+        let Self { folder, config, projector: given, adapter: read } = self;
         let named = config.clone();
         let mut projector = |name: &str, shape: &[usize]| match &given {
             Some(checkpoint) => projector_tensor(checkpoint, name, shape),
             None => Ok(trainable::fresh_projector(stage.seed, &named, name, shape)),
         };
         let mut model = Llava::load_with(gpu, &folder, config, given.is_some(), &mut projector)?;
-
-        let named_adapter = match &stage.adapter_name_or_path {
-            Some(Source::Local(path)) => Some(path.clone()),
-            Some(other) => return Err(Error::usage(format!("adapter_name_or_path: there is no folder {other}"))),
-            None => origin.adapter,
-        };
-        let read = named_adapter.map(|path| Adapter::read(&path, &model.config)).transpose()?;
         let adapter = match (stage.method, read) {
             (Method::Lora, Some(read)) => Some(read),
             (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
@@ -99,68 +157,32 @@ impl Start {
         if let Some(adapter) = &adapter {
             adapter::attach(&mut model, adapter, stage.lora_dropout)?;
         }
-        Ok(Self { model, folder, adapter })
+        Ok(Start { model, folder, adapter })
     }
+}
 
-    /// How pictures are brought to the tower; none for a plain LLaMA.
-    ///
-    /// # Errors
-    /// As [`open::processor`].
-    pub fn processor(&self, stage: &StageConfig) -> Result<Option<ImageProcessor>> {
-        open::processor(&self.folder, stage.image_aspect_ratio == ImageAspectRatio::Pad)
-    }
-
-    /// The stage's records, tokenised; what was cut or masked is told as notes.
-    pub fn dataset(&self, stage: &StageConfig, observer: &mut dyn Observer) -> Result<Dataset> {
-        let tokenizer = open::tokenizer(&self.folder)?;
-        let positions = self.model.config.text().max_position_embeddings;
-        let own = tokenizer.model_max_length.map_or(positions, |length| length.min(positions));
-        let max_length = stage.model_max_length.unwrap_or(own);
-        let encoder = Encoder {
-            tokenizer: Arc::new(tokenizer),
-            template: Template::named(&stage.version)?,
-            system: None,
-            image_tokens: self.model.image_tokens(),
-            max_length: Some(max_length),
-        };
-        let mut sources = Vec::new();
-        let mut records = Vec::new();
-        for entry in &stage.data_path {
-            match &entry.path {
-                DataSource::File(path) => sources.push(dataset::Source {
-                    path: path.clone(),
-                    image_folder: entry.image_folder.clone(),
-                    weight: entry.weight,
-                    limit: entry.limit,
-                }),
-                DataSource::Embedded(name) => {
-                    let found = embedded::records(name)?;
-                    records.extend(found.into_iter().take(entry.limit.unwrap_or(usize::MAX)));
-                }
+/// What `data_path` names: files, or embedded records.
+fn open_dataset(stage: &StageConfig, encoder: Encoder) -> Result<Dataset> {
+    let mut sources = Vec::new();
+    let mut records = Vec::new();
+    for entry in &stage.data_path {
+        match &entry.path {
+            DataSource::File(path) => sources.push(dataset::Source {
+                path: path.clone(),
+                image_folder: entry.image_folder.clone(),
+                weight: entry.weight,
+                limit: entry.limit,
+            }),
+            DataSource::Embedded(name) => {
+                let found = embedded::records(name)?;
+                records.extend(found.into_iter().take(entry.limit.unwrap_or(usize::MAX)));
             }
         }
-        let mut dataset = match (sources.is_empty(), records.is_empty()) {
-            (false, true) => Dataset::open(&sources, encoder, stage.seed)?,
-            (true, _) => Dataset::from_records(records, encoder)?,
-            (false, false) => {
-                return Err(Error::usage("data_path mixes embedded records and files").hint("name one kind of them"));
-            }
-        };
-        let statistics = dataset.prepare(|_, _| ())?;
-        for note in statistics.notes(Some(max_length)) {
-            observer.event(Event::Note(&note));
-        }
-        statistics.check()?;
-        if self.model.vision.is_none() && statistics.images > 0 {
-            let message =
-                format!("{} cannot see, and {} records have pictures", self.folder.name(), statistics.with_images);
-            return Err(Error::usage(message).hint("name a LLaVA in model_name_or_path, or data without pictures"));
-        }
-        if stage.method == Method::Projector && statistics.images == 0 {
-            return Err(Error::data("no record has a picture: there is nothing to train a projector with")
-                .hint("method `projector` learns from pictures alone: look at data_path, or choose lora or full"));
-        }
-        Ok(dataset)
+    }
+    match (sources.is_empty(), records.is_empty()) {
+        (false, true) => Dataset::open(&sources, encoder, stage.seed),
+        (true, _) => Dataset::from_records(records, encoder),
+        (false, false) => Err(Error::usage("data_path mixes embedded records and files").hint("name one kind of them")),
     }
 }
 

@@ -5,7 +5,6 @@ use super::{
     optimizer::Trainable,
 };
 use crate::{
-    data::rng::Rng,
     error::{Error, Result},
     formats::{
         HostTensor,
@@ -16,6 +15,7 @@ use crate::{
         llava::Llava,
         names::{self, PROJECTOR},
     },
+    rng::Rng,
 };
 
 /// A fresh adapter on the modules that the stage asks for: A uniform in ±1/sqrt(in) (PEFT's Kaiming start), B zero.

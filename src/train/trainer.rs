@@ -16,7 +16,7 @@ use super::{
     plot,
     run_folder::{self, FinishedStage},
     schedule::Schedule,
-    start::{Origin, Start},
+    start::{Origin, Prepared, Start},
     trainable,
 };
 use crate::{
@@ -87,20 +87,13 @@ impl<'a> Trainer<'a> {
         gpu: &Gpu,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
-        let mut start = Start::open(stage, before, gpu)?;
-        let dataset = start.dataset(stage, observer)?;
-        let duration = match stage.max_steps {
-            Some(steps) => Duration::Steps(steps),
-            None => Duration::Epochs(stage.num_train_epochs),
-        };
-        let order = match (stage.shuffle, stage.group_by_modality_length) {
-            (_, true) => Order::Grouped(dataset.modality_lengths()?.into()),
-            (true, false) => Order::Shuffled,
-            (false, false) => Order::File,
-        };
-        let (micro_batch, accumulation) = (stage.per_device_train_batch_size, stage.gradient_accumulation_steps);
-        let plan = Plan::new(dataset.len(), micro_batch, accumulation, duration, order, stage.seed)?;
+        // All that can be wrong with files is told before weights go to the device.
+        let prepared = Prepared::open(stage, before)?;
+        let dataset = prepared.dataset(stage, observer)?;
+        let processor = prepared.processor(stage)?;
+        let plan = plan(stage, &dataset)?;
         let total_steps = plan.total_steps();
+        let mut start = prepared.load(stage, gpu)?;
 
         let trainables = trainable::select(stage, &start.model)?;
         let settings = AdamW {
@@ -117,11 +110,10 @@ impl<'a> Trainer<'a> {
         }
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         let left = used_images(&dataset, &plan, state.step, stage.unfreeze_mm_vision_tower)?;
-        let processor = start.processor(stage)?;
         let frozen = !stage.unfreeze_mm_vision_tower;
         let pictures = PictureStore::new(&start.model, processor, &used, &left, frozen, observer)?;
         let schedule = Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);
-        let sums = elementwise::zeros(gpu, &[1 + accumulation]);
+        let sums = elementwise::zeros(gpu, &[1 + stage.gradient_accumulation_steps]);
         Ok(Self { stage, start, dataset, plan, schedule, optimizer, pictures, sums, state })
     }
 
@@ -315,6 +307,21 @@ impl<'a> Trainer<'a> {
         observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
         Ok(StageOutcome::of(dir, &finished))
     }
+}
+
+/// Which records each step of the stage takes.
+pub fn plan(stage: &StageConfig, dataset: &Dataset) -> Result<Plan> {
+    let duration = match stage.max_steps {
+        Some(steps) => Duration::Steps(steps),
+        None => Duration::Epochs(stage.num_train_epochs),
+    };
+    let order = match (stage.shuffle, stage.group_by_modality_length) {
+        (_, true) => Order::Grouped(dataset.modality_lengths()?.into()),
+        (true, false) => Order::Shuffled,
+        (false, false) => Order::File,
+    };
+    let (micro_batch, accumulation) = (stage.per_device_train_batch_size, stage.gradient_accumulation_steps);
+    Plan::new(dataset.len(), micro_batch, accumulation, duration, order, stage.seed)
 }
 
 /// The last step's update has no loss behind it that would show that it went wrong.

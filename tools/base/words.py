@@ -148,14 +148,14 @@ def yes_no(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return question.replace("crosss", "crosses"), "yes" if hit != negated else "no"
 
 
-def short_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def short_question(scene: Scene, rng: random.Random, negated_share: float) -> tuple[str, str]:
     """The same in one to three words: what the language model learns first, since its few tokens carry many answers."""
     kind = rng.random()
     if kind < 0.1:
         return rng.choice(["color?", "which color?"]), scene.color
     if kind < 0.2:
         return rng.choice(["shape?", "which shape?"]), scene.shape
-    hit, negated = rng.random() < 0.5, rng.random() < 0.1
+    hit, negated = rng.random() < 0.5, rng.random() < negated_share
     right, pool = rng.choice([(scene.color, COLORS), (scene.shape, SHAPES)])
     word = right if hit else rng.choice([w for w in pool if w != right])
     return (rng.choice(["not", "no"]) + f" {word}?" if negated else f"{word}?"), "yes" if hit != negated else "no"

@@ -3,7 +3,7 @@
 //! A higher layer wins over a lower one (default < recipe < file < command line); within a layer a stage's own value
 //! wins over the one at the top. Where each value came from is kept, for `--dry-run`.
 
-mod keys;
+pub mod keys;
 mod layers;
 mod stage;
 mod types;

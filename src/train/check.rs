@@ -1,0 +1,42 @@
+//! What a run would do, found out without a device: what `train --dry-run` tells.
+
+use super::{
+    config::{RunConfig, StageConfig},
+    events::Observer,
+    start::{Origin, Prepared},
+    trainer,
+};
+use crate::{
+    data::{ImageSource, dataset::counted},
+    error::Result,
+};
+
+/// Opens every model and data set, tokenises the records, looks for their pictures; one line a stage comes back.
+///
+/// A stage that begins where another ends is checked against the model that the other one starts from.
+///
+/// # Errors
+/// What the run itself would fail with before its first step, less what only the device can tell.
+pub fn check(run: &RunConfig, observer: &mut dyn Observer) -> Result<Vec<String>> {
+    let mut before: Option<Origin> = None;
+    let mut lines = Vec::new();
+    for stage in &run.stages {
+        let prepared = Prepared::open(stage, before.as_ref())?;
+        let dataset = prepared.dataset(stage, observer)?;
+        prepared.processor(stage)?;
+        // One of them read shows that the format is built.
+        let first = (0..dataset.len()).find_map(|index| dataset.record(index).images.first());
+        first.map(ImageSource::load).transpose()?;
+        let plan = trainer::plan(stage, &dataset)?;
+        lines.push(line(stage, prepared.folder.name(), dataset.len(), plan.total_steps()));
+        if let Some(model) = &stage.model_name_or_path {
+            before = Some(Origin { model: model.clone(), adapter: None });
+        }
+    }
+    Ok(lines)
+}
+
+fn line(stage: &StageConfig, model: &str, records: usize, steps: u64) -> String {
+    let (title, method, batch) = (stage.title(), stage.method, stage.global_batch());
+    format!("{title}: {method} on {model}, {}, {steps} steps of {batch}", counted(records))
+}
