@@ -23,7 +23,7 @@ use wgpu_llava::{
     ops::{
         Random,
         activation::Activation,
-        attention::{Heads, Ranges},
+        attention::{Heads, Mask, Ranges},
         elementwise, rope,
     },
     tensor::Tensor,
@@ -226,7 +226,8 @@ fn norms() {
 #[test]
 fn rotary_embedding() {
     let positions = Tensor::from_u32(gpu(), &[0, 1, 2, 3, 0, 1], &[6]);
-    let table = rope::table(gpu(), 16, 10, 10_000.0);
+    let frequencies = rope::frequencies(10, 10_000.0);
+    let table = rope::table(gpu(), (0..16).map(|position| (position, frequencies.as_slice())));
     let inputs = [Leaf(&[6, 30])];
     case(13, &inputs, &|tape, x, _| functions::rope(tape, &x[0], &positions, &table, 3)).check("rope");
 }
@@ -235,13 +236,13 @@ fn rotary_embedding() {
 fn attention() {
     // (heads, key/value heads, head size): grouped, and each of the kernels' widths.
     for (heads, kv_heads, head_size) in [(2, 2, 6), (4, 2, 20), (3, 1, 48), (2, 1, 130)] {
-        for causal in [true, false] {
-            let ranges = Ranges::packed(gpu(), &[5, 1, 9], causal);
+        for mask in [Mask::Causal, Mask::Full, Mask::Window(3)] {
+            let ranges = Ranges::packed(gpu(), &[5, 1, 9], mask);
             let (q, kv) = ([15, heads * head_size], [15, kv_heads * head_size]);
             let inputs = [Leaf(&q), Leaf(&kv), Leaf(&kv)];
             let shape = Heads { heads, kv_heads, head_size };
             let function: Function<'_> = &|tape, x, _| functions::attention(tape, &x[0], &x[1], &x[2], &ranges, shape);
-            case(14, &inputs, function).check(&format!("attention {shape:?} causal {causal}"));
+            case(14, &inputs, function).check(&format!("attention {shape:?} {mask:?}"));
         }
     }
 }

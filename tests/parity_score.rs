@@ -104,3 +104,18 @@ fn gqa_tied_mlp_vision() {
 fn mha_untied_linear() {
     check("mha_untied_linear");
 }
+
+#[test]
+fn llama3_rope_biases() {
+    check("llama3_rope_biases");
+}
+
+#[test]
+fn mistral_window() {
+    check("mistral_window");
+}
+
+#[test]
+fn qwen2_dynamic() {
+    check("qwen2_dynamic");
+}

@@ -67,6 +67,9 @@ cases! {
     gqa_tied_linear_pad: projector, full_truncated, lora_two_targets;
     gqa_tied_mlp_vision: full_vision, lora;
     mha_untied_linear: projector, lora, full;
+    llama3_rope_biases: full, lora;
+    mistral_window: full;
+    qwen2_dynamic: full, lora;
 }
 
 #[test]

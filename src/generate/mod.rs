@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result},
     models::{
         batch::PackedBatch,
-        llama::{KvCache, Places},
+        llama::{KvCache, Places, Span},
         llava::{Llava, Pictures},
     },
     nn::Forward,
@@ -72,7 +72,7 @@ pub fn generate(
     options: &Options,
     on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Generated>> {
-    let limit = model.config.text().max_position_embeddings;
+    let limit = model.config.text().positions();
     let (mut batch, mut sequences) = (PackedBatch::default(), Vec::new());
     for (index, prompt) in prompts.iter().enumerate() {
         let base = batch.tokens();
@@ -171,8 +171,10 @@ impl Decoder<'_> {
         let model = self.model;
         // Rows stand in the cache as they stand in the batch.
         let lengths: Vec<usize> = ends.zip(sequences).map(|(end, sequence)| end - sequence.base).collect();
-        let ranges = Ranges::packed(model.gpu(), &lengths, true);
-        self.run(&places, ranges, &last, |forward| model.embed(forward, &batch, pictures))
+        let ranges = Ranges::packed(model.gpu(), &lengths, model.language.mask());
+        let spans = |sequence: &Sequence, &count: &usize| Span { first: 0, count, length: sequence.prompt };
+        let spans: Vec<Span> = sequences.iter().zip(&lengths).map(|(sequence, count)| spans(sequence, count)).collect();
+        self.run(&places, &spans, ranges, &last, |forward| model.embed(forward, &batch, pictures))
     }
 
     /// Reads the last token of each sequence; the logits behind it.
@@ -184,17 +186,22 @@ impl Decoder<'_> {
         }
         let last: Vec<u32> = (0..ids.len() as u32).collect();
         let model = self.model;
-        let ranges = places.iter().flat_map(|&(base, position)| [base as u32, (base + position + 1) as u32]);
+        let mask = model.language.mask();
+        let spans: Vec<Span> = places.iter().map(|&(_, first)| Span { first, count: 1, length: first + 1 }).collect();
+        let ranges = places
+            .iter()
+            .flat_map(|&(base, position)| [(base + mask.first_key(position)) as u32, (base + position + 1) as u32]);
         let ranges: Vec<u32> = ranges.collect();
         let ranges = Ranges::cached(Tensor::from_u32(model.gpu(), &ranges, &[places.len(), 2]));
-        self.run(&places, ranges, &last, |forward| Ok(model.language.embed(forward, &ids)))
+        self.run(&places, &spans, ranges, &last, |forward| Ok(model.language.embed(forward, &ids)))
     }
 
-    /// Runs rows at `places` (first row of the sequence, position in it), which see `ranges`, through the decoder, and the rows `last`
-    /// through the head.
+    /// Runs rows at `places` (first row of the sequence, position in it; `spans` are the same in runs), which see
+    /// `ranges`, through the decoder, and the rows `last` through the head.
     fn run(
         &mut self,
         places: &[(usize, usize)],
+        spans: &[Span],
         ranges: Ranges,
         last: &[u32],
         embed: impl FnOnce(&mut Forward<'_>) -> Result<Var>,
@@ -204,8 +211,7 @@ impl Decoder<'_> {
         let rows = places.iter().map(|&(base, position)| (base + position) as u32).collect();
         let count = places.len();
         let places = Places {
-            positions: upload(places.iter().map(|&(_, position)| position as u32).collect(), &[count]),
-            last_position: places.iter().map(|&(_, position)| position).max().unwrap_or(0),
+            rotary: model.language.rotary(gpu, spans),
             ranges,
             cache: Some((&self.cache, upload(rows, &[count]))),
         };

@@ -7,7 +7,7 @@ use crate::{
     nn::{Forward, Id, Linear},
     ops::{
         activation::Activation,
-        attention::{Heads, Ranges},
+        attention::{Heads, Mask, Ranges},
     },
     tensor::Tensor,
 };
@@ -88,7 +88,7 @@ impl ClipVision {
             kv_heads: self.config.num_attention_heads,
             head_size: self.config.hidden_size / self.config.num_attention_heads,
         };
-        let ranges = Ranges::packed(gpu, &vec![tokens; images], false);
+        let ranges = Ranges::packed(gpu, &vec![tokens; images], Mask::Full);
 
         let patches = forward.tape.constant(patches.clone());
         let embedded = self.patch_embedding.forward(forward, &patches);

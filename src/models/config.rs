@@ -7,12 +7,51 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{config_fields::Fields, config_json::set_dtype};
+use super::{config_fields::Fields, config_json::set_dtype, rotary::RopeScaling};
 use crate::error::{Error, Result};
+
+/// The relatives of LLaMA that differ in biases and in how far back a token sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Llama,
+    Mistral,
+    Qwen2,
+}
+
+impl Family {
+    pub const ALL: [Self; 3] = [Self::Llama, Self::Mistral, Self::Qwen2];
+    pub const NAMES: [&'static str; 3] = ["llama", "mistral", "qwen2"];
+
+    /// `model_type` in config.json.
+    pub fn as_str(self) -> &'static str {
+        Self::NAMES[self as usize]
+    }
+
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|family| family.as_str() == name)
+    }
+
+    /// The class of transformers that loads it.
+    pub fn architecture(self) -> &'static str {
+        ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"][self as usize]
+    }
+}
+
+/// Which linears of a decoder layer have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Biases {
+    /// q_proj, k_proj, v_proj
+    pub qkv: bool,
+    /// o_proj
+    pub output: bool,
+    /// gate_proj, up_proj, down_proj
+    pub mlp: bool,
+}
 
 /// A LLaMA-family decoder (`LlamaForCausalLM`, or the `text_config` of a LLaVA).
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
+    pub family: Family,
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
@@ -24,6 +63,10 @@ pub struct LlamaConfig {
     pub vocab_size: usize,
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
+    pub rope_scaling: RopeScaling,
+    pub biases: Biases,
+    /// A token sees itself and the `sliding_window - 1` tokens before it.
+    pub sliding_window: Option<usize>,
     pub tie_word_embeddings: bool,
     pub max_position_embeddings: usize,
     pub bos_token_id: Option<u32>,
@@ -32,6 +75,13 @@ pub struct LlamaConfig {
     pub pad_token_id: Option<u32>,
     /// The JSON object this came from.
     pub raw: Map<String, Value>,
+}
+
+impl LlamaConfig {
+    /// How many positions a text may have.
+    pub fn positions(&self) -> usize {
+        self.rope_scaling.positions(self.max_position_embeddings)
+    }
 }
 
 /// A CLIP vision tower (`CLIPVisionModel`, or the `vision_config` of a LLaVA). The activation is quick-GELU.
@@ -168,16 +218,18 @@ impl ModelConfig {
         let Value::Object(map) = value else { return Err(Error::data(format!("{file} does not hold a JSON object"))) };
         let fields = Fields { file, path: "", map: &map };
         match fields.text("model_type")? {
-            Some("llama") => Ok(Self::Llama(LlamaConfig::from_fields(&fields)?)),
+            Some(name) if let Some(family) = Family::parse(name) => {
+                Ok(Self::Llama(LlamaConfig::from_fields(&fields, family)?))
+            }
             Some("llava") if !map.contains_key("mm_vision_tower") => {
                 Ok(Self::Llava(LlavaConfig::from_fields(&fields)?))
             }
             Some("llava" | "llava_llama") => Err(fields
                 .not_built("model_type", "the layout of the original LLaVA authors is")
                 .hint("use a checkpoint in the Hugging Face layout, such as the llava-hf models")),
-            Some(other) => {
-                Err(fields.not_built("model_type", &format!("model type `{other}` is")).hint("`llama` and `llava` are"))
-            }
+            Some(other) => Err(fields
+                .not_built("model_type", &format!("model type `{other}` is"))
+                .hint("`llama`, `mistral`, `qwen2` and `llava` are")),
             None => Err(fields.bad("model_type", "is missing").hint("`llama` or `llava` is expected")),
         }
     }
@@ -211,7 +263,7 @@ impl ModelConfig {
             Self::Llama(config) => config.to_map(),
             Self::Llava(config) => config.to_map(),
         };
-        map.entry("architectures").or_insert_with(|| json!(["LlamaForCausalLM"]));
+        map.entry("architectures").or_insert_with(|| json!([self.text().family.architecture()]));
         map.insert("dtype".into(), json!(dtype));
         set_dtype(&mut map, dtype);
         Value::Object(map)
@@ -300,7 +352,8 @@ mod tests {
             ("[1]".to_owned(), "JSON object"),
             ("{".to_owned(), "not valid JSON"),
             ("{}".to_owned(), "model_type is missing"),
-            (r#"{"model_type": "qwen2"}"#.to_owned(), "`qwen2` is not built yet"),
+            (r#"{"model_type": "gemma2"}"#.to_owned(), "`gemma2` is not built yet"),
+            (r#"{"model_type": "qwen2", "use_sliding_window": true}"#.to_owned(), "use_sliding_window: "),
             (r#"{"model_type": "llava", "mm_vision_tower": "x"}"#.to_owned(), "not built yet"),
             (llama(r#""hidden_size": 0"#), "hidden_size is 0"),
             (llama(r#""hidden_size": "wide""#), "hidden_size is \"wide\""),
@@ -311,12 +364,12 @@ mod tests {
             (llama(r#""head_dim": 258"#), "head_dim: heads of 258, wider than 256, are not built yet"),
             (vision(r#""hidden_size": 514, "num_attention_heads": 2"#), "heads of 257, wider than 256"),
             (llama(r#""rms_norm_eps": 0"#), "rms_norm_eps is 0"),
-            (llama(r#""attention_bias": true"#), "attention_bias: biases in the language model are not built yet"),
             (llama(r#""hidden_act": "gelu""#), "hidden_act: `gelu` is not built yet"),
             (
-                llama(r#""rope_scaling": {"rope_type": "llama3", "factor": 8}"#),
-                "rope_scaling.rope_type: rotary scaling",
+                llama(r#""rope_scaling": {"rope_type": "yarn", "factor": 8}"#),
+                "rope_scaling.rope_type: rotary scaling of type `yarn`",
             ),
+            (llama(r#""rope_scaling": {"type": "linear"}"#), "rope_scaling.factor is missing"),
             (llama(r#""eos_token_id": "x""#), "eos_token_id is \"x\""),
             (vision(r#""image_size": 225"#), "vision_config.image_size is 225, which vision_config.patch_size = 32"),
             (vision(r#""hidden_act": "gelu""#), "vision_config.hidden_act: `gelu`"),

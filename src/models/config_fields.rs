@@ -79,6 +79,15 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A finite number of at least one, which must be there.
+    pub fn number_at_least_one(&self, key: &str) -> Result<f64> {
+        let Some(value) = self.get(key) else { return Err(self.bad(key, "is missing")) };
+        match value.as_f64() {
+            Some(number) if (1.0..=1e6).contains(&number) => Ok(number),
+            _ => Err(self.wrong(key, value, "a number of at least 1")),
+        }
+    }
+
     fn whole(&self, key: &str, max: usize) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().and_then(|number| usize::try_from(number).ok()) {

@@ -3,8 +3,9 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    config::{ClipVisionConfig, FeatureSelect, LlamaConfig, LlavaConfig, ProjectorType},
+    config::{Biases, ClipVisionConfig, Family, FeatureSelect, LlamaConfig, LlavaConfig, ProjectorType},
     config_fields::Fields,
+    rotary::RopeScaling,
 };
 use crate::{error::Result, ops::attention::MAX_HEAD_SIZE};
 
@@ -20,13 +21,28 @@ pub(super) fn set_dtype(map: &mut Map<String, Value>, dtype: &str) {
 }
 
 impl LlamaConfig {
-    pub(super) fn from_fields(fields: &Fields) -> Result<Self> {
+    /// Defaults are those of the family's class in transformers.
+    pub(super) fn from_fields(fields: &Fields, family: Family) -> Result<Self> {
         fields.only("hidden_act", &["silu", "swish"], "silu")?;
-        for key in ["attention_bias", "mlp_bias"] {
-            if fields.flag(key, false)? {
-                return Err(fields.not_built(key, "biases in the language model are"));
+        let of = |llama, mistral, qwen2| match family {
+            Family::Llama => llama,
+            Family::Mistral => mistral,
+            Family::Qwen2 => qwen2,
+        };
+        let (attention_bias, mlp_bias) = match family {
+            Family::Llama => (fields.flag("attention_bias", false)?, fields.flag("mlp_bias", false)?),
+            Family::Mistral | Family::Qwen2 => (false, false),
+        };
+        let biases = Biases { qkv: attention_bias || family == Family::Qwen2, output: attention_bias, mlp: mlp_bias };
+        let sliding_window = match family {
+            Family::Llama => None,
+            Family::Mistral if fields.map.contains_key("sliding_window") => fields.optional_size("sliding_window")?,
+            Family::Mistral => Some(4096),
+            Family::Qwen2 if fields.flag("use_sliding_window", false)? => {
+                return Err(fields.not_built("use_sliding_window", "a sliding window in some layers only is"));
             }
-        }
+            Family::Qwen2 => None,
+        };
         let hidden_size = fields.size("hidden_size", 4096)?;
         let num_attention_heads = fields.size("num_attention_heads", 32)?;
         let head_dim = match fields.optional_size("head_dim")? {
@@ -39,22 +55,32 @@ impl LlamaConfig {
         if head_dim % 2 == 1 {
             return Err(fields.bad("head_dim", &format!("is {head_dim}: rotary positions need an even head width")));
         }
-        let num_key_value_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads);
+        let num_key_value_heads = match fields.optional_size("num_key_value_heads")? {
+            Some(heads) => heads,
+            // Absent is not null: Mistral's class has a default of its own.
+            None if family == Family::Mistral && !fields.map.contains_key("num_key_value_heads") => 8,
+            None => num_attention_heads,
+        };
         fields.divided(("num_attention_heads", num_attention_heads), ("num_key_value_heads", num_key_value_heads))?;
         let max_position_embeddings = match fields.optional_size("max_position_embeddings")? {
             Some(positions) => positions,
-            None => fields.size("max_sequence_length", 2048)?,
+            None => fields.size("max_sequence_length", of(2048, 131_072, 32_768))?,
         };
+        let (rope_theta, rope_scaling) = RopeScaling::from_fields(fields, max_position_embeddings)?;
         Ok(Self {
             hidden_size,
-            intermediate_size: fields.size("intermediate_size", 11008)?,
+            family,
+            intermediate_size: fields.size("intermediate_size", of(11008, 14336, 22016))?,
             num_hidden_layers: fields.layers("num_hidden_layers", 32)?,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            vocab_size: fields.size("vocab_size", 32000)?,
+            vocab_size: fields.size("vocab_size", of(32000, 32000, 151_936))?,
             rms_norm_eps: fields.positive("rms_norm_eps", 1e-6)?,
-            rope_theta: rope_theta(fields)?,
+            rope_theta,
+            rope_scaling,
+            biases,
+            sliding_window,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             max_position_embeddings,
             bos_token_id: fields.token_ids("bos_token_id", Some(1))?.first().copied(),
@@ -72,7 +98,7 @@ impl LlamaConfig {
             several => json!(several),
         };
         let values = [
-            ("model_type", json!("llama")),
+            ("model_type", json!(self.family.as_str())),
             ("hidden_size", json!(self.hidden_size)),
             ("intermediate_size", json!(self.intermediate_size)),
             ("num_hidden_layers", json!(self.num_hidden_layers)),
@@ -87,35 +113,23 @@ impl LlamaConfig {
             ("bos_token_id", json!(self.bos_token_id)),
             ("eos_token_id", eos),
             ("pad_token_id", json!(self.pad_token_id)),
-            // transformers 4 reads this one, transformers 5 rope_parameters first, where it stands.
-            ("rope_theta", json!(self.rope_theta)),
         ];
         map.extend(values.map(|(key, value)| (key.to_owned(), value)));
-        if let Some(Value::Object(rope)) = map.get_mut("rope_parameters") {
-            rope.insert("rope_theta".into(), json!(self.rope_theta));
+        match self.family {
+            Family::Llama if self.biases.qkv || map.contains_key("attention_bias") => {
+                map.insert("attention_bias".into(), json!(self.biases.qkv));
+            }
+            Family::Mistral => {
+                map.insert("sliding_window".into(), json!(self.sliding_window));
+            }
+            _ => {}
         }
+        if self.biases.mlp {
+            map.insert("mlp_bias".into(), json!(true));
+        }
+        self.rope_scaling.write(self.rope_theta, &mut map);
         map
     }
-}
-
-/// `rope_parameters.rope_theta` (transformers 5) or `rope_theta`; any kind of scaling is refused.
-fn rope_theta(fields: &Fields) -> Result<f64> {
-    let mut theta = fields.positive("rope_theta", 10000.0)?;
-    for key in ["rope_scaling", "rope_parameters"] {
-        let Some(map) = fields.object(key)? else { continue };
-        let path = fields.path_of(key) + ".";
-        let rope = Fields { file: fields.file, path: &path, map };
-        for key in ["rope_type", "type"] {
-            if let Some(kind) = rope.text(key)?.filter(|kind| *kind != "default") {
-                return Err(rope.not_built(key, &format!("rotary scaling of type `{kind}` is")));
-            }
-        }
-        if rope.positive("partial_rotary_factor", 1.0)? != 1.0 {
-            return Err(rope.not_built("partial_rotary_factor", "rotary positions on a part of each head are"));
-        }
-        theta = rope.positive("rope_theta", theta)?;
-    }
-    Ok(theta)
 }
 
 impl ClipVisionConfig {
@@ -184,8 +198,9 @@ impl LlavaConfig {
         let empty = Map::new();
         let text_fields =
             Fields { path: "text_config.", map: fields.object("text_config")?.unwrap_or(&empty), ..*fields };
-        text_fields.only("model_type", &["llama"], "llama")?;
-        let mut text_config = LlamaConfig::from_fields(&text_fields)?;
+        text_fields.only("model_type", &Family::NAMES, "llama")?;
+        let family = text_fields.text("model_type")?.and_then(Family::parse).unwrap_or(Family::Llama);
+        let mut text_config = LlamaConfig::from_fields(&text_fields, family)?;
         // transformers 4 reads the text_config's, 5 ties if either says so.
         text_config.tie_word_embeddings |= fields.flag("tie_word_embeddings", false)?;
         // Old files keep these ids at the top alone.

@@ -1,15 +1,15 @@
-//! The LLaMA decoder: RMSNorm, rotary attention with grouped queries, SwiGLU; no biases.
+//! The LLaMA decoder and its near relatives: RMSNorm, rotary attention with grouped queries, SwiGLU.
 
 use std::sync::{Mutex, PoisonError};
 
-use super::{config::LlamaConfig, names};
+use super::{config::LlamaConfig, names, rotary};
 use crate::{
     autograd::{Var, functions},
     error::Result,
     gpu::Gpu,
     nn::{Forward, Id, Linear},
     ops::{
-        attention::{Heads, Ranges},
+        attention::{Heads, Mask, Ranges},
         embedding, rope,
     },
     tensor::Tensor,
@@ -54,26 +54,28 @@ impl Layer {
 
 /// Where tokens stand and what they see.
 pub struct Places<'a> {
-    /// u32 [T]: position within each token's sequence.
-    pub positions: Tensor,
-    /// The largest position.
-    pub last_position: usize,
+    pub rotary: Rotary,
     pub ranges: Ranges,
     /// Earlier keys and values, and the rows (u32 [T]) where these tokens' go.
     pub cache: Option<(&'a KvCache, Tensor)>,
 }
 
-impl Places<'_> {
-    /// Sequences of the given lengths, packed, each causal within itself.
-    pub fn packed(gpu: &Gpu, lengths: &[usize]) -> Self {
-        let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
-        Self {
-            positions: Tensor::from_u32(gpu, &positions, &[positions.len()]),
-            last_position: lengths.iter().max().map_or(0, |longest| longest.saturating_sub(1)),
-            ranges: Ranges::packed(gpu, lengths, true),
-            cache: None,
-        }
-    }
+/// How far each token is rotated.
+pub struct Rotary {
+    /// [rows, 2, E/2], see [`rope::table`].
+    table: Tensor,
+    /// u32 [T]: each token's row; its position, unless frequencies follow the length of its sequence.
+    rows: Tensor,
+}
+
+/// Neighbouring tokens of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Position of the first one.
+    pub first: usize,
+    pub count: usize,
+    /// Tokens of the sequence as far as it is known.
+    pub length: usize,
 }
 
 /// Keys and values of earlier tokens: [rows, K * E] twice for every layer.
@@ -96,8 +98,11 @@ impl Llama {
         let mut layers = Vec::new();
         for layer in 0..config.num_hidden_layers {
             let at = format!("language_model.model.layers.{layer}");
-            let mut linear =
-                |name: &str| -> Result<Linear> { Ok(Linear::new(load(&format!("{at}.{name}.weight"))?, None)) };
+            let mut linear = |name: &str| -> Result<Linear> {
+                let weight = load(&format!("{at}.{name}.weight"))?;
+                let bias = names::has_bias(config, name).then(|| load(&format!("{at}.{name}.bias"))).transpose()?;
+                Ok(Linear::new(weight, bias))
+            };
             layers.push(Layer {
                 q_proj: linear("self_attn.q_proj")?,
                 k_proj: linear("self_attn.k_proj")?,
@@ -134,20 +139,29 @@ impl Llama {
         functions::embedding(forward.tape, &forward.parameters.weight(self.embed_tokens), ids)
     }
 
+    /// What tokens see of their own sequence.
+    pub fn mask(&self) -> Mask {
+        self.config.sliding_window.map_or(Mask::Causal, Mask::Window)
+    }
+
+    /// Sequences of the given lengths, packed, each attending to itself.
+    pub fn packed(&self, gpu: &Gpu, lengths: &[usize]) -> Places<'static> {
+        let spans: Vec<Span> = lengths.iter().map(|&length| Span { first: 0, count: length, length }).collect();
+        Places { rotary: self.rotary(gpu, &spans), ranges: Ranges::packed(gpu, lengths, self.mask()), cache: None }
+    }
+
     /// Embeddings [T, D] to the last hidden states [T, D], normalised.
     pub fn forward(&self, forward: &mut Forward<'_>, embeddings: &Var, places: &Places<'_>) -> Var {
-        let table = self.rope_table(embeddings.value.gpu(), places.last_position + 1);
         let mut x = embeddings.clone();
         for (index, layer) in self.layers.iter().enumerate() {
-            x = self.layer(forward, index, layer, &x, places, &table);
+            x = self.layer(forward, index, layer, &x, places);
         }
         self.norm(forward, self.norm, &x)
     }
 
     /// One decoder layer alone, x [T, D] to [T, D].
     pub fn decoder_layer(&self, forward: &mut Forward<'_>, index: usize, x: &Var, places: &Places<'_>) -> Var {
-        let table = self.rope_table(x.value.gpu(), places.last_position + 1);
-        self.layer(forward, index, &self.layers[index], x, places, &table)
+        self.layer(forward, index, &self.layers[index], x, places)
     }
 
     fn norm(&self, forward: &mut Forward<'_>, weight: Id, x: &Var) -> Var {
@@ -155,17 +169,9 @@ impl Llama {
     }
 
     /// Normalise, attend, add; normalise, transform, add.
-    fn layer(
-        &self,
-        forward: &mut Forward<'_>,
-        index: usize,
-        layer: &Layer,
-        x: &Var,
-        places: &Places<'_>,
-        table: &Tensor,
-    ) -> Var {
+    fn layer(&self, forward: &mut Forward<'_>, index: usize, layer: &Layer, x: &Var, places: &Places<'_>) -> Var {
         let h = self.norm(forward, layer.input_layernorm, x);
-        let attended = self.self_attn(forward, index, layer, &h, places, table);
+        let attended = self.self_attn(forward, index, layer, &h, places);
         let x = functions::add(forward.tape, x, &attended);
 
         let h = self.norm(forward, layer.post_attention_layernorm, &x);
@@ -176,15 +182,7 @@ impl Llama {
         functions::add(forward.tape, &x, &h)
     }
 
-    fn self_attn(
-        &self,
-        forward: &mut Forward<'_>,
-        index: usize,
-        layer: &Layer,
-        x: &Var,
-        places: &Places<'_>,
-        table: &Tensor,
-    ) -> Var {
+    fn self_attn(&self, forward: &mut Forward<'_>, index: usize, layer: &Layer, x: &Var, places: &Places<'_>) -> Var {
         let heads = Heads {
             heads: self.config.num_attention_heads,
             kv_heads: self.config.num_key_value_heads,
@@ -193,8 +191,9 @@ impl Llama {
         let q = layer.q_proj.forward(forward, x);
         let k = layer.k_proj.forward(forward, x);
         let mut v = layer.v_proj.forward(forward, x);
-        let q = functions::rope(forward.tape, &q, &places.positions, table, heads.heads);
-        let mut k = functions::rope(forward.tape, &k, &places.positions, table, heads.kv_heads);
+        let Rotary { table, rows } = &places.rotary;
+        let q = functions::rope(forward.tape, &q, rows, table, heads.heads);
+        let mut k = functions::rope(forward.tape, &k, rows, table, heads.kv_heads);
         if let Some((cache, rows)) = &places.cache {
             let (keys, values) = &cache.layers[index];
             embedding::scatter(&k.value, rows, keys);
@@ -205,6 +204,24 @@ impl Llama {
         layer.o_proj.forward(forward, &attended)
     }
 
+    /// Rotations of tokens that stand in `spans`, in order.
+    pub fn rotary(&self, gpu: &Gpu, spans: &[Span]) -> Rotary {
+        let upload = |rows: Vec<u32>| Tensor::from_u32(gpu, &rows, &[rows.len()]);
+        let end = spans.iter().map(|span| span.first + span.count).max().unwrap_or(0);
+        if !spans.iter().any(|span| rotary::depends_on_length(&self.config, span.length)) {
+            let rows = spans.iter().flat_map(|span| (span.first..span.first + span.count).map(|row| row as u32));
+            return Rotary { rows: upload(rows.collect()), table: self.rope_table(gpu, end) };
+        }
+        // Every sequence has frequencies of its own: a row for each token.
+        let frequencies: Vec<Vec<f32>> =
+            spans.iter().map(|span| rotary::frequencies(&self.config, span.length)).collect();
+        let rows = spans.iter().zip(&frequencies).flat_map(|(span, frequencies)| {
+            (span.first..span.first + span.count).map(|position| (position, frequencies.as_slice()))
+        });
+        let tokens: usize = spans.iter().map(|span| span.count).sum();
+        Rotary { table: rope::table(gpu, rows), rows: upload((0..tokens as u32).collect()) }
+    }
+
     /// Cosines and sines for at least `positions` positions, kept and grown by doubling.
     fn rope_table(&self, gpu: &Gpu, positions: usize) -> Tensor {
         let mut kept = self.rope_table.lock().unwrap_or_else(PoisonError::into_inner);
@@ -212,6 +229,7 @@ impl Llama {
             return table.clone();
         }
         let size = positions.next_power_of_two().max(256);
-        kept.insert(rope::table(gpu, size, self.config.head_dim, self.config.rope_theta)).clone()
+        let frequencies = rotary::frequencies(&self.config, 0);
+        kept.insert(rope::table(gpu, (0..size).map(|position| (position, frequencies.as_slice())))).clone()
     }
 }

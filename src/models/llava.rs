@@ -1,13 +1,7 @@
 //! LLaVA: pictures through the tower and the projector, spliced among word embeddings, through the decoder.
 //! A plain LLaMA is the same without the first two.
 
-use super::{
-    batch::PackedBatch,
-    clip::ClipVision,
-    config::ModelConfig,
-    llama::{Llama, Places},
-    projector::Projector,
-};
+use super::{batch::PackedBatch, clip::ClipVision, config::ModelConfig, llama::Llama, projector::Projector};
 use crate::{
     autograd::{Tape, Var, functions},
     error::{Error, Result},
@@ -131,7 +125,7 @@ impl Llava {
             return Ok(None);
         }
         let embeddings = self.embed(forward, batch, pictures)?;
-        let hidden = self.language.forward(forward, &embeddings, &Places::packed(&self.gpu, &batch.lengths));
+        let hidden = self.language.forward(forward, &embeddings, &self.language.packed(&self.gpu, &batch.lengths));
         let rows = Tensor::from_u32(&self.gpu, &batch.predicting_rows, &[batch.predicting_rows.len()]);
         let picked = functions::pick_rows(forward.tape, &hidden, &rows);
         let head = forward.parameters.weight(self.language.lm_head());

@@ -1,7 +1,7 @@
 //! CLIP, the projector, LLaMA, and LLaVA made of the three. Written as for one device; adapters and what trains are
 //! the trainer's choice.
 //!
-//! `config.rs` and `names.rs` know checkpoints, not devices (`formats` builds on them); a forward pass is read in
+//! `config.rs`, `rotary.rs` and `names.rs` know checkpoints, not devices (`formats` builds on them); a forward pass is read in
 //! `llava.rs`, then `clip.rs`, `projector.rs`, `llama.rs`.
 
 pub mod adapter;
@@ -15,3 +15,4 @@ pub mod llava;
 pub mod names;
 pub mod open;
 pub mod projector;
+pub mod rotary;

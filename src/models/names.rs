@@ -105,8 +105,12 @@ pub fn language_tensors(config: &LlamaConfig) -> Vec<NamedShape> {
         let prefix = format!("language_model.model.layers.{layer}");
         tensors.push((format!("{prefix}.input_layernorm.weight"), vec![hidden]));
         tensors.push((format!("{prefix}.post_attention_layernorm.weight"), vec![hidden]));
-        let linears = layer_linears(config).into_iter();
-        tensors.extend(linears.map(|(name, shape)| (format!("{prefix}.{name}.weight"), shape.to_vec())));
+        for (name, [outputs, inputs]) in layer_linears(config) {
+            tensors.push((format!("{prefix}.{name}.weight"), vec![outputs, inputs]));
+            if has_bias(config, name) {
+                tensors.push((format!("{prefix}.{name}.bias"), vec![outputs]));
+            }
+        }
     }
     tensors.push((FINAL_NORM.to_owned(), vec![hidden]));
     if !config.tie_word_embeddings {
@@ -129,6 +133,15 @@ pub fn layer_linears(config: &LlamaConfig) -> [(&'static str, [usize; 2]); 7] {
         ("mlp.up_proj", [inner, hidden]),
         ("mlp.down_proj", [hidden, inner]),
     ]
+}
+
+/// Whether a linear of [`layer_linears`] has a bias.
+pub fn has_bias(config: &LlamaConfig, linear: &str) -> bool {
+    match linear {
+        "self_attn.o_proj" => config.biases.output,
+        _ if linear.starts_with("self_attn.") => config.biases.qkv,
+        _ => config.biases.mlp,
+    }
 }
 
 /// The linears of all decoder layers by canonical module name (without `.weight`), each `[out, in]`: what LoRA adapts.

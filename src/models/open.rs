@@ -148,7 +148,7 @@ impl Opened {
             template: Template::named(version)?,
             system,
             image_tokens: self.model.image_tokens(),
-            max_length: Some(self.model.config.text().max_position_embeddings),
+            max_length: Some(self.model.config.text().positions()),
         })
     }
 

@@ -24,15 +24,39 @@ pub struct Ranges {
     lengths: Arc<[usize]>,
 }
 
+/// What a token of a packed sequence sees of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// All of it.
+    Full,
+    /// Itself and what came before.
+    Causal,
+    /// Itself and the tokens before it, so many in all.
+    Window(usize),
+}
+
+impl Mask {
+    /// The first key that the query at `position` of a causal sequence sees.
+    pub fn first_key(self, position: usize) -> usize {
+        match self {
+            Self::Full | Self::Causal => 0,
+            Self::Window(width) => (position + 1).saturating_sub(width),
+        }
+    }
+}
+
 impl Ranges {
     /// Sequences of the given lengths, packed one behind the other; each attends to itself only.
-    pub fn packed(gpu: &Gpu, lengths: &[usize], causal: bool) -> Self {
+    pub fn packed(gpu: &Gpu, lengths: &[usize], mask: Mask) -> Self {
+        let causal = mask != Mask::Full;
         let (mut queries, mut keys, mut start) = (Vec::new(), Vec::new(), 0u32);
         for &length in lengths {
             let end = start + length as u32;
             for t in start..end {
-                queries.extend([start, if causal { t + 1 } else { end }]);
-                keys.extend([if causal { t } else { start }, end]);
+                let first = start + mask.first_key((t - start) as usize) as u32;
+                queries.extend([first, if causal { t + 1 } else { end }]);
+                let last = if let Mask::Window(width) = mask { end.min(t.saturating_add(width as u32)) } else { end };
+                keys.extend([if causal { t } else { start }, last]);
             }
             start = end;
         }
@@ -241,7 +265,7 @@ pub fn backward(
 }
 
 /// Output, dq, dk and dv on the host; `lengths` as in [`Ranges::packed`].
-pub fn reference([q, k, v, dout]: [&[f64]; 4], lengths: &[usize], causal: bool, heads: Heads) -> [Vec<f64>; 4] {
+pub fn reference([q, k, v, dout]: [&[f64]; 4], lengths: &[usize], mask: Mask, heads: Heads) -> [Vec<f64>; 4] {
     let Heads { heads: h_count, kv_heads, head_size } = heads;
     let scale = 1.0 / (head_size as f64).sqrt();
     let mut result = [q, q, k, v].map(|x| vec![0.0; x.len()]);
@@ -252,7 +276,8 @@ pub fn reference([q, k, v, dout]: [&[f64]; 4], lengths: &[usize], causal: bool, 
         for t in start..start + length {
             for h in 0..h_count {
                 let row = (t * h_count + h) * head_size..(t * h_count + h + 1) * head_size;
-                let keys = start..if causal { t + 1 } else { start + length };
+                let end = if mask == Mask::Full { start + length } else { t + 1 };
+                let keys = start + mask.first_key(t - start)..end;
                 let at = |s: usize| {
                     let first = (s * kv_heads + h * kv_heads / h_count) * head_size;
                     first..first + head_size
@@ -280,7 +305,7 @@ pub fn reference([q, k, v, dout]: [&[f64]; 4], lengths: &[usize], causal: bool, 
     result
 }
 
-fn check(causal: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+fn check(mask: Mask, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut comparisons = Vec::new();
     // Every head size class; grouped heads; lengths that share a workgroup and lengths that fill blocks.
     for (kv_heads, head_size) in [(1, 5), (2, 12), (4, 32), (2, 33), (1, 60), (4, 136)] {
@@ -297,12 +322,12 @@ fn check(causal: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         );
         let ((k, tk), (v, tv)) =
             (random.tensor(gpu, &[tokens, kv_heads * head_size]), random.tensor(gpu, &[tokens, kv_heads * head_size]));
-        let ranges = Ranges::packed(gpu, &lengths, causal);
+        let ranges = Ranges::packed(gpu, &lengths, mask);
         let (out, stats) = forward(&tq, &tk, &tv, &ranges, heads);
         let (dq, dk, dv) = backward([&tq, &tk, &tv, &out, &stats], &tdout, &ranges, heads);
         let wide = [&q, &k, &v, &dout].map(|x| super::testing::wide(x));
         let [want_out, want_dq, want_dk, want_dv] =
-            reference([&wide[0], &wide[1], &wide[2], &wide[3]], &lengths, causal, heads);
+            reference([&wide[0], &wide[1], &wide[2], &wide[3]], &lengths, mask, heads);
         // A query that sees one key passes no gradient: what is left of dq is rounding.
         let cancelling = if n < 8 { 3e-4 } else { 2e-5 };
         comparisons.extend([
@@ -320,5 +345,6 @@ fn cost(n: usize) -> Cost {
     Cost { flops: 4 * n * n * width, bytes: 16 * n * width }
 }
 
-pub const CAUSAL: Op = Op { name: "attention.causal", check: |gpu, n| check(true, gpu, n), cost };
-pub const FULL: Op = Op { name: "attention.full", check: |gpu, n| check(false, gpu, n), cost };
+pub const CAUSAL: Op = Op { name: "attention.causal", check: |gpu, n| check(Mask::Causal, gpu, n), cost };
+pub const FULL: Op = Op { name: "attention.full", check: |gpu, n| check(Mask::Full, gpu, n), cost };
+pub const WINDOW: Op = Op { name: "attention.window", check: |gpu, n| check(Mask::Window(5), gpu, n), cost };

@@ -60,6 +60,7 @@ pub const OPS: &[Op] = &[
     activation::QUICK_GELU,
     attention::CAUSAL,
     attention::FULL,
+    attention::WINDOW,
     embedding::OP,
     patch_embed::OP,
     cross_entropy::OP,

@@ -4,21 +4,25 @@
 use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, groups_for};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
-/// Cosines and sines for the positions below `positions`: [positions, 2, E/2]. The angle is rounded to f32 as
-/// transformers rounds it, cosine and sine are exact: devices may be coarse at large angles.
-pub fn table(gpu: &Gpu, positions: usize, head_size: usize, theta: f64) -> Tensor {
-    let half = head_size / 2;
-    let mut data = Vec::with_capacity(positions * head_size);
-    let inverse: Vec<f32> = (0..half).map(|j| (1.0 / theta.powf(2.0 * j as f64 / head_size as f64)) as f32).collect();
-    for position in 0..positions {
-        let angles = inverse.iter().map(|&frequency| f64::from(position as f32 * frequency));
+/// Cosines and sines [rows, 2, E/2], a row a position with its frequencies (radians per position, [E/2]). The angle is
+/// rounded to f32 as transformers rounds it, cosine and sine are exact: devices may be coarse at large angles.
+pub fn table<'f>(gpu: &Gpu, rows: impl IntoIterator<Item = (usize, &'f [f32])>) -> Tensor {
+    let (mut data, mut count, mut half) = (Vec::new(), 0, 0);
+    for (position, frequencies) in rows {
+        let angles = frequencies.iter().map(|&frequency| f64::from(position as f32 * frequency));
         data.extend(angles.clone().map(|angle| angle.cos() as f32));
         data.extend(angles.map(|angle| angle.sin() as f32));
+        (count, half) = (count + 1, frequencies.len());
     }
-    Tensor::from_f32(gpu, &data, &[positions, 2, half])
+    Tensor::from_f32(gpu, &data, &[count, 2, half])
 }
 
-/// Rotates x [T, H, E] by its tokens' positions (u32 [T]); `inverse` for the backward.
+/// theta^(-2j/E) for j below E/2.
+pub fn frequencies(head_size: usize, theta: f64) -> Vec<f32> {
+    (0..head_size / 2).map(|j| (1.0 / theta.powf(2.0 * j as f64 / head_size as f64)) as f32).collect()
+}
+
+/// Rotates x [T, H, E] by the rows of the table that its tokens name (u32 [T]; their positions, mostly); `inverse` for the backward.
 pub fn rotate(x: &Tensor, positions: &Tensor, table: &Tensor, heads: usize, inverse: bool) -> Tensor {
     let gpu = x.gpu();
     let (tokens, width) = (positions.len(), x.len() / positions.len().max(1));
@@ -59,7 +63,8 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let (x, tx) = random.tensor(gpu, &[n, heads, head_size]);
     let positions = random.indices(n, 600);
     let tpositions = Tensor::from_u32(gpu, &positions, &[n]);
-    let table = table(gpu, 600, head_size, theta);
+    let frequencies = frequencies(head_size, theta);
+    let table = table(gpu, (0..600).map(|position| (position, frequencies.as_slice())));
     let y = rotate(&tx, &tpositions, &table, heads, false);
     let back = rotate(&y, &tpositions, &table, heads, true);
     Ok(vec![

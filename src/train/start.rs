@@ -106,7 +106,7 @@ impl Prepared {
     /// The stage's records, tokenised, their picture files looked for; what was cut or masked is told as notes.
     pub fn dataset(&self, stage: &StageConfig, observer: &mut dyn Observer) -> Result<Dataset> {
         let tokenizer = open::tokenizer(&self.folder)?;
-        let positions = self.config.text().max_position_embeddings;
+        let positions = self.config.text().positions();
         let own = tokenizer.model_max_length.map_or(positions, |length| length.min(positions));
         let max_length = stage.model_max_length.unwrap_or(own);
         let encoder = Encoder {

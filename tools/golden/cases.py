@@ -30,16 +30,20 @@ class Case:
     runs: list = field(default_factory=list)
 
 
-def text(hidden, intermediate, layers, heads, kv, eps, theta, tied):
+def text(hidden, intermediate, layers, heads, kv, eps, theta, tied, rope=None, **others):
+    """`others`: model_type and whatever its config class takes."""
     return {
+        "model_type": "llama",
+        "max_position_embeddings": 2048,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "rms_norm_eps": eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta, **(rope or {})},
         "tie_word_embeddings": tied,
+        **others,
     }
 
 
@@ -272,6 +276,49 @@ CASES = [
                 },
             ),
             Run("full", {**FULL, **micro(1, 1), "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}),
+        ],
+    ),
+    Case(
+        name="llama3_rope_biases",
+        about="LLaMA 3.1's rotary scaling, biases on every linear of the decoder",
+        seed=26,
+        text=text(
+            48, 70, 2, 4, 2, 1e-5, 500000.0, False,
+            rope={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 64},
+            attention_bias=True, mlp_bias=True,
+        ),
+        vision=vision(16, 24, 2, 2, 28),
+        runs=[
+            Run("full", {**FULL, **micro(2, 1), "learning_rate": 1e-3, "weight_decay": 0.1}),
+            Run("lora", {**LORA, **micro(2, 1), "r": 4, "lora_alpha": 8, "learning_rate": 2e-3}),
+        ],
+    ),
+    Case(
+        name="mistral_window",
+        about="Mistral's sliding window, narrower than the records; positions stretched linearly",
+        seed=17,
+        text=text(
+            64, 60, 2, 4, 1, 1e-6, 10000.0, False,
+            rope={"rope_type": "linear", "factor": 2.5},
+            model_type="mistral", sliding_window=24,
+        ),
+        vision=vision(16, 24, 2, 2, 28),
+        runs=[Run("full", {**FULL, **micro(1, 2), "learning_rate": 1e-3})],
+    ),
+    Case(
+        name="qwen2_dynamic",
+        about="Qwen2's biases on queries, keys and values, tied; theta grows with records longer than 96 positions",
+        seed=18,
+        text=text(
+            56, 64, 2, 4, 2, 1e-6, 1000.0, True,
+            rope={"rope_type": "dynamic", "factor": 8.0},
+            model_type="qwen2", max_position_embeddings=96,
+        ),
+        vision=vision(16, 24, 2, 2, 28),
+        runs=[
+            Run("full", {**FULL, **micro(3, 1), "learning_rate": 1e-3}),
+            Run("lora", {**LORA, **micro(2, 1), "r": 3, "lora_alpha": 6, "learning_rate": 2e-3, "freeze_mm_mlp_adapter": True}),
         ],
     ),
 ]

@@ -13,12 +13,16 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from . import layouts
 from . import tokenizer as tiny_tokenizer
 
+TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 LAYER_LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
@@ -58,9 +62,26 @@ class Checkpoint:
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         if double:
             model.double()
-            for rotary in (module for module in model.modules() if hasattr(module, "original_inv_freq")):
-                rotary.inv_freq, _ = rotary.compute_default_rope_parameters(rotary.config)
+            for rotary in rotaries(model):
+                rotary.inv_freq, _ = rope_function(rotary)(rotary.config, "cpu")
+                rotary.original_inv_freq = rotary.inv_freq
         return model.eval()
+
+
+def rotaries(model):
+    return (module for module in model.modules() if hasattr(module, "original_inv_freq"))
+
+
+def rope_function(rotary):
+    scaled = ROPE_INIT_FUNCTIONS.get(rotary.rope_type)
+    return scaled or (lambda config, device: rotary.compute_default_rope_parameters(config))
+
+
+def forget_lengths(model):
+    """Dynamic frequencies follow the longest record seen so far; here every record is on its own."""
+    for rotary in rotaries(model):
+        if rotary.rope_type == "dynamic":
+            rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
 
 
 def randomise(model, seed, linear_projector):
@@ -97,11 +118,11 @@ def write_model(folder: Path, case):
     folder.mkdir(parents=True)
     tokenizer = tiny_tokenizer.build(case.merges, case.legacy)
     patches = (case.vision["image_size"] // 14) ** 2
+    settings = dict(case.text)
+    text_config = TEXT_CONFIGS[settings.pop("model_type")]
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(patch_size=14, projection_dim=8, **case.vision),
-        text_config=LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size() + case.unused_rows, max_position_embeddings=2048, **case.text
-        ),
+        text_config=text_config(vocab_size=tokenizer.get_vocab_size() + case.unused_rows, **settings),
         image_token_index=tokenizer.token_to_id("<image>"),
         image_seq_length=patches + (case.feature_strategy == "full"),
         projector_hidden_act="linear" if case.linear_projector else "gelu",

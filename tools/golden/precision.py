@@ -1,7 +1,7 @@
 """Library versions, and a true float64 mode for the reference models.
 
 transformers computes norms, softmax and rotary angles in float32 whatever the model's dtype. To know how far
-float32 itself is from the truth, `float64_mode` makes the two modelling files see float64 where they say float32.
+float32 itself is from the truth, `float64_mode` makes the modelling files see float64 where they say float32.
 """
 
 import contextlib
@@ -16,6 +16,10 @@ import torch
 import transformers
 from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+
+MODELLING = (modeling_clip, modeling_llama, modeling_mistral, modeling_qwen2)
 
 
 def library_versions():
@@ -39,7 +43,9 @@ def float64_mode(enabled=True):
         yield
         return
     try:
-        modeling_llama.torch = modeling_clip.torch = _DoubleTorch()
+        for module in MODELLING:
+            module.torch = _DoubleTorch()
         yield
     finally:
-        modeling_llama.torch = modeling_clip.torch = torch
+        for module in MODELLING:
+            module.torch = torch

@@ -8,6 +8,7 @@ import tomllib
 import torch
 from transformers import get_scheduler
 
+from .checkpoint import forget_lengths
 from .precision import float64_mode
 from .reference import IGNORE_INDEX, encode
 
@@ -17,6 +18,7 @@ def token_losses(model, record):
     inputs = {"input_ids": torch.tensor([record.input_ids])}
     if record.pixels is not None:
         inputs["pixel_values"] = record.pixels.to(next(model.parameters()).dtype)
+    forget_lengths(model)
     logits = model(**inputs, use_cache=False).logits[0, :-1]
     targets = torch.tensor(record.labels[1:])
     keep = targets != IGNORE_INDEX
@@ -48,17 +50,21 @@ def score(checkpoint, rows, double, adapter=None):
 
 
 def greedy(checkpoint, record, new_tokens, lead=0.02):
-    """Greedy continuation of a record's ids without a cache; ends where the best token leads by too little."""
+    """Greedy continuation of a record's ids, with a cache as `generate` has (dynamic rotary frequencies grow with it);
+    ends where the best token leads by too little."""
     with torch.no_grad():
         model = checkpoint.load(double=False)
         ids = list(record.input_ids)
+        inputs = {} if record.pixels is None else {"pixel_values": record.pixels}
+        past, unread = None, ids
         for _ in range(new_tokens):
-            pixels = {} if record.pixels is None else {"pixel_values": record.pixels}
-            logits = model(input_ids=torch.tensor([ids]), **pixels, use_cache=False).logits[0, -1]
+            output = model(input_ids=torch.tensor([unread]), **inputs, past_key_values=past, use_cache=True)
+            past, inputs, logits = output.past_key_values, {}, output.logits[0, -1]
             best, second = logits.topk(2).values.tolist()
             if best - second < lead:
                 break
             ids.append(int(logits.argmax()))
+            unread = ids[-1:]
             if ids[-1] == checkpoint.tokenizer.eos_token_id:
                 break
         return ids[len(record.input_ids) :]
