@@ -66,6 +66,22 @@ fn check(name: &str) {
         println!("{name}: {:.1e}", compare(&name, &lines, &training["adapter_score"]));
     }
 
+    for search in expected["search"].as_array().unwrap() {
+        let text = search["prompt"].as_str().unwrap();
+        let image = search["image"].as_str().map(|image| case.join("images").join(image).display().to_string());
+        let mut arguments: Vec<String> =
+            ["generate", "--model", &model, "--prompt", text, "--max-new-tokens", "10", "--json"].map(Into::into).into();
+        arguments.extend(image.iter().flat_map(|image| ["--image".to_owned(), image.clone()]));
+        for option in ["num_beams", "repetition_penalty", "length_penalty"] {
+            if let Some(value) = search.get(option) {
+                arguments.extend([format!("--{}", option.replace('_', "-")), value.to_string()]);
+            }
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let answer: Value = serde_json::from_str(&program(&arguments)).unwrap();
+        assert_eq!(answer["token_ids"], search["token_ids"], "{name} {search}");
+    }
+
     for prompt in expected["generate"].as_array().unwrap() {
         let ids = &prompt["token_ids"];
         let count = ids.as_array().unwrap().len().to_string();

@@ -23,7 +23,7 @@ from golden.checkpoint import Checkpoint, write_adapter, write_model
 from golden.precision import library_versions
 from golden.records import INSTRUCTIONS, captions, draw_pictures, to_score, write_rows
 from golden.reference import encode, encode_ids
-from golden.training import greedy, score, train
+from golden.training import greedy, score, search, train
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = 8  # significant digits kept in expected.json
@@ -100,9 +100,8 @@ def expected_training(folder, case, run, checkpoint):
     return result
 
 
-def expected_generation(checkpoint):
-    """Greedy answers with and without a picture, as far as the best token is a safe winner."""
-    results = []
+def prompts(checkpoint):
+    """Questions with and without a picture, encoded."""
     for prompt, image in (("What is in the picture?", "tall.png"), ("Which is longer?", None)):
         question = ("<image>\n" if image else "") + prompt
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
@@ -110,6 +109,13 @@ def expected_generation(checkpoint):
         # The prompt is the conversation up to the answer: without the last "▁" and </s> of the empty one.
         encoded = encode(record, checkpoint)
         encoded.input_ids = encoded.input_ids[:-2]
+        yield prompt, image, encoded
+
+
+def expected_generation(checkpoint):
+    """Greedy answers, as far as the best token is a safe winner."""
+    results = []
+    for prompt, image, encoded in prompts(checkpoint):
         ids = greedy(checkpoint, encoded, new_tokens=12)
         results.append(
             {
@@ -121,6 +127,23 @@ def expected_generation(checkpoint):
             }
         )
     return results
+
+
+SEARCHES = [
+    {"num_beams": 5},
+    {"num_beams": 3, "repetition_penalty": 1.3},
+    {"num_beams": 4, "length_penalty": -0.5},
+    {"num_beams": 1, "repetition_penalty": 1.5},
+]
+
+
+def expected_search(checkpoint):
+    """Answers of transformers' own `generate` without sampling."""
+    return [
+        {"prompt": prompt, "image": image, **settings, "token_ids": search(checkpoint, encoded, settings)}
+        for prompt, image, encoded in prompts(checkpoint)
+        for settings in SEARCHES
+    ]
 
 
 def expected(folder, case, checkpoint):
@@ -135,6 +158,7 @@ def expected(folder, case, checkpoint):
         "score_float64_difference": largest_difference(single, exact),
         "encoded": [{"id": row["id"], "ids": i, "labels": labels} for row, (i, labels) in zip(rows, ids)],
         "generate": expected_generation(checkpoint),
+        "search": expected_search(checkpoint),
         "train": {run.name: expected_training(folder, case, run, checkpoint) for run in case.runs},
     }
 

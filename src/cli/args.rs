@@ -202,9 +202,21 @@ pub struct GenerateArgs {
     /// Sample only from the likeliest tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
     pub top_p: f32,
-    /// Beams to search with (more than 1 is not built yet)
+    /// Sample only from so many of the likeliest tokens; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Above 1: tokens that were used before are less likely
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = above_zero)]
+    pub repetition_penalty: f32,
+    /// Beams to search with; the best answer of all is given
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
     pub num_beams: usize,
+    /// Of beam search: above 0 favours long answers, below short ones
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub length_penalty: f32,
+    /// The answer ends before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// Of the draws at a temperature above 0
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
@@ -298,6 +310,10 @@ fn temperature(text: &str) -> Result<f32, String> {
     number(text, |value| value >= 0.0, "a number of at least 0")
 }
 
+fn above_zero(text: &str) -> Result<f32, String> {
+    number(text, |value| value > 0.0, "a number above 0")
+}
+
 fn probability(text: &str) -> Result<f32, String> {
     number(text, |value| value > 0.0 && value <= 1.0, "a number above 0 and at most 1")
 }
@@ -349,7 +365,8 @@ mod tests {
             "train",
             "train run.toml --recipe default --set r=1 --set finetune.r=2 --output-dir out --resume --dry-run",
             "generate --model m --adapter a --image a.png --image b.png --prompt hi --system s --version v0 \
-             --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --num-beams 2 --seed 4 --json",
+             --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --stop x --seed 4 --json",
+            "generate --model m --prompt p --num-beams 5 --length-penalty -0.5",
             "score --model m --adapter a --data d.json --image-folder i --version plain --out o.jsonl",
             "eval easy-vqa",
             "eval easy-vqa --model m --adapter a --data d --limit 10 --out o --json",

@@ -16,13 +16,17 @@ use super::{
 use crate::{
     data::{IMAGE_PLACEHOLDER, ImageSource, Tokenizer, Turn},
     error::{Error, Result},
-    generate::{Options, generate},
+    generate::{Options, beam_search, generate},
     models::llava::Pictures,
 };
 
 pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
-    if args.num_beams > 1 {
-        return Err(Error::usage("--num-beams is known, but not built yet").hint("leave it out for one beam"));
+    if args.num_beams > 1 && args.temperature > 0.0 {
+        return Err(Error::usage("--num-beams searches, --temperature samples: they do not go together")
+            .hint("leave one of them out"));
+    }
+    if args.stop.iter().any(String::is_empty) {
+        return Err(Error::usage("--stop: an empty text would end every answer at once"));
     }
     // What can be wrong with the request is told before a model is loaded.
     let template = crate::data::Template::named(&args.version)?;
@@ -45,12 +49,15 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
         top_p: args.top_p,
+        top_k: args.top_k,
+        repetition_penalty: args.repetition_penalty,
         seed: args.seed,
         stop_ids: opened.stop_ids(template)?,
     };
     // An end mark of several tokens is found in the text.
-    let stop = template.stop();
-    let stop = opened.tokenizer.token_to_id(stop).is_none().then_some(stop).filter(|stop| !stop.is_empty());
+    let mark = template.stop();
+    let mark = opened.tokenizer.token_to_id(mark).is_none().then_some(mark).filter(|mark| !mark.is_empty());
+    let stop: Vec<&str> = mark.into_iter().chain(args.stop.iter().map(String::as_str)).collect();
 
     let mut answer = Answer { tokenizer: &opened.tokenizer, stop, ids: Vec::new(), shown: 0, stream: !args.json };
     let mut failure = None;
@@ -63,7 +70,14 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
         })
     };
     let started = Instant::now();
-    let generated = generate(&opened.model, &[prompt], Pictures::Pixels(&views), &options, &mut on_token)?;
+    let pictures = Pictures::Pixels(&views);
+    let generated = if args.num_beams > 1 {
+        let found = beam_search(&opened.model, &prompt, pictures, &options, args.num_beams, args.length_penalty)?;
+        found.token_ids.iter().take_while(|&&token| on_token(0, token).is_continue()).count();
+        vec![found]
+    } else {
+        generate(&opened.model, &[prompt], pictures, &options, &mut on_token)?
+    };
     if let Some(error) = failure {
         return Err(error);
     }
@@ -71,7 +85,7 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
     let Some(generated) = generated.first() else { return Ok(()) };
     // Decoding alone: the first token's time is that of the prompt, the pictures and the kernels' compilation.
     let (new, since) = match (generated.token_ids.len(), first) {
-        (count @ 2.., Some(first)) => (count - 1, first),
+        (count @ 2.., Some(first)) if args.num_beams == 1 => (count - 1, first),
         (count, _) => (count, started),
     };
     let speed = new as f64 / since.elapsed().as_secs_f64().max(1e-9);
@@ -95,7 +109,8 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
 /// What has been said so far, and how much of it was shown.
 struct Answer<'a> {
     tokenizer: &'a Tokenizer,
-    stop: Option<&'a str>,
+    /// Any of these ends the answer, and is not part of it.
+    stop: Vec<&'a str>,
     ids: Vec<i32>,
     /// Bytes of the text.
     shown: usize,
@@ -107,19 +122,25 @@ impl Answer<'_> {
     /// Up to the stop text, white space around it left out.
     fn text(&self) -> Result<String> {
         let text = self.tokenizer.decode(&self.ids)?;
-        let end = self.stop.and_then(|stop| text.find(stop)).unwrap_or(text.len());
+        let end = self.stop.iter().filter_map(|stop| text.find(stop)).min().unwrap_or(text.len());
         Ok(text[..end].trim().to_owned())
     }
 
     fn push(&mut self, token: u32) -> Result<ControlFlow<()>> {
         self.ids.push(token as i32);
-        if let Some(stop) = self.stop
-            && self.tokenizer.decode(&self.ids)?.contains(stop)
-        {
-            return Ok(ControlFlow::Break(()));
+        if !self.stop.is_empty() {
+            let text = self.tokenizer.decode(&self.ids)?;
+            if self.stop.iter().any(|stop| text.contains(stop)) {
+                return Ok(ControlFlow::Break(()));
+            }
         }
-        if self.stream && self.stop.is_none() && std::io::stdout().is_terminal() {
-            let text = self.text()?;
+        if self.stream && std::io::stdout().is_terminal() {
+            let mut text = self.text()?;
+            // The beginning of a stop text is held back until it is clear that it is none.
+            let begun =
+                |stop: &&str| (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && text.ends_with(&stop[..n]));
+            let held = self.stop.iter().filter_map(begun).max().unwrap_or(0);
+            text.truncate(text.len() - held);
             // A character may need more tokens than there are yet.
             if !text.ends_with('\u{FFFD}') && text.is_char_boundary(self.shown) && text.len() > self.shown {
                 let mut out = std::io::stdout().lock();

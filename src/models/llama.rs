@@ -10,7 +10,7 @@ use crate::{
     nn::{Forward, Id, Linear},
     ops::{
         attention::{Heads, Mask, Ranges},
-        embedding, rope,
+        elementwise, embedding, rope,
     },
     tensor::Tensor,
 };
@@ -88,6 +88,27 @@ impl KvCache {
         let shape = [rows, config.num_key_value_heads * config.head_dim];
         let layer = || (Tensor::empty(gpu, &shape), Tensor::empty(gpu, &shape));
         Self { layers: (0..config.num_hidden_layers).map(|_| layer()).collect() }
+    }
+
+    /// As [`KvCache::new`], with zeros: rows not written yet then have no weight with any kernel.
+    pub fn zeros(gpu: &Gpu, config: &LlamaConfig, rows: usize) -> Self {
+        let cache = Self::new(gpu, config, rows);
+        for (keys, values) in &cache.layers {
+            elementwise::fill(keys, 0.0);
+            elementwise::fill(values, 0.0);
+        }
+        cache
+    }
+
+    /// Copies `rows` rows, from row `from` on, to another cache's rows from `to` on.
+    pub fn copy_rows(&self, other: &Self, from: usize, to: usize, rows: usize) {
+        if rows == 0 {
+            return;
+        }
+        for ((keys, values), (other_keys, other_values)) in self.layers.iter().zip(&other.layers) {
+            other_keys.copy_rows(to, keys, from, rows);
+            other_values.copy_rows(to, values, from, rows);
+        }
     }
 }
 

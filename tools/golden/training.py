@@ -70,6 +70,19 @@ def greedy(checkpoint, record, new_tokens, lead=0.02):
         return ids[len(record.input_ids) :]
 
 
+def search(checkpoint, record, settings, new_tokens=10):
+    """What transformers' `generate` adds to a record's ids."""
+    model = checkpoint.load(double=False)
+    ids = torch.tensor([record.input_ids])
+    inputs = {} if record.pixels is None else {"pixel_values": record.pixels}
+    pad = checkpoint.tokenizer.pad_token_id
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad,
+        **inputs, **settings,
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
 def choose_trainable(model, method, freeze_projector, unfreeze_vision, linear_projector):
     """Switches requires_grad; `lora` keeps what PEFT made trainable."""
     if method != "lora":

@@ -1,0 +1,91 @@
+//! A model with a cache: rows in, logits out.
+
+use crate::{
+    autograd::{Tape, Var, functions},
+    error::Result,
+    models::{
+        batch::PackedBatch,
+        llama::{KvCache, Places, Span},
+        llava::{Llava, Pictures},
+    },
+    nn::Forward,
+    ops::attention::Ranges,
+    tensor::Tensor,
+};
+
+/// A token about to be read: where its sequence begins in the cache, and its position in the sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    pub base: usize,
+    pub position: usize,
+}
+
+/// A model with the keys and values of what it has read.
+pub struct Decoder<'a> {
+    pub model: &'a Llava,
+    pub cache: KvCache,
+}
+
+impl Decoder<'_> {
+    /// Reads packed sequences, which stand in the cache as they stand in the batch; the logits behind the `known`-th
+    /// token of each (what follows is read too, and written over later).
+    pub fn prefill(
+        &self,
+        batch: &PackedBatch,
+        pictures: Pictures<'_>,
+        lengths: &[usize],
+        known: &[usize],
+    ) -> Result<Vec<Vec<f32>>> {
+        let (mut rows, mut last, mut spans, mut base) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for (&count, &known) in lengths.iter().zip(known) {
+            rows.extend((0..count).map(|position| Row { base, position }));
+            spans.push(Span { first: 0, count, length: known });
+            last.push((base + known - 1) as u32);
+            base += count;
+        }
+        let model = self.model;
+        let ranges = Ranges::packed(model.gpu(), lengths, model.language.mask());
+        self.run(&rows, &spans, ranges, &last, |forward| model.embed(forward, batch, pictures))
+    }
+
+    /// Reads one token of each sequence; the logits behind it.
+    pub fn step(&self, ids: &[u32], rows: &[Row]) -> Result<Vec<Vec<f32>>> {
+        let model = self.model;
+        let mask = model.language.mask();
+        let spans: Vec<Span> =
+            rows.iter().map(|row| Span { first: row.position, count: 1, length: row.position + 1 }).collect();
+        let ranges = rows
+            .iter()
+            .flat_map(|row| [(row.base + mask.first_key(row.position)) as u32, (row.base + row.position + 1) as u32]);
+        let ranges: Vec<u32> = ranges.collect();
+        let ranges = Ranges::cached(Tensor::from_u32(model.gpu(), &ranges, &[rows.len(), 2]));
+        let last: Vec<u32> = (0..ids.len() as u32).collect();
+        self.run(rows, &spans, ranges, &last, |forward| Ok(model.language.embed(forward, ids)))
+    }
+
+    /// Runs rows, of which `spans` are neighbours and which see `ranges`, through the decoder, and the rows `last`
+    /// through the head.
+    fn run(
+        &self,
+        rows: &[Row],
+        spans: &[Span],
+        ranges: Ranges,
+        last: &[u32],
+        embed: impl FnOnce(&mut Forward<'_>) -> Result<Var>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let (model, gpu) = (self.model, self.model.gpu());
+        let upload = |words: Vec<u32>| Tensor::from_u32(gpu, &words, &[words.len()]);
+        let cached = rows.iter().map(|row| (row.base + row.position) as u32).collect();
+        let places =
+            Places { rotary: model.language.rotary(gpu, spans), ranges, cache: Some((&self.cache, upload(cached))) };
+        let mut tape = Tape::silent();
+        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+        let embeddings = embed(&mut forward)?;
+        let hidden = model.language.forward(&mut forward, &embeddings, &places);
+        let hidden = functions::pick_rows(forward.tape, &hidden, &upload(last.to_vec()));
+        let head = forward.parameters.weight(model.language.lm_head());
+        let logits = functions::linear(forward.tape, &hidden, &head, None);
+        let width = logits.value.cols();
+        Ok(logits.value.to_vec()?.chunks_exact(width).map(<[f32]>::to_vec).collect())
+    }
+}
