@@ -117,6 +117,7 @@ def decode_cases() -> list:
     la.putalpha(alpha)
     palette = colour.quantize(16)
     smooth = synthetic(40, 24)
+    rough = noisy(43, 21)
     exif = Image.Exif()
     exif[0x0112] = 6
     files = [
@@ -124,9 +125,14 @@ def decode_cases() -> list:
         ("palette.png", palette, {}, 0), ("palette_transparent.png", palette, {"transparency": 3}, 0),
         ("one_bit.png", ramp.convert("1"), {}, 0), ("colour_key.png", colour, {"transparency": (255, 0, 0)}, 0),
         ("palette.gif", palette, {}, 0), ("rgb.bmp", colour, {}, 0), ("lossless.webp", rgba, {"lossless": True, "exact": True}, 0),
-        ("rgb.jpg", smooth, {"quality": 95, "subsampling": 0}, 4), ("gray.jpg", ramp, {"quality": 95}, 4),
-        ("turned.jpg", smooth, {"quality": 95, "subsampling": 0, "exif": exif}, 4),
-        ("cmyk.jpg", smooth.convert("CMYK"), {"quality": 95}, 6),
+        ("rgb.jpg", smooth, {"quality": 95, "subsampling": 0}, 0), ("gray.jpg", ramp, {"quality": 95}, 0),
+        ("turned.jpg", smooth, {"quality": 95, "subsampling": 0, "exif": exif}, 0),
+        ("cmyk.jpg", smooth.convert("CMYK"), {"quality": 95}, 0),
+        ("420.jpg", rough, {"quality": 75}, 0), ("422.jpg", rough, {"quality": 60, "subsampling": "4:2:2"}, 0),
+        ("restarts.jpg", rough, {"quality": 90, "restart_marker_blocks": 2, "optimize": True}, 0),
+        ("narrow.jpg", noisy(3, 17), {"quality": 75}, 0), ("as_rgb.jpg", rough, {"quality": 75, "keep_rgb": True}, 0),
+        ("progressive.jpg", rough, {"quality": 80, "progressive": True}, 0),
+        ("progressive_gray.jpg", rough.convert("L"), {"quality": 30, "progressive": True}, 0),
     ]
     cases = []
     for name, picture, options, tolerance in files:

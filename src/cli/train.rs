@@ -1,11 +1,11 @@
 //! `wgpu-llava train`: resolves the config, trains, evaluates, reports.
 
-use std::{env, path::Path, time::SystemTime};
+use std::{env, time::SystemTime};
 
 use super::{
     args::{GlobalArgs, TrainArgs},
     config as resolve, interrupt, report as errors,
-    ui::Ui,
+    ui::{Ui, shown},
 };
 use crate::{
     error::{Error, Result},
@@ -118,12 +118,6 @@ fn report_data(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, results: Vec
         samples: results.into_iter().flat_map(|result| result.samples).collect(),
         next_commands: next_commands(config, outcome),
     })
-}
-
-/// A path as a person in the current folder would write it.
-fn shown(path: &Path) -> String {
-    let here = env::current_dir().ok().and_then(|here| path.strip_prefix(here).ok().map(Path::to_path_buf));
-    here.unwrap_or_else(|| path.to_path_buf()).display().to_string()
 }
 
 /// What to type next, ready to paste: what this model was trained for, and no more than it can do.

@@ -8,12 +8,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use owo_colors::OwoColorize;
 use std::{
     io::{IsTerminal, Write},
+    path::Path,
     time::{Duration, Instant},
 };
 
 /// Without a terminal, a line at least this often, and otherwise twenty a stage.
 const QUIET_SPELL: Duration = Duration::from_secs(30);
 const LINES_PER_STAGE: u64 = 20;
+
+/// A path as a person in the current folder would write it.
+pub fn shown(path: &Path) -> String {
+    let here = std::env::current_dir().ok().and_then(|here| path.strip_prefix(here).ok().map(Path::to_path_buf));
+    here.unwrap_or_else(|| path.to_path_buf()).display().to_string()
+}
 
 enum Output {
     Nothing,
@@ -97,7 +104,7 @@ impl Ui {
         if first_step > 0 {
             self.line(&format!("  goes on after step {}", grouped(first_step)));
         }
-        self.line(&format!("  writes to {}", header.output_dir.display()));
+        self.line(&format!("  writes to {}", shown(&header.output_dir)));
         self.end_bar();
         self.new_bar(header.total_steps, first_step);
     }
@@ -181,13 +188,13 @@ impl Observer for Ui {
             Event::Progress { what, done, total } => self.progress(what, done, total),
             Event::StageStart(header) => self.stage_start(header),
             Event::Step(metrics, total) => self.step(metrics, total),
-            Event::Saved(path) => self.line(&format!("  saved {}", path.display())),
+            Event::Saved(path) => self.line(&format!("  saved {}", shown(path))),
             Event::StageEnd { name, output, seconds } => {
                 self.end_bar();
                 let smooth = self.stage.take().map(|stage| stage.smooth).filter(|loss| loss.is_finite());
                 let loss = smooth.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
                 let done = format!("{name} done");
-                self.line(&format!("  {} in {}{loss}: {}", done.green(), duration(seconds), output.display()));
+                self.line(&format!("  {} in {}{loss}: {}", done.green(), duration(seconds), shown(output)));
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Pictures: reading any common file as 8-bit RGB, and CLIP's pre-processing of it, equal to the slow (Pillow and
 //! NumPy) `CLIPImageProcessor`.
 
+mod jpeg;
+
 use std::{
     fmt,
     io::Cursor,
@@ -67,7 +69,8 @@ impl ImageSource {
 }
 
 /// Decodes a picture, its format told by its content, as Pillow's `convert("RGB")` does: palettes are looked up, alpha
-/// is dropped (not blended), EXIF orientation is ignored, of an animation the first frame is taken.
+/// is dropped (not blended), EXIF orientation is ignored, of an animation the first frame is taken. JPEGs are decoded
+/// to the same bytes.
 ///
 /// Of 16-bit channels the high byte is taken. (Pillow does so too, except for grey pictures, whose values it cuts off
 /// at 255, which leaves them white.)
@@ -98,6 +101,12 @@ pub fn decode(bytes: &[u8], name: &str) -> Result<RgbImage> {
     }
     if width == 0 || height == 0 {
         return Err(Error::data(format!("{name} has no pixels: {width}x{height}")));
+    }
+    if format == ImageFormat::Jpeg
+        && let Some((width, height, rgb)) = jpeg::decode(bytes)
+        && let Some(picture) = RgbImage::from_raw(width, height, rgb)
+    {
+        return Ok(picture);
     }
     Ok(to_rgb8(DynamicImage::from_decoder(decoder).map_err(unreadable)?))
 }

@@ -136,7 +136,13 @@ impl Adapter {
             tensors.insert(format!("{path}.lora_B.weight"), HostTensorRef::Borrowed(&pair.lora_b));
         }
         for (name, tensor) in self.on_disk_saved(config) {
-            tensors.insert(format!("{PREFIX}{}", names::at_runtime(&name, config)), tensor);
+            let path = format!("{PREFIX}{}", names::at_runtime(&name, config));
+            // A saved tower must be found whole, and transformers 5 has no inner `vision_model`: both spellings.
+            if let (HostTensorRef::Borrowed(tensor), true) = (&tensor, name.starts_with(names::VISION_TOWER)) {
+                let newer = path.replace(".vision_tower.vision_model.", ".vision_tower.");
+                tensors.insert(newer, HostTensorRef::Borrowed(tensor));
+            }
+            tensors.insert(path, tensor);
         }
         let heads = tensors.iter().map(|(name, tensor)| TensorHead::f32(name, tensor.as_ref().shape.clone())).collect();
         let written = NewFolder::create(folder)?;

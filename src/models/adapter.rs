@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Result},
     formats::{
         HostTensor,
+        hf_folder::ModelFolder,
         peft::{Adapter, LoraWeights},
     },
     nn::{Id, Lora},
@@ -121,11 +122,17 @@ pub fn export(model: &Llava, settings: &Adapter, with_projector: bool) -> Result
     Ok(adapter)
 }
 
-/// Puts the vision tower, as it is now, among the tensors saved with an adapter.
+/// Puts the vision tower, as it is now, among the tensors saved with an adapter. PEFT replaces a saved module whole, so
+/// the layers that the model does not compute come along from its `folder`.
 ///
 /// # Errors
-/// Whatever has failed on the device.
-pub fn save_tower(model: &Llava, adapter: &mut Adapter) -> Result<()> {
+/// Whatever has failed on the device, or with the folder's files.
+pub fn save_tower(model: &Llava, folder: &ModelFolder, adapter: &mut Adapter) -> Result<()> {
+    for (name, _) in names::unused_vision_tensors(&model.config) {
+        if folder.has(&name) && !adapter.saved.contains_key(&name) {
+            adapter.saved.insert(name.clone(), folder.tensor(&name)?);
+        }
+    }
     for (name, shape) in names::expected_tensors(&model.config) {
         if let Some(id) = model.parameters.find(&name).filter(|_| name.starts_with(names::VISION_TOWER)) {
             adapter.saved.insert(name, HostTensor::new(shape, model.parameters.get(id).value.to_vec()?));

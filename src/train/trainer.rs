@@ -261,7 +261,7 @@ impl<'a> Trainer<'a> {
         let base = self.start.folder.name();
         let mut adapter = adapter::export(model, settings, with_projector)?;
         if self.stage.unfreeze_mm_vision_tower {
-            adapter::save_tower(model, &mut adapter)?;
+            adapter::save_tower(model, &self.start.folder, &mut adapter)?;
         }
         for (name, module) in &adapter.modules {
             [&module.lora_a, &module.lora_b].into_iter().try_for_each(|tensor| check_finite(name, &tensor.data))?;

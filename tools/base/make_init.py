@@ -4,6 +4,7 @@
     python make_init.py captioner TOKENIZER_DIR OUT   a LLaVA of the vision tower and a one-layer LLaMA that only serves to
                                                       train it with captions, before tower.toml
     python make_init.py assemble LM TOWER OUT         the base: LLaMA from folder LM, tower from folder TOWER, fresh projector
+    python make_init.py pack BASE OUT                 what goes into the program: the base without projector
 
 Needs numpy and safetensors only.  Options: --seed N (default 0).
 """
@@ -151,7 +152,7 @@ def plain_names(weights: dict) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lm", "captioner", "assemble"])
+    parser.add_argument("what", choices=["lm", "captioner", "assemble", "pack"])
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -165,6 +166,15 @@ def main() -> None:
         trained = plain_names(load_file(os.path.join(tower, "model.safetensors")))
         weights |= {k: v for k, v in trained.items() if k.startswith("vision_tower.")}
         write(out, llava_config(text, image), weights | projector_weights(rng, TOWER["hidden_size"], text["hidden_size"]), lm)
+        return
+    if args.what == "pack":
+        base, out = args.paths
+        os.makedirs(out, exist_ok=True)
+        for name in ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]:
+            shutil.copyfile(os.path.join(base, name), os.path.join(out, name))
+        weights = load_file(os.path.join(base, "model.safetensors"))
+        kept = {k: v for k, v in weights.items() if not k.startswith("multi_modal_projector.")}
+        save_file(kept, os.path.join(out, "model.safetensors"), {"format": "pt"})
         return
     tokenizer, out = args.paths
     vocab, image, pad = vocabulary(tokenizer)

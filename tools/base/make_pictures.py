@@ -3,7 +3,7 @@
 One shape a picture on a background of any brightness: flat, striped, graded or grainy; the shape is drawn as a signed
 distance field with a soft edge, sometimes rotated, outlined or shaded, at any place.  That is a wider and different look
 than easy-VQA's (flat color, axis-aligned, Pillow's drawing functions); nothing is taken from its files.
-Usage: python make_pictures.py OUT_DIR [--count 12000] [--seed 2]    writes OUT_DIR/captions.json and OUT_DIR/images/*.png
+Usage: python make_pictures.py OUT_DIR [--lesson easy|varied|plain] [--count 12000] [--seed 2]    writes OUT_DIR/captions.json and OUT_DIR/images/*.png
 """
 
 import argparse
@@ -99,9 +99,9 @@ def background(kind, color, rng, noise, plain):
     return canvas
 
 
-def draw(scene: words.Scene, rng: random.Random, easy: bool = False) -> np.ndarray:
-    """Half of the pictures are plain (even background, upright shape); the others vary in every way."""
-    plain = easy or rng.random() < 0.5
+def draw(scene: words.Scene, rng: random.Random, lesson: str = "varied") -> np.ndarray:
+    """Half of the `varied` pictures are plain (even background, upright shape); the others vary in every way."""
+    plain = lesson != "varied" or rng.random() < 0.5
     noise = np.random.default_rng(rng.getrandbits(32))
     r = {"small": rng.uniform(4, 8), "medium": rng.uniform(8, 12), "big": rng.uniform(12, 17)}[scene.size]
     third = (SIDE - 2 * r) / 3
@@ -120,15 +120,18 @@ def draw(scene: words.Scene, rng: random.Random, easy: bool = False) -> np.ndarr
     return np.clip(np.rint(canvas * (1 - cover) + fill * cover), 0, 255).astype(np.uint8)
 
 
-def pictures(count: int, seed: int, easy: bool = False):
-    """Yields (scene, caption, pixels of 64x64x3). `easy`: big shapes, even light backgrounds, captions that name the shape alone."""
+def pictures(count: int, seed: int, lesson: str = "varied"):
+    """Yields (scene, caption, pixels of 64x64x3). `easy`: big shapes, even light backgrounds, captions that name the shape
+    alone. `plain`: even light backgrounds and upright shapes of every size."""
     rng = random.Random(seed)
     for _ in range(count):
         scene = words.random_scene(rng)
-        if easy:
-            scene.size, scene.background = "big", "light"
-        text = words.article(scene.shape) if easy else words.caption(scene)
-        yield scene, text, draw(scene, rng, easy)
+        if lesson != "varied":
+            scene.background = "light"
+        if lesson == "easy":
+            scene.size = "big"
+        text = words.article(scene.shape) if lesson == "easy" else words.caption(scene)
+        yield scene, text, draw(scene, rng, lesson)
 
 
 if __name__ == "__main__":
@@ -136,13 +139,13 @@ if __name__ == "__main__":
     parser.add_argument("out")
     parser.add_argument("--count", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--easy", action="store_true", help="the first lesson: big shapes, captions of the shape alone")
+    parser.add_argument("--lesson", choices=["easy", "varied", "plain"], default="varied")
     args = parser.parse_args()
     from PIL import Image
 
     os.makedirs(os.path.join(args.out, "images"), exist_ok=True)
     records = []
-    for i, (_, caption, pixels) in enumerate(pictures(args.count, args.seed, args.easy)):
+    for i, (_, caption, pixels) in enumerate(pictures(args.count, args.seed, args.lesson)):
         name = f"{i:05}.png"
         Image.fromarray(pixels).save(os.path.join(args.out, "images", name))
         turns = [{"from": "human", "value": "<image>\nDescribe the picture."}, {"from": "gpt", "value": caption}]
