@@ -70,7 +70,9 @@ fn check(name: &str) {
         let text = search["prompt"].as_str().unwrap();
         let image = search["image"].as_str().map(|image| case.join("images").join(image).display().to_string());
         let mut arguments: Vec<String> =
-            ["generate", "--model", &model, "--prompt", text, "--max-new-tokens", "10", "--json"].map(Into::into).into();
+            ["generate", "--model", &model, "--prompt", text, "--max-new-tokens", "10", "--json"]
+                .map(Into::into)
+                .into();
         arguments.extend(image.iter().flat_map(|image| ["--image".to_owned(), image.clone()]));
         for option in ["num_beams", "repetition_penalty", "length_penalty"] {
             if let Some(value) = search.get(option) {

@@ -2,12 +2,17 @@
 //!
 //! Knows nothing of tensors on a device, of models or of the trainer: files in, [`Sample`]s and pixel values out.
 
+mod chat_python;
+pub mod chat_template;
 pub mod dataset;
+pub mod gguf_tokenizer;
 pub mod image;
 pub mod record;
 pub mod resize;
 pub mod sample;
 pub mod sampler;
+pub mod sentencepiece;
+mod sentencepiece_proto;
 pub mod template;
 pub mod tokenizer;
 

@@ -1,0 +1,302 @@
+//! A model's own chat template, rendered as transformers' `apply_chat_template` does.
+//!
+//! What the assistant says is found by rendering a conversation message by message: what comes after the prompt for
+//! an answer is the answer. A template whose text for more messages does not begin with that for fewer has no such
+//! places, and is refused for training.
+
+use std::{ops::Range, path::Path, time::SystemTime};
+
+use minijinja::{Environment, Error as TemplateError, ErrorKind, Value as TemplateValue, syntax::SyntaxConfig};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use regex::Regex;
+use serde_json::{Map, Value, json};
+
+use super::{
+    IMAGE_PLACEHOLDER,
+    chat_python::{self, to_template},
+    record::{Role, Turn},
+    template::{Labels, Part},
+};
+use crate::error::{Error, Result};
+
+/// Work a template may do (minijinja's count of instructions and bytes): far more than any conversation takes.
+const FUEL: u64 = 2_000_000;
+/// Stands for a literal `<image>` in somebody's text while a template is rendered; private use characters.
+const LITERAL: &str = "\u{f8ff}\u{e0f5}\u{f8ff}";
+const KNOWN_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
+
+/// How a template wants the pictures of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ContentForm {
+    /// As `<image>` in the text.
+    Text,
+    /// As parts of a list: `{"type": "image"}`, `{"type": "text", "text": ...}`.
+    Parts,
+}
+
+/// A template ready to be rendered.
+pub struct ChatTemplate {
+    name: String,
+    environment: Environment<'static>,
+    tokens: Map<String, Value>,
+    form: ContentForm,
+    /// The date for templates that name it; the time of rendering where there is none.
+    now: Option<SystemTime>,
+}
+
+/// A conversation as text, with the byte ranges of what the assistant says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rendered {
+    pub text: String,
+    pub assistant: Vec<Range<usize>>,
+}
+
+impl ChatTemplate {
+    /// A template from its source. `name` is what messages call it; `config` gives the special tokens as
+    /// tokenizer_config.json does.
+    ///
+    /// # Errors
+    /// Data: a template that does not parse, with its line.
+    pub fn new(name: &str, source: &str, config: &Map<String, Value>) -> Result<Self> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        let unreadable = |error: TemplateError| {
+            let place = error.line().map_or_else(String::new, |line| format!(", line {line}"));
+            Error::data(format!("the chat template of {name}{place}: it cannot be read")).caused_by(error)
+        };
+        environment.set_syntax(syntax.map_err(unreadable)?);
+        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.set_fuel(Some(FUEL));
+        environment.add_filter("tojson", chat_python::tojson);
+        environment.add_function("raise_exception", |message: String| -> Result<String, TemplateError> {
+            Err(TemplateError::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_template_owned("chat", without_generation_blocks(source)).map_err(unreadable)?;
+        let token = |key: &str| {
+            let token = config.get(key)?;
+            Some((key.to_owned(), json!(token.as_str().or_else(|| token.get("content")?.as_str())?)))
+        };
+        let tokens = KNOWN_TOKENS.iter().filter_map(|key| token(key)).collect();
+        let mut template = Self { name: name.to_owned(), environment, tokens, form: ContentForm::Text, now: None };
+        template.form = template.probe();
+        Ok(template)
+    }
+
+    /// The template of a model folder: chat_template.jinja, else chat_template.json, else tokenizer_config.json.
+    pub fn from_folder(folder: &Path) -> Result<Option<Self>> {
+        let read = |name: &str| -> Result<Option<Vec<u8>>> {
+            let path = folder.join(name);
+            if !path.exists() {
+                return Ok(None);
+            }
+            std::fs::read(&path).map(Some).map_err(|source| Error::reading(&path, source))
+        };
+        let object = |name: &str| -> Result<Map<String, Value>> {
+            let Some(bytes) = read(name)? else { return Ok(Map::new()) };
+            serde_json::from_slice(&bytes).map_err(|source| {
+                let path = folder.join(name);
+                Error::data(format!("{} does not hold a JSON object", path.display())).caused_by(source)
+            })
+        };
+        let mut config = object("tokenizer_config.json")?;
+        for (key, token) in object("special_tokens_map.json")? {
+            config.entry(key).or_insert(token);
+        }
+        let shown = folder.display().to_string();
+        if let Some(source) = read("chat_template.jinja")? {
+            let name = format!("{shown}/chat_template.jinja");
+            let source = String::from_utf8(source);
+            let source = source.map_err(|source| Error::data(format!("{name} is not UTF-8")).caused_by(source))?;
+            return Self::new(&name, &source, &config).map(Some);
+        }
+        for file in ["chat_template.json", "tokenizer_config.json"] {
+            if let Some(template) = object(file)?.get("chat_template") {
+                return Self::from_config(&format!("{shown}/{file}"), template, &config).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// From the value of `chat_template`: a string, or a list of named ones, of which `default` is taken.
+    pub fn from_config(name: &str, template: &Value, config: &Map<String, Value>) -> Result<Self> {
+        let named = |entry: &Value| {
+            Some((entry.get("name")?.as_str()?.to_owned(), entry.get("template")?.as_str()?.to_owned()))
+        };
+        let list: Vec<(String, String)> = match template {
+            Value::String(source) => return Self::new(name, source, config),
+            Value::Array(entries) => entries.iter().filter_map(named).collect(),
+            Value::Object(entries) => {
+                let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
+                entries.iter().filter_map(text).collect()
+            }
+            _ => Vec::new(),
+        };
+        match list.iter().find(|(name, _)| name == "default") {
+            Some((_, source)) => Self::new(name, source, config),
+            None => {
+                let names: Vec<&str> = list.iter().map(|(name, _)| name.as_str()).collect();
+                Err(Error::data(format!("{name}: chat_template names no `default` (it has: {})", names.join(", "))))
+            }
+        }
+    }
+
+    /// What messages call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Fixes the date that templates may write into a prompt.
+    pub fn dated(mut self, now: SystemTime) -> Self {
+        self.now = Some(now);
+        self
+    }
+
+    /// The text of messages (`role`, `content`), and the opening of an answer if asked.
+    ///
+    /// # Errors
+    /// Data: what the template itself raises, and faults in it.
+    pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
+        let failed = |error: TemplateError| {
+            let place = error.line().map_or_else(String::new, |line| format!(", line {line}"));
+            let message = error.detail().map_or_else(|| error.to_string(), str::to_owned);
+            Error::data(format!("the chat template of {}{place}: {message}", self.name))
+        };
+        let now = self.now.unwrap_or_else(SystemTime::now);
+        let strftime_now = TemplateValue::from_function(move |format: String| chat_python::strftime(now, &format));
+        let entries = self.tokens.iter().map(|(key, token)| (key.as_str(), to_template(token)));
+        let context = chat_python::dict(entries.chain([
+            ("messages", messages.iter().map(to_template).collect()),
+            ("tools", TemplateValue::from(())),
+            ("documents", TemplateValue::from(())),
+            ("add_generation_prompt", TemplateValue::from(add_generation_prompt)),
+            ("strftime_now", strftime_now),
+        ]));
+        self.environment.get_template("chat").and_then(|template| template.render(context)).map_err(failed)
+    }
+
+    /// The text of a whole conversation and where in it the assistant speaks: each answer with the token that ends it.
+    ///
+    /// # Errors
+    /// Data: also where the text of a part of the conversation is not the beginning of the whole.
+    pub fn render_with_spans(&self, messages: &[Value]) -> Result<Rendered> {
+        let text = self.render(messages, false)?;
+        let mut assistant = Vec::new();
+        let is_answer = |message: &Value| message.get("role").and_then(Value::as_str) == Some("assistant");
+        for index in (0..messages.len()).filter(|&index| is_answer(&messages[index])) {
+            let opened = self.render(&messages[..index], true)?;
+            let closed = match index + 1 == messages.len() {
+                true => text.clone(),
+                false => self.render(&messages[..=index], false)?,
+            };
+            if !closed.starts_with(&opened) || !text.starts_with(&closed) {
+                let message = format!(
+                    "the chat template of {} writes the messages before answer {} in another way when more follow: \
+                     what the assistant says cannot be told apart",
+                    self.name,
+                    assistant.len() + 1
+                );
+                return Err(Error::data(message).hint("train with one of the named templates, such as v1"));
+            }
+            let mut end = closed.len();
+            // Nothing after the token that ends an answer is ever generated.
+            let eos = self.tokens.get("eos_token").and_then(Value::as_str).filter(|eos| !eos.is_empty());
+            let trimmed = closed.trim_end();
+            if eos.is_some_and(|eos| trimmed.ends_with(eos)) && trimmed.len() > opened.len() {
+                end = trimmed.len();
+            }
+            assistant.push(opened.len()..end);
+        }
+        Ok(Rendered { text, assistant })
+    }
+
+    /// A whole conversation for training. With `without_bos` a BOS that the template writes is left out, because the
+    /// tokenizer adds one itself.
+    pub fn training(&self, turns: &[Turn], system: Option<&str>, without_bos: bool) -> Result<Vec<Part>> {
+        let rendered = self.render_with_spans(&self.messages(turns, system))?;
+        Ok(self.parts(&rendered, without_bos))
+    }
+
+    /// A question: `turns` end with a human's, and the assistant's is left open.
+    pub fn prompt(&self, turns: &[Turn], system: Option<&str>, without_bos: bool) -> Result<Vec<Part>> {
+        let text = self.render(&self.messages(turns, system), true)?;
+        Ok(self.parts(&Rendered { text, assistant: Vec::new() }, without_bos))
+    }
+
+    fn messages(&self, turns: &[Turn], system: Option<&str>) -> Vec<Value> {
+        let content = |text: &str, images: usize| {
+            let text = text.replace(IMAGE_PLACEHOLDER, LITERAL);
+            match self.form {
+                ContentForm::Text => {
+                    let pictures = std::iter::repeat_n(IMAGE_PLACEHOLDER, images);
+                    json!(
+                        pictures
+                            .chain(Some(text.as_str()).filter(|text| !text.is_empty()))
+                            .collect::<Vec<_>>()
+                            .join("\n")
+                    )
+                }
+                ContentForm::Parts => {
+                    let pictures = std::iter::repeat_n(json!({"type": "image"}), images);
+                    Value::Array(pictures.chain([json!({"type": "text", "text": text})]).collect())
+                }
+            }
+        };
+        let system = system.map(|system| json!({"role": "system", "content": content(system, 0)}));
+        let turns = turns.iter().map(|turn| {
+            let role = if turn.role == Role::Human { "user" } else { "assistant" };
+            json!({"role": role, "content": content(&turn.text, turn.images)})
+        });
+        system.into_iter().chain(turns).collect()
+    }
+
+    /// Whether the template writes pictures that come as parts of a list.
+    fn probe(&self) -> ContentForm {
+        let parts = json!([{"type": "image"}, {"type": "text", "text": "QUESTION"}]);
+        let text = self.render(&[json!({"role": "user", "content": parts})], false).unwrap_or_default();
+        let is_written = text.contains("QUESTION") && text.contains(IMAGE_PLACEHOLDER);
+        // A template that takes every content for a string prints the list itself.
+        if is_written && !text.contains("'text'") && !text.contains("\"text\"") {
+            ContentForm::Parts
+        } else {
+            ContentForm::Text
+        }
+    }
+
+    fn parts(&self, rendered: &Rendered, without_bos: bool) -> Vec<Part> {
+        let bos = self.tokens.get("bos_token").and_then(Value::as_str).filter(|_| without_bos);
+        let mut at = bos.filter(|bos| rendered.text.starts_with(bos)).map_or(0, str::len);
+        let mut parts = Vec::new();
+        let mut push = |range: Range<usize>, labels: Labels| {
+            let Some(text) = rendered.text.get(range) else { return };
+            for (index, text) in text.split(IMAGE_PLACEHOLDER).enumerate() {
+                if index > 0 {
+                    parts.push(Part::Image);
+                }
+                if !text.is_empty() {
+                    parts.push(Part::Text { text: text.replace(LITERAL, IMAGE_PLACEHOLDER), labels });
+                }
+            }
+        };
+        for answer in &rendered.assistant {
+            push(at..answer.start, Labels::Ignore);
+            push(answer.clone(), Labels::Learn);
+            at = answer.end;
+        }
+        push(at..rendered.text.len(), Labels::Ignore);
+        parts
+    }
+}
+
+/// transformers has a tag `generation` round what the assistant says; here it only has to leave its content be.
+fn without_generation_blocks(source: &str) -> String {
+    let replaced = [
+        (r"\{%([-+]?)\s*generation\s*([-+]?)%\}", "{%$1 if true $2%}"),
+        (r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", "{%$1 endif $2%}"),
+    ];
+    replaced.into_iter().fold(source.to_owned(), |source, (tag, with)| match Regex::new(tag) {
+        Ok(tag) => tag.replace_all(&source, with).into_owned(),
+        Err(_) => source,
+    })
+}
