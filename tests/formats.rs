@@ -11,8 +11,8 @@ use wgpu_llava::{
     error::ErrorKind,
     formats::{
         HostTensor,
-        hf_folder::ModelFolder,
         hf_write::write_model,
+        model_folder::ModelFolder,
         peft::{Adapter, LoraWeights},
         safetensors::{Checkpoint, Dtype},
         safetensors_writer::{TensorData, TensorHead, write_safetensors},

@@ -11,7 +11,7 @@ use wgpu_llava::{
     autograd::{Tape, Var},
     data::IMAGE_TOKEN_INDEX,
     formats::{
-        hf_folder::ModelFolder,
+        model_folder::ModelFolder,
         safetensors_writer::{TensorData, TensorHead, write_safetensors},
     },
     gpu::Gpu,

@@ -6,7 +6,7 @@ pub use easy_vqa::{EasyVqa, Question, Split, easy_vqa, records};
 
 use crate::{
     error::{Error, Result, nearest},
-    formats::hf_folder::{FileBytes, ModelFolder},
+    formats::model_folder::{FileBytes, ModelFolder},
 };
 
 /// Before the name of what is embedded.

@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::{
     atomic::{NewFolder, write_file},
-    hf_folder::ModelFolder,
     host_tensor::HostTensor,
+    model_folder::ModelFolder,
     processor_files,
     safetensors_writer::{SHARD_BYTES, TensorData, TensorHead, write_sharded},
 };

@@ -3,21 +3,19 @@
 //! The header is checked here rather than by the safetensors crate, because the crate lets a repeated name pass and
 //! does not say which tensor is wrong.
 
-use std::{
-    borrow::Cow,
-    collections::BTreeMap,
-    fmt,
-    fs::File,
-    path::{Component, Path},
-};
+use std::{borrow::Cow, collections::BTreeMap, fmt, path::Path};
 
-use memmap2::Mmap;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 pub use safetensors::{Dtype, tensor::TensorInfo};
 
-use super::host_tensor::HostTensor;
-use crate::error::{Error, Result, nearest};
+use super::{
+    host_tensor::HostTensor,
+    mapped::Bytes,
+    shards::{Shards, WeightsFile},
+    torch_bin,
+};
+use crate::error::{Error, Result};
 
 pub const SINGLE_FILE: &str = "model.safetensors";
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -26,9 +24,7 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// The tensors of one or more safetensors files by the names they have there.
 pub struct Checkpoint {
-    files: Vec<TensorFile>,
-    /// Name to the number of its file.
-    tensors: BTreeMap<String, usize>,
+    shards: Shards<TensorFile>,
 }
 
 /// One tensor where it lies in its file.
@@ -46,18 +42,11 @@ pub struct TensorRef<'a> {
 impl Checkpoint {
     /// Opens a folder (model.safetensors, or shards with their index) or one file.
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.is_dir() {
-            return Self::from_files(vec![TensorFile::map(path)?]);
-        }
-        let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
-        if single.exists() {
-            return Self::from_files(vec![TensorFile::map(&single)?]);
-        }
-        if index.exists() {
-            return Self::open_shards(path, &index);
+        if let Some(shards) = Shards::open(path, SINGLE_FILE, INDEX_FILE)? {
+            return Ok(Self { shards });
         }
         let error = Error::data(format!("{} holds neither {SINGLE_FILE} nor {INDEX_FILE}", path.display()));
-        let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|name| path.join(name).exists());
+        let pickled = [torch_bin::SINGLE_FILE, torch_bin::INDEX_FILE].iter().any(|name| path.join(name).exists());
         Err(match pickled {
             true => error.hint("its pytorch_model.bin is not readable yet: save the model with safetensors"),
             false => error.hint("name the folder that holds the model's weights"),
@@ -66,87 +55,31 @@ impl Checkpoint {
 
     /// `name` is what messages call the bytes.
     pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
-        Self::from_files(vec![TensorFile::parse(name.to_owned(), Bytes::Memory(bytes.into()))?])
-    }
-
-    fn open_shards(folder: &Path, index: &Path) -> Result<Self> {
-        #[derive(serde::Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let shown = index.display();
-        let text = std::fs::read(index).map_err(|source| Error::reading(index, source))?;
-        let parsed: Index = serde_json::from_slice(&text).map_err(|source| {
-            Error::data(format!("{shown} is not an index of shards (weight_map: tensor name to file name)"))
-                .caused_by(source)
-        })?;
-        let mut shards: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut files = Vec::new();
-        for (tensor, file) in &parsed.weight_map {
-            if shards.contains_key(file.as_str()) {
-                continue;
-            }
-            // A shard lies beside its index: an index must not lead elsewhere on the disk.
-            if !matches!(Path::new(file).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
-                return Err(Error::data(format!(
-                    "{shown}: {tensor}: `{file}` is not the name of a file in this folder"
-                )));
-            }
-            shards.insert(file, files.len());
-            files.push(TensorFile::map(&folder.join(file)).map_err(|error| {
-                error.hint(format!("{shown} says that {tensor} is in there: the download may be incomplete"))
-            })?);
-        }
-        for (tensor, file) in &parsed.weight_map {
-            if !shards.get(file.as_str()).is_some_and(|&number| files[number].tensors.contains_key(tensor)) {
-                return Err(Error::data(format!("{shown} says that {tensor} is in {file}, but it is not")));
-            }
-        }
-        Self::from_files(files)
-    }
-
-    fn from_files(files: Vec<TensorFile>) -> Result<Self> {
-        let mut tensors: BTreeMap<String, usize> = BTreeMap::new();
-        for (number, file) in files.iter().enumerate() {
-            for name in file.tensors.keys() {
-                if let Some(first) = tensors.insert(name.clone(), number) {
-                    return Err(Error::data(format!("{name} is in both {} and {}", files[first].name, file.name)));
-                }
-            }
-        }
-        Ok(Self { files, tensors })
+        let file = TensorFile::parse(name.to_owned(), Bytes::Memory(bytes.into()))?;
+        Ok(Self { shards: Shards::from_files(vec![file])? })
     }
 
     /// Names as in the files, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
+        self.shards.names()
     }
 
     pub fn get(&self, name: &str) -> Option<TensorRef<'_>> {
-        let (name, &number) = self.tensors.get_key_value(name)?;
-        let file = &self.files[number];
-        let info = file.tensors.get(name)?;
+        let (name, file, info) = self.shards.get(name)?;
         let (start, end) = info.data_offsets;
-        let bytes = &file.bytes.as_slice()[file.data_start + start..file.data_start + end];
+        let bytes = &file.bytes[file.data_start + start..file.data_start + end];
         Some(TensorRef { name, file: &file.name, dtype: info.dtype, shape: &info.shape, bytes })
     }
 
     /// Like [`Checkpoint::get`], with an error that names the nearest tensor there is.
     pub fn require(&self, name: &str) -> Result<TensorRef<'_>> {
-        self.get(name).ok_or_else(|| {
-            let file = self.files.first().map_or("the checkpoint", |file| file.name.as_str());
-            let error = Error::data(format!("{file} has no tensor {name}"));
-            match nearest(name, self.names()) {
-                Some(near) => error.hint(format!("the nearest name is {near}")),
-                None => error,
-            }
-        })
+        self.get(name).ok_or_else(|| self.shards.missing(name))
     }
 
     /// The dtype in which most bytes of weights are kept; F32 for a checkpoint without any.
     pub fn dtype(&self) -> Dtype {
         let bytes_in = |dtype| -> usize {
-            let infos = self.files.iter().flat_map(|file| file.tensors.values());
+            let infos = self.shards.files().iter().flat_map(|file| file.tensors.values());
             infos.filter(|info| info.dtype == dtype).map(|info| info.data_offsets.1 - info.data_offsets.0).sum()
         };
         [Dtype::F16, Dtype::BF16, Dtype::F32].into_iter().max_by_key(|&dtype| bytes_in(dtype)).unwrap_or(Dtype::F32)
@@ -177,20 +110,6 @@ impl TensorRef<'_> {
     }
 }
 
-enum Bytes {
-    Mapped(Mmap),
-    Memory(Cow<'static, [u8]>),
-}
-
-impl Bytes {
-    fn as_slice(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Memory(bytes) => bytes,
-        }
-    }
-}
-
 /// One file whose header has been checked: every range of `tensors` lies within the bytes after `data_start`.
 struct TensorFile {
     name: String,
@@ -200,21 +119,25 @@ struct TensorFile {
 }
 
 impl TensorFile {
+    fn parse(name: String, bytes: Bytes) -> Result<Self> {
+        let (data_start, tensors) = read_header(&name, &bytes)?;
+        Ok(Self { name, bytes, data_start, tensors })
+    }
+}
+
+impl WeightsFile for TensorFile {
+    type Info = TensorInfo;
+
     fn map(path: &Path) -> Result<Self> {
-        let failed = |source| Error::reading(path, source);
-        let file = File::open(path).map_err(failed)?;
-        if file.metadata().map_err(failed)?.len() == 0 {
-            return Err(Error::data(format!("{} is empty", path.display())));
-        }
-        // SAFETY: the map is only read. Like every program that maps checkpoints, this one relies on nobody cutting
-        // the file short while it runs.
-        let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
-        Self::parse(path.display().to_string(), Bytes::Mapped(map))
+        Self::parse(path.display().to_string(), Bytes::map(path)?)
     }
 
-    fn parse(name: String, bytes: Bytes) -> Result<Self> {
-        let (data_start, tensors) = read_header(&name, bytes.as_slice())?;
-        Ok(Self { name, bytes, data_start, tensors })
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
     }
 }
 

@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
     formats::{
         HostTensor,
-        hf_folder::ModelFolder,
+        model_folder::ModelFolder,
         peft::{Adapter, LoraWeights},
     },
     nn::{Id, Lora},

@@ -5,7 +5,7 @@ use super::{batch::PackedBatch, clip::ClipVision, config::ModelConfig, llama::Ll
 use crate::{
     autograd::{Tape, Var, functions},
     error::{Error, Result},
-    formats::{HostTensor, hf_folder::ModelFolder},
+    formats::{HostTensor, model_folder::ModelFolder},
     gpu::Gpu,
     nn::{Forward, Parameters},
     ops::patch_embed,

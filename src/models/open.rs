@@ -10,7 +10,7 @@ use crate::{
     data::{Encoder, ImageProcessor, ImageSource, Template, Tokenizer},
     embedded,
     error::{Error, Result},
-    formats::{HostTensor, hf_folder::ModelFolder, peft::Adapter},
+    formats::{HostTensor, model_folder::ModelFolder, peft::Adapter},
     gpu::Gpu,
 };
 

@@ -18,7 +18,7 @@ use crate::{
     },
     embedded,
     error::{Error, Result},
-    formats::{HostTensor, hf_folder::ModelFolder, peft::Adapter, safetensors::Checkpoint},
+    formats::{HostTensor, model_folder::ModelFolder, peft::Adapter, safetensors::Checkpoint},
     gpu::Gpu,
     models::{
         adapter,

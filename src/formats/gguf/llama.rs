@@ -129,6 +129,12 @@ impl<'a> LlamaTensor<'a> {
         Ok(())
     }
 
+    /// The bytes of `rows` where they lie, for a tensor whose rows are in Hugging Face's order.
+    pub fn raw_in_place(&self, rows: Range<usize>) -> Option<&'a [u8]> {
+        let whole = rows.start <= rows.end && rows.end <= self.rows();
+        (whole && self.head_dim.is_none()).then(|| self.bytes_of(rows))
+    }
+
     /// All values; for tensors that fit in memory.
     pub fn to_f32(&self) -> Result<HostTensor> {
         if !is_readable(self.tensor.ggml_type) {

@@ -1,11 +1,10 @@
 //! Reading GGUF: the file is mapped and everything in it checked before anything is handed out.
 
-use std::{borrow::Cow, collections::BTreeMap, fs::File, ops::Deref, path::Path};
-
-use memmap2::Mmap;
+use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 use super::{Array, DEFAULT_ALIGNMENT, GgmlType, MAGIC, MAX_DIMENSIONS, VALUE_TYPES, Value};
 use crate::error::{Error, Result, nearest};
+use crate::formats::mapped::Bytes;
 
 /// Arrays within arrays, at most.
 const MAX_NESTING: usize = 8;
@@ -59,27 +58,10 @@ struct TensorInfo {
     end: usize,
 }
 
-enum Bytes {
-    Mapped(Mmap),
-    Memory(Cow<'static, [u8]>),
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Memory(bytes) => bytes,
-        }
-    }
-}
-
 impl GgufFile {
     /// Maps the file and checks its header. Errors are bad data and name the file, with the key or the tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let failed = |source| Error::reading(path, source);
-        let file = File::open(path).map_err(failed)?;
-        let about = file.metadata().map_err(failed)?;
+        let about = std::fs::metadata(path).map_err(|source| Error::reading(path, source))?;
         if !about.is_file() || about.len() == 0 {
             return Err(Error::data(format!(
                 "{} is {}",
@@ -88,10 +70,7 @@ impl GgufFile {
             ))
             .hint("name a .gguf file"));
         }
-        // SAFETY: the map is only read. Like every program that maps checkpoints, this one relies on nobody cutting
-        // the file short while it runs.
-        let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
-        Self::parse(path.display().to_string(), Bytes::Mapped(map))
+        Self::parse(path.display().to_string(), Bytes::map(path)?)
     }
 
     /// `name` is what messages call the bytes.

@@ -4,17 +4,15 @@
 //! this reader does not run it: it knows the few operations and names that state dicts are made of and refuses all
 //! others by name. Files are mapped, tensors lie in them where they are.
 
-use std::{
-    borrow::Cow,
-    collections::BTreeMap,
-    fs::File,
-    path::{Component, Path},
+use std::{borrow::Cow, collections::BTreeMap, ops::Range, path::Path};
+
+use super::{
+    host_tensor::HostTensor,
+    mapped::Bytes,
+    safetensors::{Dtype, TensorRef},
+    shards::{Shards, WeightsFile},
 };
-
-use memmap2::Mmap;
-
-use super::{host_tensor::HostTensor, safetensors::Dtype};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result};
 
 mod archive;
 mod globals;
@@ -31,9 +29,7 @@ const RESAVE: &str = "load it in PyTorch (torch.load(path, weights_only=True)) a
 
 /// The tensors of one or more PyTorch files by the names they have there.
 pub struct TorchFile {
-    files: Vec<OneFile>,
-    /// Name to the number of its file.
-    tensors: BTreeMap<String, usize>,
+    shards: Shards<OneFile>,
 }
 
 /// One tensor where it lies in its file. Several may share bytes.
@@ -56,96 +52,33 @@ impl TorchFile {
     /// # Errors
     /// Data: unreadable, broken or old files, and any pickle that does more than hold tensors.
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.is_dir() {
-            return Self::from_files(vec![OneFile::map(path)?]);
-        }
-        let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
-        if single.exists() {
-            return Self::from_files(vec![OneFile::map(&single)?]);
-        }
-        if index.exists() {
-            return Self::open_shards(path, &index);
-        }
-        Err(Error::data(format!("{} holds neither {SINGLE_FILE} nor {INDEX_FILE}", path.display()))
-            .hint("name the folder that holds the model's weights"))
+        let shards = Shards::open(path, SINGLE_FILE, INDEX_FILE)?.ok_or_else(|| {
+            Error::data(format!("{} holds neither {SINGLE_FILE} nor {INDEX_FILE}", path.display()))
+                .hint("name the folder that holds the model's weights")
+        })?;
+        Ok(Self { shards })
     }
 
     /// `name` is what messages call the bytes.
     pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
-        Self::from_files(vec![OneFile::parse(name.to_owned(), Bytes::Memory(bytes.into()))?])
-    }
-
-    fn open_shards(folder: &Path, index: &Path) -> Result<Self> {
-        #[derive(serde::Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let shown = index.display();
-        let text = std::fs::read(index).map_err(|source| Error::reading(index, source))?;
-        let parsed: Index = serde_json::from_slice(&text).map_err(|source| {
-            Error::data(format!("{shown} is not an index of shards (weight_map: tensor name to file name)"))
-                .caused_by(source)
-        })?;
-        let mut shards: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut files = Vec::new();
-        for (tensor, file) in &parsed.weight_map {
-            if shards.contains_key(file.as_str()) {
-                continue;
-            }
-            // A shard lies beside its index: an index must not lead elsewhere on the disk.
-            if !matches!(Path::new(file).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
-                return Err(Error::data(format!(
-                    "{shown}: {tensor}: `{file}` is not the name of a file in this folder"
-                )));
-            }
-            shards.insert(file, files.len());
-            files.push(OneFile::map(&folder.join(file)).map_err(|error| {
-                error.hint(format!("{shown} says that {tensor} is in there: the download may be incomplete"))
-            })?);
-        }
-        for (tensor, file) in &parsed.weight_map {
-            if !shards.get(file.as_str()).is_some_and(|&number| files[number].tensors.contains_key(tensor)) {
-                return Err(Error::data(format!("{shown} says that {tensor} is in {file}, but it is not")));
-            }
-        }
-        Self::from_files(files)
-    }
-
-    fn from_files(files: Vec<OneFile>) -> Result<Self> {
-        let mut tensors: BTreeMap<String, usize> = BTreeMap::new();
-        for (number, file) in files.iter().enumerate() {
-            for name in file.tensors.keys() {
-                if let Some(first) = tensors.insert(name.clone(), number) {
-                    return Err(Error::data(format!("{name} is in both {} and {}", files[first].name, file.name)));
-                }
-            }
-        }
-        Ok(Self { files, tensors })
+        let file = OneFile::parse(name.to_owned(), Bytes::Memory(bytes.into()))?;
+        Ok(Self { shards: Shards::from_files(vec![file])? })
     }
 
     /// Names as in the files, sorted. A model inside a training program's checkpoint has its names without the wrapper.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
+        self.shards.names()
     }
 
     pub fn get(&self, name: &str) -> Option<TorchTensor<'_>> {
-        let (name, &number) = self.tensors.get_key_value(name)?;
-        let file = &self.files[number];
-        let Stored { dtype, shape, strides, span } = file.tensors.get(name)?;
-        let bytes = &file.bytes.as_slice()[span.start..span.start + span.len];
+        let (name, file, Stored { dtype, shape, strides, span }) = self.shards.get(name)?;
+        let bytes = &file.bytes[span.start..span.start + span.len];
         Some(TorchTensor { name, file: &file.name, dtype: *dtype, shape, strides, bytes })
     }
 
     /// Like [`TorchFile::get`], with an error that names the nearest tensor there is.
     pub fn require(&self, name: &str) -> Result<TorchTensor<'_>> {
-        self.get(name).ok_or_else(|| {
-            let file = self.files.first().map_or("the checkpoint", |file| file.name.as_str());
-            let error = Error::data(format!("{file} has no tensor {name}"));
-            match nearest(name, self.names()) {
-                Some(near) => error.hint(format!("the nearest name is {near}")),
-                None => error,
-            }
-        })
+        self.get(name).ok_or_else(|| self.shards.missing(name))
     }
 }
 
@@ -172,57 +105,48 @@ impl<'a> TorchTensor<'a> {
 
     /// The elements in row-major order: in place where they lie so, gathered where they do not.
     pub fn row_major(&self) -> Cow<'a, [u8]> {
-        if self.is_contiguous() {
-            return Cow::Borrowed(self.bytes);
+        match self.shape.first() {
+            Some(&rows) => self.rows_row_major(0..rows),
+            None => Cow::Borrowed(self.bytes),
         }
+    }
+
+    /// As [`TorchTensor::row_major`], of a range of the first dimension.
+    pub fn rows_row_major(&self, rows: Range<usize>) -> Cow<'a, [u8]> {
         let size = self.dtype.bitsize() / 8;
-        let mut gathered = Vec::with_capacity(self.len() * size);
+        let row_elements = self.len() / self.shape.first().copied().unwrap_or(1).max(1);
+        if self.is_contiguous() {
+            let row = row_elements * size;
+            return Cow::Borrowed(&self.bytes[rows.start * row..rows.end * row]);
+        }
+        let mut gathered = Vec::with_capacity(rows.len() * row_elements * size);
         // The innermost dimension is a loop of its own, the others count like an odometer.
         let Some((&columns, outer)) = self.shape.split_last() else { return Cow::Borrowed(self.bytes) };
+        if outer.is_empty() {
+            let element = |at: usize| &self.bytes[at * self.strides[0] * size..][..size];
+            rows.for_each(|at| gathered.extend_from_slice(element(at)));
+            return Cow::Owned(gathered);
+        }
         let step = self.strides[outer.len()];
         let mut index = vec![0; outer.len()];
-        loop {
+        index[0] = rows.start;
+        while index[0] < rows.end {
             let row: usize = index.iter().zip(self.strides).map(|(&at, &stride)| at * stride).sum();
             for column in 0..columns {
                 let at = (row + column * step) * size;
                 gathered.extend_from_slice(&self.bytes[at..at + size]);
             }
-            let Some(dimension) = (0..outer.len()).rev().find(|&dimension| index[dimension] + 1 < outer[dimension])
-            else {
-                return Cow::Owned(gathered);
-            };
-            index[dimension] += 1;
-            index[dimension + 1..].fill(0);
+            let next = (1..outer.len()).rev().find(|&dimension| index[dimension] + 1 < outer[dimension]).unwrap_or(0);
+            index[next] += 1;
+            index[next + 1..].fill(0);
         }
+        Cow::Owned(gathered)
     }
 
     /// The values as f32, row-major: exact, since every F16 and BF16 number is one.
     pub fn to_f32(&self) -> Result<HostTensor> {
-        let bytes = self.row_major();
-        let data = match self.dtype {
-            Dtype::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-            Dtype::F16 => bytes.as_chunks().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::BF16 => bytes.as_chunks().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-            other => {
-                return Err(Error::data(format!("{}: {} is of dtype {other:?}", self.file, self.name))
-                    .hint("weights are read from F32, F16 and BF16"));
-            }
-        };
-        Ok(HostTensor { shape: self.shape.to_vec(), data })
-    }
-}
-
-enum Bytes {
-    Mapped(Mmap),
-    Memory(Cow<'static, [u8]>),
-}
-
-impl Bytes {
-    fn as_slice(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Memory(bytes) => bytes,
-        }
+        let Self { name, file, dtype, shape, .. } = *self;
+        TensorRef { name, file, dtype, shape, bytes: &self.row_major() }.to_f32()
     }
 }
 
@@ -234,20 +158,8 @@ struct OneFile {
 }
 
 impl OneFile {
-    fn map(path: &Path) -> Result<Self> {
-        let failed = |source| Error::reading(path, source);
-        let file = File::open(path).map_err(failed)?;
-        if file.metadata().map_err(failed)?.len() == 0 {
-            return Err(Error::data(format!("{} is empty", path.display())));
-        }
-        // SAFETY: the map is only read. Like every program that maps checkpoints, this one relies on nobody cutting
-        // the file short while it runs.
-        let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
-        Self::parse(path.display().to_string(), Bytes::Mapped(map))
-    }
-
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
-        let data = bytes.as_slice();
+        let data: &[u8] = &bytes;
         if !Archive::recognises(data) {
             return Err(not_an_archive(&name, data));
         }
@@ -270,6 +182,22 @@ impl OneFile {
         let described = pickle::unpickle(&name, contents("data.pkl").unwrap_or_default())?;
         let tensors = state_dict::tensors(&name, &described, &archive, &prefix)?;
         Ok(Self { name, bytes, tensors })
+    }
+}
+
+impl WeightsFile for OneFile {
+    type Info = Stored;
+
+    fn map(path: &Path) -> Result<Self> {
+        Self::parse(path.display().to_string(), Bytes::map(path)?)
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn tensors(&self) -> &BTreeMap<String, Stored> {
+        &self.tensors
     }
 }
 
