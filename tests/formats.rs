@@ -8,10 +8,10 @@ use std::{
 
 use serde_json::{Value, json};
 use wgpu_llava::{
-    error::ErrorKind,
+    error::{ErrorKind, Result},
     formats::{
         HostTensor,
-        hf_write::write_model,
+        hf_write::{Changes, write_model},
         model_folder::ModelFolder,
         peft::{Adapter, LoraWeights},
         safetensors::{Checkpoint, Dtype},
@@ -47,6 +47,11 @@ fn all_tensors(folder: &ModelFolder) -> BTreeMap<String, HostTensor> {
     let config = folder.config();
     let names = names::expected_tensors(config).into_iter().chain(names::unused_vision_tensors(config));
     names.map(|(name, _)| (name.clone(), folder.tensor(&name).unwrap())).collect()
+}
+
+/// Every tensor written as `fetch` gives it.
+fn all<'a>(fetch: impl FnMut(&str) -> Result<HostTensor> + 'a) -> Changes<'a> {
+    Changes::of(|_| true, fetch, Some(Dtype::F32))
 }
 
 /// A copy of a golden folder in which a test may break things.
@@ -96,7 +101,7 @@ fn every_layout_gives_the_same_tensors() {
         }
         let llava = folder.config().llava().unwrap();
         assert_eq!((llava.vision_layers_used(), llava.image_seq_length(), llava.image_token_index), (2, 4, 3));
-        assert_eq!((folder.dtype(), folder.eos_token_ids().unwrap()), (Dtype::F32, vec![2]));
+        assert_eq!((folder.dtype().unwrap(), folder.eos_token_ids().unwrap()), (Dtype::F32, vec![2]));
     }
 }
 
@@ -104,7 +109,7 @@ fn every_layout_gives_the_same_tensors() {
 fn a_tied_sharded_bf16_llama_is_read_and_written() {
     let expected = expected();
     let folder = ModelFolder::open(&golden("llama_sharded")).unwrap();
-    assert_eq!(folder.dtype(), Dtype::BF16);
+    assert_eq!(folder.dtype().unwrap(), Dtype::BF16);
     assert_eq!(folder.eos_token_ids().unwrap(), [2, 4]);
     let text = folder.config().text();
     assert_eq!((text.tie_word_embeddings, text.rope_theta, text.head_dim), (true, 50000.0, 6));
@@ -115,7 +120,7 @@ fn a_tied_sharded_bf16_llama_is_read_and_written() {
     }
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model");
-    write_model(&out, &folder, folder.config(), &mut |name| Ok(tensors[name].clone())).unwrap();
+    write_model(&out, &folder, folder.config(), all(|name| Ok(tensors[name].clone())), None).unwrap();
     let stored = Checkpoint::open(&out).unwrap();
     assert!(stored.get("model.embed_tokens.weight").is_some() && stored.get("lm_head.weight").is_none());
     let again = ModelFolder::open(&out).unwrap();
@@ -130,7 +135,7 @@ fn a_written_llava_is_whole_and_reads_back_equal() {
     let out = dir.path().join("run/model");
     for layout in LAYOUTS {
         let folder = ModelFolder::open(&golden(layout)).unwrap();
-        write_model(&out, &folder, folder.config(), &mut |name| folder.tensor(name)).unwrap();
+        write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), None).unwrap();
         let again = ModelFolder::open(&out).unwrap();
         assert_eq!(all_tensors(&again), all_tensors(&folder), "{layout}");
         let stored = Checkpoint::open(&out).unwrap();
@@ -151,8 +156,8 @@ fn a_failure_while_writing_leaves_the_old_folder() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model");
     let folder = ModelFolder::open(&golden("llava_old")).unwrap();
-    write_model(&out, &folder, folder.config(), &mut |name| folder.tensor(name)).unwrap();
-    let wrong = write_model(&out, &folder, folder.config(), &mut |_| Ok(HostTensor::zeros([1])));
+    write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), None).unwrap();
+    let wrong = write_model(&out, &folder, folder.config(), all(|_| Ok(HostTensor::zeros([1]))), None);
     assert!(wrong.unwrap_err().message.contains("to be written is [1]"));
     assert!(ModelFolder::open(&out).is_ok());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -166,7 +171,7 @@ fn a_linear_projector_is_written_with_an_identity_and_recognised() {
     let ModelConfig::Llava(mut llava) = folder.config().clone() else { panic!("not a LLaVA") };
     llava.projector = ProjectorType::Linear;
     let config = ModelConfig::Llava(llava);
-    write_model(&out, &folder, &config, &mut |name| folder.tensor(name)).unwrap();
+    write_model(&out, &folder, &config, all(|name| folder.tensor(name)), None).unwrap();
 
     let again = ModelFolder::open(&out).unwrap();
     assert_eq!(again.config().llava().unwrap().projector, ProjectorType::Linear);
@@ -220,7 +225,7 @@ fn vision_layers_behind_the_selected_one_may_be_absent_and_are_written_all_the_s
     });
     let folder = ModelFolder::open(dir.path()).unwrap();
     let out = dir.path().join("out");
-    write_model(&out, &folder, folder.config(), &mut |name| folder.tensor(name)).unwrap();
+    write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), None).unwrap();
     let again = ModelFolder::open(&out).unwrap();
     let norm = again.tensor("vision_tower.vision_model.post_layernorm.weight").unwrap();
     assert_eq!(norm, HostTensor::filled([8], 1.0));
@@ -276,7 +281,10 @@ fn a_head_beside_tied_embeddings_is_dropped_if_equal_and_believed_if_not() {
 fn missing_files_are_named() {
     let dir = copy("llava_old");
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
-    assert!(refusal(dir.path()).contains("holds neither model.safetensors nor model.safetensors.index.json"));
+    assert!(
+        refusal(dir.path())
+            .contains("holds no weights: none of model.safetensors, model.safetensors.index.json, pytorch_model.bin")
+    );
     fs::remove_file(dir.path().join("config.json")).unwrap();
     assert!(refusal(dir.path()).contains("holds no config.json"));
     assert!(refusal(&dir.path().join("nowhere")).contains("there is no model folder"));

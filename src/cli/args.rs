@@ -101,8 +101,8 @@ pub enum Command {
     Estimate(NotBuilt),
     /// Fold an adapter into the weights (not built yet)
     Merge(NotBuilt),
-    /// Convert between model layouts (not built yet)
-    Convert(NotBuilt),
+    /// Convert between model layouts
+    Convert(ConvertArgs),
     /// Benchmark the shaders (not built yet)
     Bench(NotBuilt),
 }
@@ -114,7 +114,6 @@ impl Command {
             Self::Chat(_) => ("chat", "`wgpu-llava generate` answers one prompt"),
             Self::Estimate(_) => ("estimate", "`wgpu-llava train --dry-run` shows the config as resolved"),
             Self::Merge(_) => ("merge", "`generate`, `score` and `eval` take --adapter beside --model"),
-            Self::Convert(_) => ("convert", "models in the Hugging Face layout are read as they are"),
             Self::Bench(_) => ("bench", "`metrics.jsonl` of a run has the time of every step"),
             _ => return None,
         };
@@ -269,6 +268,45 @@ pub struct EvalArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// A model in any layout that is read: a folder, a GGUF file, or an embedded name
+    #[arg(long, value_name = "PATH")]
+    pub from: String,
+    /// The folder to write, which must not be there yet
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The layout to write
+    #[arg(long, value_enum, value_name = "LAYOUT", default_value_t = Layout::Hf)]
+    pub to: Layout,
+    /// The dtype of all weights [default: each as it is; f32 where they are quantised]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    pub dtype: Option<WrittenDtype>,
+    /// The vision tower's folder, for a model of the original authors' layout that names one elsewhere
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// Hugging Face's, for transformers
+    Hf,
+    /// The original LLaVA authors'
+    Llava,
+    /// llama.cpp's: a file for the language model, and one (mmproj) for the vision tower
+    Gguf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WrittenDtype {
+    Float32,
+    Float16,
+    Bfloat16,
+    /// Blocks of 32 values in 8 bits each, in a GGUF file alone
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+#[derive(Debug, Args)]
 pub struct ShadersArgs {
     /// The folder to write them to
     #[arg(long, value_name = "DIR")]
@@ -370,6 +408,7 @@ mod tests {
             "score --model m --adapter a --data d.json --image-folder i --version plain --out o.jsonl",
             "eval easy-vqa",
             "eval easy-vqa --model m --adapter a --data d --limit 10 --out o --json",
+            "convert --from a --out b --to gguf --dtype q8_0",
             "shaders --out s",
             "recipes ls",
             "recipes show default",
@@ -389,7 +428,6 @@ mod tests {
             "chat --model m",
             "estimate run.toml --set r=1 --json",
             "merge --model a --adapter b --out c",
-            "convert --from a --out b --to gguf",
             "bench step --hidden-size 64",
         ] {
             let error = cli(line).unwrap().command.not_built().unwrap();

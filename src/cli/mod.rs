@@ -4,6 +4,7 @@
 
 pub mod args;
 mod config;
+mod convert;
 mod devices;
 mod eval;
 mod generate;
@@ -54,6 +55,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, global),
         Command::Score(args) => score::run(args, global),
         Command::Eval(args) => eval::run(args, global),
+        Command::Convert(args) => convert::run(args, global),
         Command::Shaders(args) => shaders::run(args, global),
         Command::Recipes(RecipesCommand::Ls) => report::print_data(&recipes::list()),
         Command::Recipes(RecipesCommand::Keys) => report::print_data(&recipes::keys()),
@@ -64,7 +66,7 @@ fn run(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Command::Completions(args) => report::print_data(&args::completions(args.shell)),
-        Command::Chat(_) | Command::Estimate(_) | Command::Merge(_) | Command::Convert(_) | Command::Bench(_) => Ok(()),
+        Command::Chat(_) | Command::Estimate(_) | Command::Merge(_) | Command::Bench(_) => Ok(()),
     }
 }
 

@@ -59,6 +59,22 @@ pub fn check_output_file(option: &str, path: &Path) -> Result<()> {
     }
 }
 
+/// Refuses a place for a new folder where something would be lost: one that holds files, or a file.
+///
+/// # Errors
+/// [`ErrorKind::Usage`].
+pub fn check_new_folder(option: &str, path: &Path) -> Result<()> {
+    let taken = match path.read_dir() {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => path.exists(),
+    };
+    if taken {
+        return Err(Error::usage(format!("{option}: {} is there already", path.display()))
+            .hint("choose a folder that is not there yet, or remove it first"));
+    }
+    Ok(())
+}
+
 /// Writes data that was asked for to stdout. A reader that has gone (`| head`) is no error.
 pub fn print_data(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();

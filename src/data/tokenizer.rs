@@ -3,10 +3,7 @@
 //! A prompt is encoded in chunks, parted at the pictures, as LLaVA's `tokenizer_image_token` does: each chunk is
 //! tokenised from its own start, and only the first keeps the BOS. Labels come from the byte offsets of the tokens.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-};
+use std::{borrow::Cow, fmt, path::Path};
 
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
@@ -16,6 +13,9 @@ use super::{
     template::{Labels, Part},
 };
 use crate::error::{Error, Result};
+
+/// Gives the bytes of a model's file by name; none where there is no such file.
+pub type ReadFile<'a> = &'a dyn Fn(&str) -> Result<Option<Cow<'static, [u8]>>>;
 
 /// A tokenizer and its special tokens.
 pub struct Tokenizer {
@@ -47,34 +47,32 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, and `tokenizer_config.json` and `special_tokens_map.json` where they exist.
+    /// Reads `tokenizer.json`, and `tokenizer_config.json` and `special_tokens_map.json` where they exist, of a folder.
     pub fn from_folder(folder: &Path) -> Result<Self> {
-        let main = folder.join("tokenizer.json");
-        let bytes = std::fs::read(&main).map_err(|source| {
-            let error = Error::reading(&main, source);
-            if folder.join("tokenizer.model").exists() {
-                error.hint("the folder has only `tokenizer.model`; transformers' AutoTokenizer writes a tokenizer.json from it (save_pretrained)")
-            } else {
-                error.hint("a model folder holds its tokenizer as tokenizer.json")
-            }
-        })?;
-        let optional = |name: &str| -> Result<Option<(PathBuf, Vec<u8>)>> {
+        Self::from_files(&folder.display().to_string(), &|name| {
             let path = folder.join(name);
             match std::fs::read(&path) {
-                Ok(bytes) => Ok(Some((path, bytes))),
+                Ok(bytes) => Ok(Some(bytes.into())),
                 Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
                 Err(source) => Err(Error::reading(&path, source)),
             }
-        };
-        let parse = |file: Option<(PathBuf, Vec<u8>)>| -> Result<Value> {
-            file.map_or(Ok(Value::Null), |(path, bytes)| parse_json(&bytes, &path.display().to_string()))
-        };
-        let config = parse(optional("tokenizer_config.json")?)?;
-        let special = parse(optional("special_tokens_map.json")?)?;
-        Self::build(&bytes, &main.display().to_string(), &config, &special)
+        })
     }
 
-    /// As [`Self::from_folder`], from the bytes of `tokenizer.json` and, if there is one, `tokenizer_config.json`.
+    /// As [`Self::from_folder`], of files that `read` gives by name. `model` is what messages call the model.
+    pub fn from_files(model: &str, read: ReadFile<'_>) -> Result<Self> {
+        let Some(bytes) = read("tokenizer.json")? else {
+            return Err(Error::data(format!("{model} holds no tokenizer.json"))
+                .hint("a model folder holds its tokenizer as tokenizer.json, or as sentencepiece's tokenizer.model"));
+        };
+        let parse = |name: &str| -> Result<Value> {
+            read(name)?.map_or(Ok(Value::Null), |bytes| parse_json(&bytes, &format!("{model}/{name}")))
+        };
+        let (config, special) = (parse("tokenizer_config.json")?, parse("special_tokens_map.json")?);
+        Self::build(&bytes, &format!("{model}/tokenizer.json"), &config, &special)
+    }
+
+    /// From the bytes of `tokenizer.json` and, if there is one, `tokenizer_config.json`.
     pub fn from_bytes(tokenizer: &[u8], config: Option<&[u8]>) -> Result<Self> {
         let config = config.map_or(Ok(Value::Null), |bytes| parse_json(bytes, "tokenizer_config.json"))?;
         Self::build(tokenizer, "tokenizer.json", &config, &Value::Null)

@@ -1,6 +1,6 @@
 //! Writing a model folder that transformers loads as it is.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use serde_json::Value;
 
@@ -9,14 +9,12 @@ use super::{
     host_tensor::HostTensor,
     model_folder::ModelFolder,
     processor_files,
+    safetensors::Dtype,
     safetensors_writer::{SHARD_BYTES, TensorData, TensorHead, write_sharded},
 };
 use crate::{
     error::{Error, Result},
-    models::{
-        config::ModelConfig,
-        names::{self, NamedShape},
-    },
+    models::{config::ModelConfig, names},
 };
 
 /// Files taken over from the model that was trained, where it has them.
@@ -32,22 +30,51 @@ const CARRIED: [&str; 9] = [
     "chat_template.json",
 ];
 
+/// The tensors that are written otherwise than the source has them.
+pub struct Changes<'a> {
+    is_changed: Box<dyn Fn(&str) -> bool + 'a>,
+    fetch: Box<dyn FnMut(&str) -> Result<HostTensor> + 'a>,
+    /// Of the changed ones; none: as the source keeps each.
+    dtype: Option<Dtype>,
+}
+
+impl<'a> Changes<'a> {
+    /// The source as it is.
+    pub fn none() -> Self {
+        Self::of(|_| false, |name| Err(Error::failed(format!("{name} has not changed"))), None)
+    }
+
+    /// `fetch` gives the tensors that `is_changed` names, by canonical name, one at a time in the order of the file.
+    /// They are written in `dtype`, or as the source keeps them.
+    pub fn of(
+        is_changed: impl Fn(&str) -> bool + 'a,
+        fetch: impl FnMut(&str) -> Result<HostTensor> + 'a,
+        dtype: Option<Dtype>,
+    ) -> Self {
+        Self { is_changed: Box::new(is_changed), fetch: Box::new(fetch), dtype }
+    }
+}
+
 /// Writes `config`'s model into the folder `out`, which appears whole or not at all and replaces an older one.
 ///
-/// `fetch` gives each tensor of [`names::expected_tensors`] by canonical name, one at a time, in the order of the file.
-/// Everything else comes from `source`: tokenizer and processor files, and the vision tensors behind the selected layer
-/// (zeros, and ones for norm weights, where `source` lacks them: nothing computes with them).
+/// What has not changed comes from `source`, byte for byte unless `dtype` asks for one dtype throughout: weights,
+/// tokenizer and processor files, and the vision tensors behind the selected layer (zeros, and ones for norm weights,
+/// where `source` lacks them: nothing computes with them).
+///
+/// # Errors
+/// `Data`: a value that the dtype cannot hold. `Failed`: what the disk refuses.
 pub fn write_model(
     out: &Path,
     source: &ModelFolder,
     config: &ModelConfig,
-    fetch: &mut dyn FnMut(&str) -> Result<HostTensor>,
+    changes: Changes<'_>,
+    dtype: Option<Dtype>,
 ) -> Result<()> {
     let folder = NewFolder::create(out)?;
-    write_weights(folder.path(), source, config, SHARD_BYTES, fetch)?;
+    let kept = write_weights(folder.path(), source, config, SHARD_BYTES, changes, dtype)?;
     let write_json =
         |name: &str, value: Value| write_file(&folder.path().join(name), format!("{value:#}\n").as_bytes());
-    write_json("config.json", config.to_json("float32"))?;
+    write_json("config.json", config.to_json(dtype_name(kept)))?;
     for name in CARRIED {
         if let Some(bytes) = source.file(name)? {
             write_file(&folder.path().join(name), &bytes)?;
@@ -69,33 +96,77 @@ pub fn write_model(
     folder.commit()
 }
 
+/// As config.json calls it.
+pub fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+        _ => "float32",
+    }
+}
+
+/// Where a tensor to be written comes from.
+enum Origin {
+    Source,
+    Changed,
+    /// Zeros, ones or an identity that the layout asks for.
+    Filled(HostTensor),
+}
+
+/// Gives the dtype that most bytes are written in.
 fn write_weights(
     folder: &Path,
     source: &ModelFolder,
     config: &ModelConfig,
     shard_bytes: u64,
-    fetch: &mut dyn FnMut(&str) -> Result<HostTensor>,
-) -> Result<()> {
-    let identity = config.llava().map(names::projector_identity_tensors).unwrap_or_default();
-    let unused = names::unused_vision_tensors(config);
-    let all = names::expected_tensors(config).into_iter().chain(identity.clone()).chain(unused.clone());
-    let heads = all.map(|(name, shape)| TensorHead::f32(names::on_disk(&name, config), shape)).collect();
-    let is_among = |tensors: &[NamedShape], name: &str| tensors.iter().any(|(tensor, _)| tensor == name);
+    mut changes: Changes<'_>,
+    dtype: Option<Dtype>,
+) -> Result<Dtype> {
+    let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
+    let mut heads = Vec::new();
+    let mut plan = |name: String, shape: Vec<usize>, origin: Origin| -> Result<()> {
+        let own = match &origin {
+            Origin::Changed if changes.dtype.is_some() || !source.has(&name) => changes.dtype.unwrap_or(Dtype::F32),
+            Origin::Source | Origin::Changed => source.stored(&name)?.dtype(),
+            Origin::Filled(_) => source.dtype()?,
+        };
+        let (on_disk, dtype) = (names::on_disk(&name, config), dtype.unwrap_or(own));
+        origins.insert(on_disk.clone(), origin);
+        heads.push(TensorHead { name: on_disk, dtype, shape });
+        Ok(())
+    };
+    for (name, shape) in names::expected_tensors(config) {
+        let origin = if (changes.is_changed)(&name) { Origin::Changed } else { Origin::Source };
+        plan(name, shape, origin)?;
+    }
+    for (name, shape) in config.llava().map(names::projector_identity_tensors).unwrap_or_default() {
+        let filled = identity_layer(&shape);
+        plan(name, shape, Origin::Filled(filled))?;
+    }
+    for (name, shape) in names::unused_vision_tensors(config) {
+        let origin = if source.has(&name) { Origin::Source } else { Origin::Filled(unused_default(&name, &shape)) };
+        plan(name, shape, origin)?;
+    }
+    let most = most_bytes(&heads);
     write_sharded(folder, heads, shard_bytes, &mut |head| {
         let name = names::canonical(&head.name);
-        let tensor = if is_among(&identity, &name) {
-            identity_layer(&head.shape)
-        } else if is_among(&unused, &name) {
-            if source.has(&name) { source.tensor(&name)? } else { unused_default(&name, &head.shape) }
-        } else {
-            fetch(&name)?
+        let tensor = match origins.remove(&head.name) {
+            Some(Origin::Source) => return Ok(TensorData::Stored(source.stored(&name)?)),
+            Some(Origin::Filled(tensor)) => tensor,
+            Some(Origin::Changed) | None => (changes.fetch)(&name)?,
         };
         if tensor.shape != head.shape {
             let (found, wanted) = (&tensor.shape, &head.shape);
             return Err(Error::failed(format!("{name} to be written is {found:?}, the config asks for {wanted:?}")));
         }
         Ok(TensorData::F32(tensor.data.into()))
-    })
+    })?;
+    Ok(most)
+}
+
+fn most_bytes(heads: &[TensorHead]) -> Dtype {
+    let bytes_in = |dtype| heads.iter().filter(|head| head.dtype == dtype).map(TensorHead::bytes).sum::<u64>();
+    [Dtype::F16, Dtype::BF16, Dtype::F32].into_iter().max_by_key(|&dtype| bytes_in(dtype)).unwrap_or(Dtype::F32)
 }
 
 /// What stands on disk behind a `linear` projector: weight `[h, h]`, bias `[h]`.

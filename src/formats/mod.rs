@@ -9,9 +9,12 @@ pub mod model_folder;
 pub mod peft;
 mod peft_config;
 pub mod processor_files;
+pub mod random;
 pub mod safetensors;
 pub mod safetensors_writer;
 mod shards;
+pub mod stored;
 pub mod torch_bin;
+pub mod weights;
 
 pub use host_tensor::HostTensor;

@@ -13,7 +13,6 @@ use super::{
     host_tensor::HostTensor,
     mapped::Bytes,
     shards::{Shards, WeightsFile},
-    torch_bin,
 };
 use crate::error::{Error, Result};
 
@@ -46,11 +45,7 @@ impl Checkpoint {
             return Ok(Self { shards });
         }
         let error = Error::data(format!("{} holds neither {SINGLE_FILE} nor {INDEX_FILE}", path.display()));
-        let pickled = [torch_bin::SINGLE_FILE, torch_bin::INDEX_FILE].iter().any(|name| path.join(name).exists());
-        Err(match pickled {
-            true => error.hint("its pytorch_model.bin is not readable yet: save the model with safetensors"),
-            false => error.hint("name the folder that holds the model's weights"),
-        })
+        Err(error.hint("name the folder that holds the model's weights"))
     }
 
     /// `name` is what messages call the bytes.
@@ -74,15 +69,6 @@ impl Checkpoint {
     /// Like [`Checkpoint::get`], with an error that names the nearest tensor there is.
     pub fn require(&self, name: &str) -> Result<TensorRef<'_>> {
         self.get(name).ok_or_else(|| self.shards.missing(name))
-    }
-
-    /// The dtype in which most bytes of weights are kept; F32 for a checkpoint without any.
-    pub fn dtype(&self) -> Dtype {
-        let bytes_in = |dtype| -> usize {
-            let infos = self.shards.files().iter().flat_map(|file| file.tensors.values());
-            infos.filter(|info| info.dtype == dtype).map(|info| info.data_offsets.1 - info.data_offsets.0).sum()
-        };
-        [Dtype::F16, Dtype::BF16, Dtype::F32].into_iter().max_by_key(|&dtype| bytes_in(dtype)).unwrap_or(Dtype::F32)
     }
 }
 
@@ -306,7 +292,6 @@ mod tests {
             (tensor.shape.as_slice(), tensor.data.as_slice()),
             (&[2, 1][..], &[1.0, f32::from_bits(0x10000)][..])
         );
-        assert_eq!(checkpoint.dtype(), Dtype::F16);
         let error = checkpoint.require("i").unwrap().to_f32().unwrap_err();
         assert!(error.message.contains("i is of dtype I64"), "{error}");
         assert!(checkpoint.require("bb").unwrap_err().hints[0].contains("nearest name is b"));

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::{
     atomic::{NewFile, write_file},
     safetensors::{Dtype, INDEX_FILE, SINGLE_FILE},
+    stored::{StoredTensor, rounded},
 };
 use crate::error::{Error, Result};
 
@@ -26,16 +27,20 @@ impl TensorHead {
         Self { name: name.into(), dtype: Dtype::F32, shape: shape.into() }
     }
 
-    fn bytes(&self) -> u64 {
+    /// Of its data.
+    pub fn bytes(&self) -> u64 {
         (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
     }
 }
 
 /// The data of one tensor, row-major.
 pub enum TensorData<'a> {
+    /// Values, rounded to nearest even where the head's dtype is narrower.
     F32(Cow<'a, [f32]>),
     /// Little-endian values of the head's dtype.
     Raw(Cow<'a, [u8]>),
+    /// A tensor of another file: its bytes where the dtype is the same, rounded in parts where it is not.
+    Stored(StoredTensor<'a>),
 }
 
 /// Gives the data of the tensor asked for; called once for each, in the order of the file.
@@ -62,40 +67,54 @@ pub fn write_safetensors(path: &Path, mut heads: Vec<TensorHead>, fetch: Fetch) 
     file.write_all(&header).map_err(failed)?;
     for head in &heads {
         let data = fetch(head)?;
-        let (given, wanted) = (data.bytes(), head.bytes());
-        if given != wanted || matches!(data, TensorData::F32(_)) && head.dtype != Dtype::F32 {
+        let (given, wanted) = (data.bytes(head.dtype), head.bytes());
+        if given != wanted {
             let (dtype, shape) = (head.dtype, &head.shape);
             let message = format!("{}: {}: {given} bytes for shape {shape:?} of {dtype:?}", path.display(), head.name);
             return Err(Error::failed(message));
         }
-        data.write(&mut file).map_err(failed)?;
+        data.write(head, &mut |bytes| file.write_all(bytes).map_err(failed))?;
     }
     file.commit()
 }
 
+/// Bytes of a stored tensor that are rounded at a time.
+const CHUNK: usize = 8 << 20;
+
 impl TensorData<'_> {
-    fn bytes(&self) -> u64 {
+    /// How many it will be in a file, as `dtype`.
+    fn bytes(&self, dtype: Dtype) -> u64 {
+        let of = |values: usize| (values * dtype.bitsize() / 8) as u64;
         match self {
-            Self::F32(values) => values.len() as u64 * 4,
+            Self::F32(values) => of(values.len()),
             Self::Raw(bytes) => bytes.len() as u64,
+            Self::Stored(tensor) => of(tensor.len()),
         }
     }
 
-    fn write(&self, file: &mut impl Write) -> std::io::Result<()> {
+    fn write(&self, head: &TensorHead, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         match self {
-            Self::Raw(bytes) => file.write_all(bytes),
-            Self::F32(values) => {
-                let mut buffer = [0; 4096];
-                for values in values.chunks(buffer.len() / 4) {
-                    for (bytes, value) in buffer.chunks_exact_mut(4).zip(values) {
-                        bytes.copy_from_slice(&value.to_le_bytes());
-                    }
-                    file.write_all(&buffer[..values.len() * 4])?;
-                }
-                Ok(())
-            }
+            Self::Raw(bytes) => write(bytes),
+            Self::F32(values) => values.chunks(CHUNK / 4).try_for_each(|values| write(&narrowed(head, values)?)),
+            Self::Stored(tensor) => tensor.row_chunks(CHUNK).try_for_each(|rows| match tensor.dtype() == head.dtype {
+                true => write(&tensor.bytes(rows)?),
+                false => write(&narrowed(head, &tensor.rows_f32(rows)?)?),
+            }),
         }
     }
+}
+
+/// Values in the head's dtype. One that is finite and becomes infinite is an error.
+fn narrowed(head: &TensorHead, values: &[f32]) -> Result<Vec<u8>> {
+    let bytes = rounded(head.dtype, values);
+    if head.dtype == Dtype::F16 {
+        let halves = bytes.as_chunks().0.iter().map(|&bytes| half::f16::from_le_bytes(bytes));
+        if let Some((_, value)) = halves.zip(values).find(|(half, value)| half.is_infinite() && value.is_finite()) {
+            return Err(Error::data(format!("{} holds {value}, which float16 cannot", head.name))
+                .hint("write the model as bfloat16 or float32"));
+        }
+    }
+    Ok(bytes)
 }
 
 /// Writes model.safetensors into `folder`, or shards of at most `shard_bytes` with their index. A tensor larger than
@@ -158,7 +177,11 @@ mod tests {
             .iter()
             .map(|head| {
                 let mut bytes = Vec::new();
-                values(head).unwrap().write(&mut bytes).unwrap();
+                let mut push = |part: &[u8]| {
+                    bytes.extend(part);
+                    Ok(())
+                };
+                values(head).unwrap().write(head, &mut push).unwrap();
                 (head.name.clone(), bytes)
             })
             .collect();

@@ -89,10 +89,6 @@ impl<F: WeightsFile> Shards<F> {
         Ok(Self { files, tensors })
     }
 
-    pub fn files(&self) -> &[F] {
-        &self.files
-    }
-
     /// Names as in the files, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -102,6 +102,48 @@ pub struct ClipVisionConfig {
 }
 
 impl ClipVisionConfig {
+    /// Reads the config.json of a CLIP vision model, or of a whole CLIP, whose `vision_config` it is.
+    ///
+    /// # Errors
+    /// `Data`: another kind of model, a field that cannot work, or is not built.
+    pub fn parse(file: &str, json: &[u8]) -> Result<Self> {
+        let map = object(file, json)?;
+        let fields = Fields { file, path: "", map: &map };
+        fields.only("model_type", &["clip_vision_model", "clip"], "clip_vision_model")?;
+        if fields.text("model_type")? != Some("clip") {
+            return Self::from_fields(&fields);
+        }
+        // Files of 2021 and 2022 have a second copy, which transformers reads after the first.
+        let (mut inner, mut path) = (fields.object("vision_config")?, "vision_config.");
+        if let Some(old) = fields.object("vision_config_dict")? {
+            (inner, path) = (Some(old), "vision_config_dict.");
+        }
+        Self::from_fields(&Fields { file, path, map: inner.unwrap_or(&Map::new()) })
+    }
+
+    /// The towers that OpenAI released, by the last part of their names.
+    pub fn released(name: &str) -> Option<Self> {
+        let leaf = name.rsplit('/').next().unwrap_or(name);
+        let (image_size, patch_size, [hidden_size, layers, heads]) = match leaf {
+            "clip-vit-large-patch14-336" => (336, 14, [1024, 24, 16]),
+            "clip-vit-large-patch14" => (224, 14, [1024, 24, 16]),
+            "clip-vit-base-patch16" => (224, 16, [768, 12, 12]),
+            "clip-vit-base-patch32" => (224, 32, [768, 12, 12]),
+            _ => return None,
+        };
+        Some(Self {
+            hidden_size,
+            intermediate_size: 4 * hidden_size,
+            num_hidden_layers: layers,
+            num_attention_heads: heads,
+            num_channels: 3,
+            image_size,
+            patch_size,
+            layer_norm_eps: 1e-5,
+            raw: Map::new(),
+        })
+    }
+
     /// Patches of one picture, without the class token.
     pub fn num_patches(&self) -> usize {
         (self.image_size / self.patch_size).pow(2)
@@ -213,9 +255,7 @@ impl ModelConfig {
 
     /// `file` is the name that messages give.
     pub fn parse(file: &str, json: &[u8]) -> Result<Self> {
-        let value: Value = serde_json::from_slice(json)
-            .map_err(|source| Error::data(format!("{file} is not valid JSON")).caused_by(source))?;
-        let Value::Object(map) = value else { return Err(Error::data(format!("{file} does not hold a JSON object"))) };
+        let map = object(file, json)?;
         let fields = Fields { file, path: "", map: &map };
         match fields.text("model_type")? {
             Some(name) if let Some(family) = Family::parse(name) => {
@@ -224,14 +264,30 @@ impl ModelConfig {
             Some("llava") if !map.contains_key("mm_vision_tower") => {
                 Ok(Self::Llava(LlavaConfig::from_fields(&fields)?))
             }
-            Some("llava" | "llava_llama") => Err(fields
-                .not_built("model_type", "the layout of the original LLaVA authors is")
-                .hint("use a checkpoint in the Hugging Face layout, such as the llava-hf models")),
+            Some("llava" | "llava_llama" | "llava_mistral") => Err(fields
+                .bad("model_type", "is that of the original LLaVA authors, whose folders are read from the disk only")),
             Some(other) => Err(fields
                 .not_built("model_type", &format!("model type `{other}` is"))
                 .hint("`llama`, `mistral`, `qwen2` and `llava` are")),
             None => Err(fields.bad("model_type", "is missing").hint("`llama` or `llava` is expected")),
         }
+    }
+
+    /// The name of the vision tower in a config.json of the original LLaVA authors (`mm_vision_tower`); none in any
+    /// other's.
+    pub fn original_tower(json: &[u8]) -> Option<String> {
+        let value: Value = serde_json::from_slice(json).ok()?;
+        let ours = value["model_type"].as_str().is_some_and(|kind| kind.starts_with("llava"));
+        value["mm_vision_tower"].as_str().filter(|_| ours).map(str::to_owned)
+    }
+
+    /// Reads a config.json of the original LLaVA authors, whose vision tower is described elsewhere.
+    ///
+    /// # Errors
+    /// `Data`: a field that cannot work, or is not built.
+    pub fn parse_original(file: &str, json: &[u8], vision: ClipVisionConfig) -> Result<Self> {
+        let map = object(file, json)?;
+        Ok(Self::Llava(LlavaConfig::from_original(&Fields { file, path: "", map: &map }, vision)?))
     }
 
     /// The language model.
@@ -267,6 +323,15 @@ impl ModelConfig {
         map.insert("dtype".into(), json!(dtype));
         set_dtype(&mut map, dtype);
         Value::Object(map)
+    }
+}
+
+fn object(file: &str, json: &[u8]) -> Result<Map<String, Value>> {
+    let value: Value = serde_json::from_slice(json)
+        .map_err(|source| Error::data(format!("{file} is not valid JSON")).caused_by(source))?;
+    match value {
+        Value::Object(map) => Ok(map),
+        _ => Err(Error::data(format!("{file} does not hold a JSON object"))),
     }
 }
 
@@ -354,7 +419,7 @@ mod tests {
             ("{}".to_owned(), "model_type is missing"),
             (r#"{"model_type": "gemma2"}"#.to_owned(), "`gemma2` is not built yet"),
             (r#"{"model_type": "qwen2", "use_sliding_window": true}"#.to_owned(), "use_sliding_window: "),
-            (r#"{"model_type": "llava", "mm_vision_tower": "x"}"#.to_owned(), "not built yet"),
+            (r#"{"model_type": "llava", "mm_vision_tower": "x"}"#.to_owned(), "original LLaVA authors"),
             (llama(r#""hidden_size": 0"#), "hidden_size is 0"),
             (llama(r#""hidden_size": "wide""#), "hidden_size is \"wide\""),
             (llama(r#""num_hidden_layers": 99999999999"#), "num_hidden_layers is 99999999999"),

@@ -181,6 +181,15 @@ impl ClipVisionConfig {
     }
 }
 
+/// Whether a key of the original authors' config.json says nothing of the language model.
+fn is_of_original(key: &str) -> bool {
+    let prefixes =
+        ["mm_", "tune_mm", "freeze_mm", "unfreeze_mm", "image_", "tokenizer_", "vision_tower", "_name_or_path"];
+    prefixes.iter().any(|prefix| key.starts_with(prefix))
+        || ["use_mm_proj", "architectures", "auto_map", "pretrain_mm_mlp_adapter", "transformers_version"]
+            .contains(&key)
+}
+
 /// The tower of LLaVA-1.5, CLIP ViT-L/14 at 336 pixels: what a LLaVA without a vision_config has.
 const RELEASED_VISION: [(&str, usize); 8] = [
     ("hidden_size", 1024),
@@ -246,6 +255,53 @@ impl LlavaConfig {
             vision_feature_layer: fields.feature_layer("vision_feature_layer", -2)?,
             vision_feature_select_strategy: strategy,
             raw: fields.map.clone(),
+        };
+        config.check_feature_layer(fields)?;
+        Ok(config)
+    }
+
+    /// The config of the original authors: LLaMA's fields at the top, those of pictures beside them as `mm_…`. Pictures
+    /// are marked by a number that is no token, so `image_token_index` is the first id behind the vocabulary.
+    pub(super) fn from_original(fields: &Fields, vision_config: ClipVisionConfig) -> Result<Self> {
+        let family = match fields.text("model_type")? {
+            Some("llava_mistral") => Family::Mistral,
+            _ => Family::Llama,
+        };
+        let mut text_config = LlamaConfig::from_fields(fields, family)?;
+        text_config.raw.retain(|key, _| !is_of_original(key));
+        let projector = match fields.text("mm_projector_type")?.unwrap_or("linear") {
+            "linear" => ProjectorType::Linear,
+            "mlp2x_gelu" => ProjectorType::Mlp2xGelu,
+            other => {
+                let error = fields.not_built("mm_projector_type", &format!("`{other}` is"));
+                return Err(error.hint("`linear` and `mlp2x_gelu` are"));
+            }
+        };
+        let width = fields.size("mm_hidden_size", vision_config.hidden_size)?;
+        if width != vision_config.hidden_size {
+            let problem = format!("is {width}, and the vision tower is {} wide", vision_config.hidden_size);
+            return Err(fields
+                .bad("mm_hidden_size", &problem)
+                .hint("the tower is another than the model was trained with"));
+        }
+        fields.only("mm_patch_merge_type", &["flat"], "flat")?;
+        fields.only("mm_resampler_type", &["identity"], "identity")?;
+        if fields.flag("mm_use_im_start_end", false)? {
+            return Err(fields.not_built("mm_use_im_start_end", "pictures between tokens of their own are"));
+        }
+        let strategy = match fields.text("mm_vision_select_feature")?.unwrap_or("patch") {
+            "patch" => FeatureSelect::Default,
+            "cls_patch" => FeatureSelect::Full,
+            other => {
+                let problem = format!("is `{other}`, but `patch` or `cls_patch` is expected");
+                return Err(fields.bad("mm_vision_select_feature", &problem));
+            }
+        };
+        let image_token_index = u32::try_from(text_config.vocab_size).unwrap_or(u32::MAX);
+        let config = Self {
+            vision_feature_layer: fields.feature_layer("mm_vision_select_layer", -2)?,
+            vision_feature_select_strategy: strategy,
+            ..Self::new(text_config, vision_config, projector, image_token_index)
         };
         config.check_feature_layer(fields)?;
         Ok(config)

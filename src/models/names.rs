@@ -11,6 +11,7 @@ pub const FINAL_NORM: &str = "language_model.model.norm.weight";
 pub const LM_HEAD: &str = "language_model.lm_head.weight";
 pub const PROJECTOR: &str = "multi_modal_projector";
 pub const VISION_TOWER: &str = "vision_tower";
+pub const POSITION_EMBEDDING: &str = "vision_tower.vision_model.embeddings.position_embedding.weight";
 
 /// A tensor's name and shape.
 pub type NamedShape = (String, Vec<usize>);
@@ -33,6 +34,16 @@ pub fn canonical(name: &str) -> String {
     if name.starts_with("lm_head") {
         return format!("language_model.{name}");
     }
+    // The original authors' projector: 0 and 2 are its linears, 1 the activation between them.
+    if let Some(rest) = name.strip_prefix("model.").unwrap_or(name).strip_prefix("mm_projector.") {
+        return match rest.split_once('.').map(|(number, part)| (number.parse::<usize>(), part)) {
+            Some((Ok(number), part)) if number.is_multiple_of(2) => {
+                format!("{PROJECTOR}.linear_{}.{part}", number / 2 + 1)
+            }
+            Some(_) => name.to_owned(),
+            None => format!("{PROJECTOR}.linear_1.{rest}"),
+        };
+    }
     if let Some(rest) = name.strip_prefix("model.") {
         let of_llama = ["embed_tokens.", "layers.", "norm."].iter().any(|part| rest.starts_with(part));
         let of_llava = ["vision_tower.", "multi_modal_projector."].iter().any(|part| rest.starts_with(part));
@@ -43,14 +54,29 @@ pub fn canonical(name: &str) -> String {
             name = rest;
         }
     }
-    // transformers 5 has no inner vision_model
     if let Some(rest) = name.strip_prefix("vision_tower.") {
+        // The original authors' is a module of the same name within another.
+        if rest.starts_with("vision_tower.") {
+            return canonical(rest);
+        }
+        // transformers 5 has no inner vision_model
         let inner = ["embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."];
         if inner.iter().any(|part| rest.starts_with(part)) {
             return format!("vision_tower.vision_model.{rest}");
         }
     }
     name.to_owned()
+}
+
+/// The canonical spelling of a name in a CLIP's own checkpoint; none for what belongs to its text half or is computed
+/// here.
+pub fn canonical_of_tower(name: &str) -> Option<String> {
+    let of_text = ["text_model.", "text_projection.", "visual_projection.", "text_embeds", "logit_scale"];
+    if is_ignorable(name) || of_text.iter().any(|part| name.starts_with(part)) {
+        return None;
+    }
+    let bare = name.strip_prefix("vision_model.").unwrap_or(name);
+    Some(canonical(&format!("{VISION_TOWER}.{bare}")))
 }
 
 /// The spelling in a written model folder: canonical for a LLaVA, without the first part for a plain LLaMA.
@@ -72,7 +98,7 @@ pub fn at_runtime(canonical: &str, config: &ModelConfig) -> String {
 
 /// Buffers that old files carry and that are computed here.
 pub fn is_ignorable(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || name.ends_with(".position_ids")
+    name.ends_with(".rotary_emb.inv_freq") || name.ends_with(".position_ids") || name == "model.image_newline"
 }
 
 /// Every tensor that the model computes with, by canonical name. Of the vision tower these are the layers up to the
@@ -252,14 +278,39 @@ mod tests {
                     "multi_modal_projector.linear_1.bias",
                     "model.multi_modal_projector.linear_1.bias",
                     "base_model.model.model.multi_modal_projector.linear_1.bias",
+                    "model.mm_projector.0.bias",
+                    "mm_projector.0.bias",
+                    "model.mm_projector.bias",
+                    "base_model.model.model.mm_projector.0.bias",
                 ],
             ),
+            ("multi_modal_projector.linear_2.weight", vec!["model.mm_projector.2.weight"]),
+            (
+                "vision_tower.vision_model.embeddings.class_embedding",
+                vec![
+                    "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
+                    "model.vision_tower.vision_tower.embeddings.class_embedding",
+                ],
+            ),
+            ("model.mm_projector.1.weight", vec!["model.mm_projector.1.weight"]),
             ("model.image_newline", vec!["model.image_newline"]),
         ];
         for (expected, spellings) in rows {
             for name in spellings {
                 assert_eq!(canonical(name), expected, "{name}");
             }
+        }
+    }
+
+    #[test]
+    fn a_tower_of_its_own_has_the_same_names() {
+        let name = |stored: &str| canonical_of_tower(stored);
+        let expected = Some("vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias".to_owned());
+        assert_eq!(name("vision_model.encoder.layers.0.mlp.fc1.bias"), expected);
+        assert_eq!(name("encoder.layers.0.mlp.fc1.bias"), expected);
+        for other in ["text_model.encoder.layers.0.mlp.fc1.bias", "logit_scale", "vision_model.embeddings.position_ids"]
+        {
+            assert_eq!(name(other), None);
         }
     }
 

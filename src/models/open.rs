@@ -19,7 +19,7 @@ use crate::{
 pub enum Place<'a> {
     /// In the program, by its name.
     Embedded(&'a str),
-    /// A folder in Hugging Face layout.
+    /// A folder of one of the layouts that are read, or a GGUF file.
     Folder(&'a Path),
 }
 
@@ -31,10 +31,11 @@ impl<'a> Place<'a> {
 
     /// Opens the folder; a LLaVA may lack its projector.
     pub fn folder(self) -> Result<ModelFolder> {
-        match self {
+        let folder = match self {
             Self::Embedded(name) => embedded::model(name),
             Self::Folder(path) => ModelFolder::open_base(path),
-        }
+        };
+        sized(folder?, None)
     }
 }
 
@@ -84,13 +85,7 @@ pub fn load(gpu: &Gpu, folder: ModelFolder, adapter: Option<&Adapter>) -> Result
 /// # Errors
 /// `Data`: it is missing or unreadable, or knows ids that the model has no embedding for.
 pub fn tokenizer(folder: &ModelFolder) -> Result<Tokenizer> {
-    let tokenizer = match folder.path() {
-        Some(path) => Tokenizer::from_folder(path)?,
-        None => {
-            let config = folder.file("tokenizer_config.json")?;
-            Tokenizer::from_bytes(&folder.require_file("tokenizer.json")?, config.as_deref())?
-        }
-    };
+    let tokenizer = Tokenizer::from_files(folder.name(), &|name| folder.file(name))?;
     let (known, embedded) = (tokenizer.vocabulary_size(), folder.config().text().vocab_size);
     if known > embedded {
         let message =
@@ -100,32 +95,50 @@ pub fn tokenizer(folder: &ModelFolder) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// How pictures are brought to the tower, with `pad` squared first; none for a plain LLaMA.
+/// The model for pictures of `size` pixels a side: where nobody asks for one, of the size that its
+/// preprocessor_config.json makes, else the tower's own.
 ///
 /// # Errors
-/// `Data`: preprocessor_config.json gives pictures of another size than the tower takes.
-pub fn processor(folder: &ModelFolder, pad: bool) -> Result<Option<ImageProcessor>> {
-    let ModelConfig::Llava(llava) = folder.config() else { return Ok(None) };
-    let size = llava.vision_config.image_size as u32;
-    let processor = match folder.preprocessor_config()? {
-        Some(config) => {
-            let file = format!("{}/preprocessor_config.json", folder.name());
-            ImageProcessor::from_config(&Value::Object(config), &file, size)?
-        }
-        None => ImageProcessor::clip(size),
-    };
-    let processor = if pad { processor.with_pad(true) } else { processor };
-    match processor.output_size() {
-        Some((height, width)) if (height, width) == (size, size) => Ok(Some(processor)),
+/// As [`ModelFolder::with_image_size`]; `Data`: preprocessor_config.json makes no pictures of one square size.
+pub fn sized(folder: ModelFolder, size: Option<usize>) -> Result<ModelFolder> {
+    let Some(llava) = folder.config().llava() else { return Ok(folder) };
+    let own = llava.vision_config.image_size;
+    if let Some(size) = size {
+        return folder.with_image_size(size);
+    }
+    match own_processor(&folder, own)?.output_size() {
+        Some((height, width)) if height == width => folder.with_image_size(height as usize),
         other => {
             let made =
                 other.map_or("pictures of any size".into(), |(height, width)| format!("{width}x{height} pixels"));
-            let message = format!(
-                "{}: preprocessor_config.json gives {made}, the vision tower takes {size}x{size}",
-                folder.name()
-            );
+            let message =
+                format!("{}: preprocessor_config.json gives {made}, the vision tower takes {own}x{own}", folder.name());
             Err(Error::data(message).hint("set its `crop_size` to the `image_size` of vision_config in config.json"))
         }
+    }
+}
+
+/// How pictures are brought to the tower, with `pad` squared first; none for a plain LLaMA.
+///
+/// # Errors
+/// `Data`: preprocessor_config.json says what is not built.
+pub fn processor(folder: &ModelFolder, pad: bool) -> Result<Option<ImageProcessor>> {
+    let ModelConfig::Llava(llava) = folder.config() else { return Ok(None) };
+    let size = llava.vision_config.image_size;
+    let mut processor = own_processor(folder, size)?;
+    if processor.output_size() != Some((size as u32, size as u32)) {
+        processor = processor.with_size(size as u32);
+    }
+    Ok(Some(if pad { processor.with_pad(true) } else { processor }))
+}
+
+fn own_processor(folder: &ModelFolder, size: usize) -> Result<ImageProcessor> {
+    match folder.preprocessor_config()? {
+        Some(config) => {
+            let file = format!("{}/preprocessor_config.json", folder.name());
+            ImageProcessor::from_config(&Value::Object(config), &file, size as u32)
+        }
+        None => Ok(ImageProcessor::clip(size as u32)),
     }
 }
 

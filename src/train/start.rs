@@ -1,6 +1,6 @@
 //! What a stage starts from: the model on the device, its tokenizer, pictures' processor and data.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
 use super::{
     config::{
@@ -18,7 +18,12 @@ use crate::{
     },
     embedded,
     error::{Error, Result},
-    formats::{HostTensor, model_folder::ModelFolder, peft::Adapter, safetensors::Checkpoint},
+    formats::{
+        HostTensor,
+        model_folder::{ModelFolder, Tower},
+        peft::Adapter,
+        weights::Weights,
+    },
     gpu::Gpu,
     models::{
         adapter,
@@ -27,6 +32,9 @@ use crate::{
         names, open,
     },
 };
+
+/// A projector alone, as the original authors' stage 1 leaves it.
+const ORIGINAL_PROJECTOR: &str = "mm_projector.bin";
 
 /// What the stage before produced.
 #[derive(Clone, Debug)]
@@ -41,7 +49,7 @@ pub struct Prepared {
     /// The folder's, with the stage's wishes.
     config: ModelConfig,
     /// Of `pretrain_mm_mlp_adapter`.
-    projector: Option<Checkpoint>,
+    projector: Option<Weights>,
     /// The stage's own, or what the stage before left.
     adapter: Option<Adapter>,
 }
@@ -52,6 +60,8 @@ pub struct Start {
     pub folder: ModelFolder,
     /// Rank, alpha and so on of the adapter that trains, under method `lora`.
     pub adapter: Option<Adapter>,
+    /// Canonical names of tensors that are not as the folder has them, before anything has trained.
+    pub changed: BTreeSet<String>,
 }
 
 /// Opens the folder of a model, or an embedded one.
@@ -63,24 +73,50 @@ pub fn open_folder(source: &Source) -> Result<ModelFolder> {
     }
 }
 
+/// The model of a stage, for pictures of the size that the stage wants: with `vision_tower`, which makes a LLaVA out of
+/// a LLaMA, or tells where the tower of a model in the original authors' layout is. A LLaVA gets a token for pictures
+/// where it has none, so that what is written is one for transformers.
+fn open_seeing(model: &Source, stage: &StageConfig) -> Result<ModelFolder> {
+    let Some(tower) = &stage.vision_tower else {
+        return open::sized(open_folder(model)?.with_image_token(stage.seed)?, stage.image_size);
+    };
+    let Source::Local(tower) = tower else {
+        return Err(Error::usage(format!("vision_tower: there is no folder {tower}"))
+            .hint("name the folder of a CLIP vision model"));
+    };
+    let folder = match model {
+        Source::Local(path) => ModelFolder::open_with_tower(path, Some(tower))?,
+        other => open_folder(other)?,
+    };
+    let folder = match (folder.config(), folder.is_original()) {
+        (ModelConfig::Llava(_), true) => folder.with_image_token(stage.seed)?,
+        _ => {
+            let projector = stage.mm_projector_type.map_or(ProjectorType::Linear, projector_type);
+            folder.joined(Tower::open(tower)?, projector, stage.seed)?
+        }
+    };
+    open::sized(folder, stage.image_size)
+}
+
+fn projector_type(wanted: WantedProjector) -> ProjectorType {
+    match wanted {
+        WantedProjector::Linear => ProjectorType::Linear,
+        WantedProjector::Mlp2xGelu => ProjectorType::Mlp2xGelu,
+    }
+}
+
 impl Prepared {
     /// Opens what the stage trains: its own model, or what the stage before left.
     ///
     /// # Errors
     /// `Data` or `Usage`: a file that is missing or wrong, a wish that the model cannot fulfil.
     pub fn open(stage: &StageConfig, before: Option<&Origin>) -> Result<Self> {
-        if let Some(tower) = &stage.vision_tower {
-            return Err(Error::usage(format!(
-                "vision_tower = \"{tower}\": joining a LLaMA and a CLIP is not built yet"
-            ))
-            .hint("start from a LLaVA folder"));
-        }
         let origin = match (&stage.model_name_or_path, before) {
             (Some(model), _) => Origin { model: model.clone(), adapter: None },
             (None, Some(before)) => before.clone(),
             (None, None) => return Err(Error::usage("model_name_or_path is required in the first stage")),
         };
-        let folder = open_folder(&origin.model)?;
+        let folder = open_seeing(&origin.model, stage)?;
         let mut config = folder.config().clone();
         let projector = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
         if let ModelConfig::Llava(llava) = &mut config {
@@ -144,10 +180,16 @@ impl Prepared {
             None => Ok(trainable::fresh_projector(stage.seed, &named, name, shape)),
         };
         let mut model = Llava::load_with(gpu, &folder, config, given.is_some(), &mut projector)?;
+        let mut changed = BTreeSet::new();
+        if let Some(llava) = model.config.llava().filter(|_| given.is_some() || !folder.has_projector()) {
+            changed.extend(names::projector_tensors(llava).into_iter().map(|(name, _)| name));
+        }
         let adapter = match (stage.method, read) {
             (Method::Lora, Some(read)) => Some(read),
             (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
             (_, Some(read)) => {
+                changed.extend(read.modules.keys().map(|module| format!("{module}.weight")));
+                changed.extend(read.saved.keys().cloned());
                 adapter::attach(&mut model, &read, 0.0)?;
                 adapter::fold(&mut model);
                 None
@@ -157,7 +199,7 @@ impl Prepared {
         if let Some(adapter) = &adapter {
             adapter::attach(&mut model, adapter, stage.lora_dropout)?;
         }
-        Ok(Start { model, folder, adapter })
+        Ok(Start { model, folder, adapter, changed })
     }
 }
 
@@ -189,10 +231,7 @@ fn open_dataset(stage: &StageConfig, encoder: Encoder) -> Result<Dataset> {
 /// Applies the stage's wishes to the model's config. `keeps`: the model brings the projector that will be used.
 fn adjust(llava: &mut LlavaConfig, stage: &StageConfig, keeps: bool) -> Result<()> {
     if let Some(wanted) = stage.mm_projector_type {
-        let wanted = match wanted {
-            WantedProjector::Linear => ProjectorType::Linear,
-            WantedProjector::Mlp2xGelu => ProjectorType::Mlp2xGelu,
-        };
+        let wanted = projector_type(wanted);
         if keeps && wanted != llava.projector {
             let message = format!(
                 "mm_projector_type is {}, but the model's projector is {}",
@@ -218,20 +257,22 @@ fn adjust(llava: &mut LlavaConfig, stage: &StageConfig, keeps: bool) -> Result<(
     Ok(())
 }
 
-fn open_projector(source: &Source) -> Result<Checkpoint> {
+/// A file or a folder with a projector: of any model, or `mm_projector.bin`, which the original authors' stage 1 leaves.
+fn open_projector(source: &Source) -> Result<Weights> {
     match source {
-        Source::Local(path) => Checkpoint::open(path),
+        Source::Local(path) if path.join(ORIGINAL_PROJECTOR).is_file() => Weights::open(&path.join(ORIGINAL_PROJECTOR)),
+        Source::Local(path) => Weights::open(path),
         other => Err(Error::usage(format!("pretrain_mm_mlp_adapter: there is no file or folder {other}"))),
     }
 }
 
-fn projector_tensor(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<HostTensor> {
-    let stored = checkpoint.names().find(|stored| names::canonical(stored) == name);
+fn projector_tensor(weights: &Weights, name: &str, shape: &[usize]) -> Result<HostTensor> {
+    let stored = weights.names()?.into_iter().find(|stored| names::canonical(stored) == name);
     let stored = stored.ok_or_else(|| {
         Error::data(format!("pretrain_mm_mlp_adapter holds no {name}"))
             .hint("it must have the projector's type: see mm_projector_type")
     })?;
-    let tensor = checkpoint.require(stored)?.to_f32()?;
+    let tensor = weights.require(&stored)?.to_f32()?;
     if tensor.shape != shape {
         let message = format!("pretrain_mm_mlp_adapter: {name} is {:?}, the model needs {shape:?}", tensor.shape);
         return Err(Error::data(message).hint("it must come from a model with the same tower and the same width"));

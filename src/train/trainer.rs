@@ -28,7 +28,7 @@ use crate::{
         sampler::{Duration, Order, Plan},
     },
     error::{Error, Result},
-    formats::{HostTensor, hf_write},
+    formats::{HostTensor, hf_write, safetensors::Dtype},
     gpu::Gpu,
     models::{adapter, batch::PackedBatch, llava::Llava, names},
     nn::Forward,
@@ -274,14 +274,21 @@ impl<'a> Trainer<'a> {
         let model = &self.start.model;
         let shapes: std::collections::HashMap<String, Vec<usize>> =
             names::expected_tensors(&model.config).into_iter().collect();
-        hf_write::write_model(folder, &self.start.folder, &model.config, &mut |name| {
+        let source = &self.start.folder;
+        let parameter = |name: &str| model.parameters.find(name).map(|id| model.parameters.get(id));
+        // What has not changed is in the source, whatever dtype it has there.
+        let is_changed = |name: &str| {
+            self.start.changed.contains(name) || parameter(name).is_some_and(|parameter| parameter.grad.is_some())
+        };
+        let fetch = |name: &str| {
             let missing = || Error::failed(format!("{name} is not in the model"));
-            let id = model.parameters.find(name).ok_or_else(missing)?;
-            let shape = shapes.get(name).ok_or_else(missing)?;
-            let values = model.parameters.get(id).value.to_vec()?;
+            let (value, shape) = (&parameter(name).ok_or_else(missing)?.value, shapes.get(name).ok_or_else(missing)?);
+            let values = value.to_vec()?;
             check_finite(name, &values)?;
             Ok(HostTensor::new(shape.clone(), values))
-        })
+        };
+        let changes = hf_write::Changes::of(is_changed, fetch, Some(Dtype::F32));
+        hf_write::write_model(folder, source, &model.config, changes, None)
     }
 
     /// Writes the stage's output and marks it finished.

@@ -10,6 +10,7 @@ pub mod llama_config;
 pub mod mmproj;
 pub mod quantize;
 pub mod read;
+pub mod vocabulary;
 pub mod write;
 
 pub use read::{GgufFile, GgufTensor};

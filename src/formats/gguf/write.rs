@@ -59,6 +59,15 @@ pub fn write_gguf(path: &Path, metadata: &[(String, Value)], heads: &[GgufHead],
                     file.write_all(&rounded).map_err(failed)?;
                 }
             }
+            TensorData::Stored(tensor) if tensor.shape == head.shape => {
+                for rows in tensor.row_chunks(CHUNK * 4) {
+                    rounded.clear();
+                    let values = tensor.rows_f32(rows)?;
+                    quantize(head.ggml_type, &values, &mut rounded).map_err(|unfit| refusal(path, head, unfit))?;
+                    file.write_all(&rounded).map_err(failed)?;
+                }
+            }
+            TensorData::Stored(tensor) => return Err(wrong(format!("{:?} for {:?}", tensor.shape, head.shape))),
             TensorData::Raw(bytes) => return Err(wrong(format!("{} bytes for {wanted}", bytes.len()))),
             TensorData::F32(values) => return Err(wrong(format!("{} values for {:?}", values.len(), head.shape))),
         }

@@ -121,7 +121,7 @@ pub static KEYS: &[Key] = &[
     unset("image_folder", Kind::Path, "where pictures are; the data file's folder"),
     stage("version", Kind::Text, "\"v1\"", "conversation template"),
     stage("image_aspect_ratio", Kind::Choice(ImageAspectRatio::NAMES), "\"square\"", "how a picture becomes square"),
-    unset("image_size", at_least(1), "pixels a side; the tower's"),
+    unset("image_size", within(1, 1 << 14), "pixels a side; the tower's"),
     unset("model_max_length", at_least(2), "the model's; longer records lose their tail"),
     stage("shuffle", Kind::Flag, "true", "false: records in file order"),
     stage("seed", at_least(0), "0", "of the order, of new weights and of dropout"),
@@ -184,7 +184,6 @@ pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
         "offload" if value.as_bool() == Some(true) => "use false",
         "devices" if value.as_array().is_some_and(|list| list.len() > 1) => "name one device",
         "precision" if text != "float32" => "use `float32`, or leave it out",
-        "image_size" => "leave it out: the tower's size is used",
         _ => return None,
     };
     Some(instead)

@@ -50,6 +50,8 @@ pub struct StageConfig {
     /// Template name; which exist is for the data layer to say.
     pub version: String,
     pub image_aspect_ratio: ImageAspectRatio,
+    /// None: what the model's preprocessor_config.json makes.
+    pub image_size: Option<usize>,
     /// None: the model's.
     pub model_max_length: Option<usize>,
     pub shuffle: bool,
@@ -155,6 +157,7 @@ impl StageConfig {
             data_path: read.required("data_path", |v| v.as_array()?.iter().map(data_entry).collect())?,
             version: read.required("version", choice)?,
             image_aspect_ratio: read.required("image_aspect_ratio", |v| ImageAspectRatio::parse(v.as_str()?))?,
+            image_size: read.optional("image_size", count)?,
             model_max_length: read.optional("model_max_length", count)?,
             shuffle: read.flag("shuffle")?,
             seed: read.required("seed", count)?,

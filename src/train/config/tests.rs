@@ -200,7 +200,6 @@ fn what_is_known_but_not_built_says_so() {
         "devices=[0, 1]",
         "precision=float16",
         "precision=bfloat16",
-        "image_size=448",
     ] {
         let message = message(MINIMAL, &[setting]);
         assert!(message.contains("not built yet"), "{message}");
