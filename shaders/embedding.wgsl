@@ -6,12 +6,18 @@ struct Params {
     cols: u32,
     first: u32, // the first table row that is bound
     rows: u32, // how many table rows are bound
+    offset: u32, // elements before them in the binding (of packed tables)
 }
 #params
 
 #kernel gather
 // y[i] = table[ids[i]]; rows whose id lies outside the bound part stay as they are.
+#ifdef PACKED
+#import packed
+@group(0) @binding(0) var<storage, read_write> table: array<u32>; // [V, D] packed, a part
+#else
 @group(0) @binding(0) var<storage, read_write> table: array<f32>; // [V, D], a part
+#endif
 @group(0) @binding(1) var<storage, read_write> ids: array<u32>; // [N]
 @group(0) @binding(2) var<storage, read_write> y: array<f32>; // [N, D]
 
@@ -27,7 +33,12 @@ fn gather(
     }
     let id = ids[i / params.cols] - params.first; // wraps for a lower id, and so fails the test
     if (id < params.rows) {
-        y[i] = table[id * params.cols + i % params.cols];
+        let at = params.offset + id * params.cols + i % params.cols;
+#ifdef PACKED
+        y[i] = widen_one(table[at / 2u], at);
+#else
+        y[i] = table[at];
+#endif
     }
 }
 

@@ -1,6 +1,7 @@
 // C[M, N] = alpha * op(A) op(B) (+ bias[N]) (+ C), f32 accumulation in a fixed order.
 //   NN: A [M, K], B [K, N]     NT: A [M, K], B [N, K]     TN: A [K, M], B [K, N]
 // Leading dimensions and offsets are in elements, so that a part of a larger matrix can be read and written.
+// PACKED: B is a weight in 16 bits, two elements to a word; a row may begin inside a word.
 
 struct Params {
     m: u32,
@@ -191,7 +192,12 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 // For GPUs: a workgroup owns a TILE x TILE part of C and stages DEPTH columns of both operands, k-major and padded
 // by 4 words (against bank conflicts of the transposing store); a thread owns BLOCK x BLOCK of C.
 @group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
+#ifdef PACKED
+#import packed
+@group(0) @binding(1) var<storage, read_write> b: array<u32>; // the same, packed
+#else
 @group(0) @binding(1) var<storage, read_write> b: array<f32>; // [K, N], or [N, K] in NT
+#endif
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
 
@@ -218,9 +224,14 @@ fn load_b(k: u32, col: u32) -> f32 {
         return 0.0;
     }
 #ifdef NT
-    return b[params.b_offset + col * params.ldb + k];
+    let at = params.b_offset + col * params.ldb + k;
 #else
-    return b[params.b_offset + k * params.ldb + col];
+    let at = params.b_offset + k * params.ldb + col;
+#endif
+#ifdef PACKED
+    return widen_one(b[at / 2u], at);
+#else
+    return b[at];
 #endif
 }
 
@@ -300,7 +311,12 @@ fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_inde
 // NT with few rows of A: a workgroup owns one row of W [N, K], its threads run along K, ROWS rows of A are served
 // by one pass over W. The sums meet in workgroup memory, always in the same order.
 @group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K]
+#ifdef PACKED
+#import packed
+@group(0) @binding(1) var<storage, read_write> b: array<u32>; // [N, K], packed
+#else
 @group(0) @binding(1) var<storage, read_write> b: array<f32>; // [N, K]
+#endif
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
 
@@ -313,12 +329,32 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let last_row = params.m - 1u;
     let weight = params.b_offset + min(col, params.n - 1u) * params.ldb;
     var sum = vec4<f32>(0.0);
+#ifdef PACKED
+    // Word by word, of which the first and the last may be half a neighbour's.
+    let skipped = weight & 1u;
+    let words = (params.k + skipped + 1u) / 2u;
+    for (var at = local; at < words; at += #{THREADS}u) {
+        let w = widen(b[weight / 2u + at]);
+        let k = 2u * at - skipped; // wraps where the first half is a neighbour's
+        if (k < params.k) {
+#unroll i in 0..ROWS
+            sum[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], w.x, sum[#{i}]);
+#end
+        }
+        if (k + 1u < params.k) {
+#unroll i in 0..ROWS
+            sum[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k + 1u], w.y, sum[#{i}]);
+#end
+        }
+    }
+#else
     for (var k = local; k < params.k; k += #{THREADS}u) {
         let w = b[weight + k];
 #unroll i in 0..ROWS
         sum[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], w, sum[#{i}]);
 #end
     }
+#endif
     partial[local] = sum;
     workgroupBarrier();
     for (var width = #{THREADS / 2}u; width > 0u; width /= 2u) {

@@ -10,6 +10,7 @@ use super::{
     adapter::{self, AdapterFacts, AdapterOptions},
     buffer::{Buffer, Pool},
     kernel::{Kernels, MAX_PARAMS},
+    staging::{SLOT_BYTES, Staging},
 };
 use crate::error::{Error, Result};
 
@@ -19,6 +20,8 @@ const DISPATCHES_PER_SUBMIT: usize = 64;
 const MAX_BIND_GROUPS: usize = 8192;
 /// Bytes of one uniform slot, where immediate data is missing: the largest offset alignment WebGPU allows.
 const UNIFORM_SLOT: u64 = 256;
+/// Writes of at least this many bytes go through staging memory that is kept, and are submitted at once.
+const LARGE_WRITE: usize = 1 << 20;
 
 /// A part of a buffer, bound to a kernel: byte offset (a multiple of [`Gpu::binding_alignment`]) and size.
 #[derive(Clone, Copy)]
@@ -47,6 +50,8 @@ struct Inner {
     kernels: Kernels,
     max_binding: u64,
     alignment: u64,
+    /// Locked before `stream`, where both are.
+    staging: Mutex<Staging>,
     stream: Mutex<Stream>,
     failure: Arc<Mutex<Option<String>>>,
 }
@@ -114,6 +119,7 @@ impl Gpu {
             facts,
             max_binding: options.max_binding.unwrap_or(largest).min(largest),
             alignment,
+            staging: Mutex::default(),
             stream: Mutex::new(Stream { profile: options.profile.then(HashMap::new), ..Default::default() }),
             failure,
         };
@@ -144,8 +150,9 @@ impl Gpu {
         self.inner.pool.held()
     }
 
-    /// Gives the pool's free buffers back to the driver.
+    /// Gives the pool's free buffers and the staging memory of large writes back to the driver.
     pub fn trim(&self) {
+        self.staging().clear();
         self.stream().bind_groups.clear();
         self.inner.pool.trim();
     }
@@ -164,6 +171,10 @@ impl Gpu {
 
     fn stream(&self) -> MutexGuard<'_, Stream> {
         self.inner.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn staging(&self) -> MutexGuard<'_, Staging> {
+        self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failure(&self) -> MutexGuard<'_, Option<String>> {
@@ -264,19 +275,30 @@ impl Gpu {
         }
     }
 
-    fn submit(&self, stream: &mut Stream) {
+    fn submit(&self, stream: &mut Stream) -> Option<wgpu::SubmissionIndex> {
         stream.pass = None;
-        if let Some(encoder) = stream.encoder.take() {
-            self.inner.queue.submit([encoder.finish()]);
-            // Lets wgpu free what finished work held; it never waits.
-            let _ = self.inner.device.poll(wgpu::PollType::Poll);
-        }
         stream.recorded = 0;
+        let encoder = stream.encoder.take()?;
+        let submission = self.inner.queue.submit([encoder.finish()]);
+        // Lets wgpu free what finished work held; it never waits.
+        let _ = self.inner.device.poll(wgpu::PollType::Poll);
+        Some(submission)
     }
 
-    /// Records a copy of `bytes` into `buffer` at a byte offset, both multiples of 4.
+    /// Records a copy of `bytes` into `buffer` at a byte offset, both multiples of 4. A large one waits until the
+    /// device has taken earlier ones, so that the host holds no more than a few staging buffers.
     pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
         if bytes.is_empty() {
+            return;
+        }
+        if bytes.len() >= LARGE_WRITE {
+            let staging = &mut *self.staging();
+            for (index, part) in bytes.chunks(SLOT_BYTES).enumerate() {
+                if let Err(error) = self.write_staged(staging, buffer, offset + (index * SLOT_BYTES) as u64, part) {
+                    self.failure().get_or_insert(error);
+                    return;
+                }
+            }
             return;
         }
         let staging = self.inner.device.create_buffer(&wgpu::BufferDescriptor {
@@ -288,25 +310,43 @@ impl Gpu {
         self.fill(&staging, bytes);
         staging.unmap();
         let stream = &mut *self.stream();
-        stream.pass = None;
-        let encoder =
-            stream.encoder.get_or_insert_with(|| self.inner.device.create_command_encoder(&Default::default()));
-        encoder.copy_buffer_to_buffer(&staging, 0, buffer.raw(), offset, bytes.len() as u64);
-        stream.recorded += 1;
-        // Staging memory lives until its submission has finished: large copies go at once.
-        if bytes.len() > 1 << 20 || stream.recorded >= DISPATCHES_PER_SUBMIT {
+        self.record_copy(stream, &staging, 0, buffer.raw(), offset, bytes.len() as u64);
+        if stream.recorded >= DISPATCHES_PER_SUBMIT {
             self.submit(stream);
         }
     }
 
-    /// Records a copy of `size` bytes between two different buffers; offsets and size are multiples of 4.
-    pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, size: u64) {
+    fn write_staged(&self, staging: &mut Staging, to: &Buffer, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        let buffer = staging.take(&self.inner.device)?;
+        self.fill(&buffer, bytes);
+        buffer.unmap();
         let stream = &mut *self.stream();
+        self.record_copy(stream, &buffer, 0, to.raw(), offset, bytes.len() as u64);
+        if let Some(submission) = self.submit(stream) {
+            staging.give_back(buffer, submission);
+        }
+        Ok(())
+    }
+
+    fn record_copy(
+        &self,
+        stream: &mut Stream,
+        from: &wgpu::Buffer,
+        from_offset: u64,
+        to: &wgpu::Buffer,
+        to_offset: u64,
+        size: u64,
+    ) {
         stream.pass = None;
         let encoder =
             stream.encoder.get_or_insert_with(|| self.inner.device.create_command_encoder(&Default::default()));
-        encoder.copy_buffer_to_buffer(from.raw(), from_offset, to.raw(), to_offset, size);
+        encoder.copy_buffer_to_buffer(from, from_offset, to, to_offset, size);
         stream.recorded += 1;
+    }
+
+    /// Records a copy of `size` bytes between two different buffers; offsets and size are multiples of 4.
+    pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, size: u64) {
+        self.record_copy(&mut self.stream(), from.raw(), from_offset, to.raw(), to_offset, size);
     }
 
     /// Submits what is recorded, waits for it and copies `size` bytes of `buffer` back.
@@ -323,9 +363,7 @@ impl Gpu {
         });
         {
             let stream = &mut *self.stream();
-            stream.pass = None;
-            let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
-            encoder.copy_buffer_to_buffer(buffer.raw(), offset, &staging, 0, size);
+            self.record_copy(stream, buffer.raw(), offset, &staging, 0, size);
             self.submit(stream);
         }
         let (sender, receiver) = mpsc::channel();

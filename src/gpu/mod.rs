@@ -4,12 +4,13 @@
 //! so a buffer that is dropped may be handed out again at once. A failure on the device sticks and is told
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
-//! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `wgsl.rs` (the preprocessor).
+//! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `staging.rs` (large writes), `wgsl.rs` (the preprocessor).
 
 mod adapter;
 mod buffer;
 mod context;
 mod kernel;
+mod staging;
 pub mod wgsl;
 
 pub use adapter::{AdapterFacts, AdapterOptions, list_adapters};

@@ -1,10 +1,16 @@
 //! Rows by index: y[i] = table[ids[i]], its overwriting inverse, and the gradient of the table.
 //! PyTorch: `torch.nn.functional.embedding`, and `index_add_` in a fixed order for its backward.
 //!
+//! A table that is only read may be packed in 16 bits; what is read of it is f32.
+//!
 //! An id outside the table leaves its row alone; [`LEAVE`] is such an id for every table.
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for};
-use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for, testing::wide};
+use crate::{
+    error::Result,
+    gpu::Gpu,
+    tensor::{Dtype, Tensor},
+};
 
 /// The id that means: nothing is read or written for this row.
 pub const LEAVE: u32 = u32::MAX;
@@ -19,7 +25,12 @@ pub fn gather(table: &Tensor, ids: &Tensor) -> Tensor {
 
 /// y[i] = table[ids[i]] for ids inside the table; other rows of y [N, D] stay as they are.
 pub fn gather_into(table: &Tensor, ids: &Tensor, y: &Tensor) {
-    move_rows("embedding.gather", table, ids, y);
+    let kernel = match table.dtype() {
+        Dtype::Bf16 => "embedding.gather.bf16",
+        Dtype::F16 => "embedding.gather.f16",
+        _ => "embedding.gather",
+    };
+    move_rows(kernel, table, ids, y);
 }
 
 /// table[ids[i]] = y[i] for ids inside the table [V, D]. No such id may occur twice.
@@ -33,8 +44,13 @@ fn move_rows(kernel: &str, table: &Tensor, ids: &Tensor, y: &Tensor) {
     assert!(y.cols() == d && y.rows() == ids.len(), "{kernel}: {y:?} and {ids:?} with table {table:?}");
     for (first, count) in bindable_rows(gpu, ids.len(), d) {
         for (from, rows) in bindable_rows(gpu, table.rows(), d) {
-            let bindings = [table.range(from * d, rows * d), ids.range(first, count), y.range(first * d, count * d)];
-            let params = [count as u32, d as u32, from as u32, rows as u32];
+            let (part, before) = if table.dtype().is_packed() {
+                table.packed_range(from * d, rows * d)
+            } else {
+                (table.range(from * d, rows * d), 0)
+            };
+            let bindings = [part, ids.range(first, count), y.range(first * d, count * d)];
+            let params = [count as u32, d as u32, from as u32, rows as u32, before as u32];
             gpu.dispatch(kernel, &bindings, &params, groups_for(count * d, THREADS));
         }
     }
@@ -91,7 +107,7 @@ pub fn scatter_add(dy: &Tensor, csr: &Csr, dtable: &Tensor) {
             csr.order.binding(),
             dy.binding(),
         ];
-        let params = [csr.count as u32, d as u32, from as u32, rows as u32];
+        let params = [csr.count as u32, d as u32, from as u32, rows as u32, 0];
         gpu.dispatch("embedding.scatter_add", &bindings, &params, groups_for(csr.count * d, THREADS));
     }
 }
@@ -122,7 +138,7 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut random = Random::new(n as u64);
     let (vocab, d, tokens) = (2 * n + 3, n / 2 + 1, n + 2);
     let ((table, ttable), (y, ty)) = (random.tensor(gpu, &[vocab, d]), random.tensor(gpu, &[tokens, d]));
-    let (table, y) = (super::testing::wide(&table), super::testing::wide(&y));
+    let (table, y) = (wide(&table), wide(&y));
     let mut ids = random.indices(tokens, vocab);
     ids[0] = LEAVE;
     ids[tokens - 1] = vocab as u32 - 1;
@@ -132,6 +148,13 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     gather_into(&ttable, &tids, &ty);
     let gathered = reference(&table, &ids, &y, d);
     let plain = plain.to_vec()?.split_off(d);
+
+    let mut comparisons = Vec::new();
+    for (what, dtype) in [("gather from bf16", Dtype::Bf16), ("gather from f16", Dtype::F16)] {
+        let narrow = Tensor::from_bytes(gpu, dtype, &dtype.narrow(&ttable.to_vec()?), &[vocab, d]);
+        let (mut got, want) = (gather(&narrow, &tids).to_vec()?, reference(&wide(&narrow.to_vec()?), &ids, &y, d));
+        comparisons.push(Comparison::new(what, got.split_off(d), want[d..].to_vec(), 0.0));
+    }
 
     let dtable = elementwise::zeros(gpu, &[vocab, d]);
     let csr = Csr::new(gpu, &ids);
@@ -146,12 +169,13 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     elementwise::scale(&ty, -1.0);
     scatter(&ty, &Tensor::from_u32(gpu, &once, &[tokens]), &ttable);
     let negative: Vec<f64> = gathered.iter().map(|y| -y).collect();
-    Ok(vec![
+    comparisons.extend([
         Comparison::new("gather", plain, gathered[d..].to_vec(), 1e-9),
         Comparison::new("gather into", got, gathered.clone(), 1e-9),
         Comparison::new("scatter", ttable.to_vec()?, reference_scatter(&negative, &once, &table, d, false), 1e-9),
         Comparison::new("scatter add", dtable.to_vec()?, want_dtable, 1e-6),
-    ])
+    ]);
+    Ok(comparisons)
 }
 
 pub const OP: Op = Op {

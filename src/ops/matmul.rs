@@ -6,14 +6,17 @@
 //! | NN | [M, K] | [K, N] | dX = dY W |
 //! | TN | [K, M] | [K, N] | dW = dY^T X |
 //!
+//! B may be a weight in 16 bits in NT and NN: GPUs widen it on its way to workgroup memory, host processors into f32
+//! scratch of bounded size first (`widened`), unless few rows of A make W's bytes the cost.
+//!
 //! Which kernel runs is chosen per adapter and shape: GPUs stage tiles in workgroup memory, host processors want
 //! their operands as uniforms (`by_uniforms`), and a few rows of A go to a kernel that reads W once.
 
-use super::{Comparison, Cost, Op, Random, testing::wide, uniform_rows};
+use super::{Comparison, Cost, Op, Random, cast::cast_into, testing::wide, uniform_rows};
 use crate::{
     error::Result,
     gpu::Gpu,
-    tensor::{ALIGNMENT, Tensor},
+    tensor::{ALIGNMENT, Dtype, Tensor},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,10 +62,13 @@ fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, usize) {
 pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
     let (m, n, k) = sizes(layout, a, b);
     assert_eq!((c.rows(), c.cols()), (m, n), "{layout:?} product of {a:?} and {b:?} into {c:?}");
+    let packed = b.dtype().is_packed() && layout != Layout::Tn;
+    assert!(packed || b.dtype() == Dtype::F32, "{layout:?} product of {a:?} and {b:?}: B's type");
+    assert!(a.dtype() == Dtype::F32 && c.dtype() == Dtype::F32, "{layout:?} product of {a:?} and {b:?} into {c:?}");
     if m == 0 || n == 0 {
         return;
     }
-    let call = Call { layout, a, b, c, epilogue };
+    let call = Call { layout, a, b, b_first: 0, c, epilogue };
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
@@ -78,6 +84,8 @@ struct Call<'a> {
     layout: Layout,
     a: &'a Tensor,
     b: &'a Tensor,
+    /// Which of the product's rows of B is the first of `b`.
+    b_first: usize,
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
 }
@@ -111,15 +119,18 @@ impl Call<'_> {
     fn run(&self, region: Region) {
         let gpu = self.c.gpu();
         let most = gpu.max_binding();
-        let bytes = |rows: (usize, usize), tensor: &Tensor| (length(rows) * tensor.cols() * 4) as u64;
+        let bytes = |rows, tensor: &Tensor| (length(rows) * tensor.cols() * tensor.dtype().bytes()) as u64;
+        let on_host = gpu.is_cpu() && length(region.m) > ROWS_KERNEL_MOST;
         let (a_rows, b_rows) = self.operand_rows(region);
         let cut = if bytes(region.m, self.c) > most && length(region.m) > 64 {
             region.cut_m(halved(region.m))
         } else if bytes(a_rows, self.a) > most && length(a_rows) > 64 {
             if self.layout == Layout::Tn { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
+        } else if on_host && self.b.dtype().is_packed() {
+            return self.widened(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
-        } else if gpu.is_cpu() && length(region.m) > ROWS_KERNEL_MOST {
+        } else if on_host {
             return self.by_uniforms(region);
         } else {
             return self.launch(region);
@@ -127,12 +138,27 @@ impl Call<'_> {
         cut.into_iter().for_each(|part| self.run(part));
     }
 
-    /// The ranges of A's and B's rows that a region needs.
+    /// The ranges of A's and B's rows that a region needs, as rows of the product.
     fn operand_rows(&self, region: Region) -> ((usize, usize), (usize, usize)) {
         (
             if self.layout == Layout::Tn { region.k } else { region.m },
             if self.layout == Layout::Nt { region.n } else { region.k },
         )
+    }
+
+    /// Runs a region with B widened to f32, a range of its rows after the other.
+    fn widened(&self, region: Region) {
+        let cols = self.b.cols();
+        let (_, (from, to)) = self.operand_rows(region);
+        let most = (SCRATCH_BYTES / (cols.max(1) * 4) / ALIGNMENT * ALIGNMENT).max(ALIGNMENT);
+        for first in (from..to).step_by(most) {
+            let rows = (first, (first + most).min(to));
+            let scratch = Tensor::empty(self.c.gpu(), &[length(rows), cols]);
+            cast_into(self.b, (first - self.b_first) * cols, &scratch, 0, scratch.len());
+            let part =
+                if self.layout == Layout::Nt { Region { n: rows, ..region } } else { Region { k: rows, ..region } };
+            Call { b: &scratch, b_first: first, ..*self }.run(part);
+        }
     }
 
     /// Cuts a region until the rows of A and of B are uniforms of 64 KiB at most; rows longer than that, or so long
@@ -147,7 +173,7 @@ impl Call<'_> {
         if self.layout == Layout::Nt && fit_b < 64 && whole_rows && uniform_rows(n) > fit_b {
             // Too few rows of W fit to fill the lanes: the transposed matrix has shorter rows.
             let transposed = Tensor::empty(self.c.gpu(), &[length(region.k), n]);
-            transpose_rows(self.b, region.n.0, &transposed);
+            transpose_rows(self.b, region.n.0 - self.b_first, &transposed);
             let window = Window::new(n, usize::MAX);
             for m in parts(region.m, fit_a) {
                 for k in parts(region.k, window.most()) {
@@ -164,7 +190,8 @@ impl Call<'_> {
         for m in parts(region.m, m_most) {
             for n in parts(region.n, n_most) {
                 for k in parts(region.k, window.most()) {
-                    let b_start = if self.layout == Layout::Nt { (n.0, k.0) } else { (k.0, n.0) };
+                    let b_row = self.operand_rows(Region { m, n, k }).1.0 - self.b_first;
+                    let b_start = (b_row, if self.layout == Layout::Nt { k.0 } else { n.0 });
                     self.launch_uniform(Region { m, n, k }, self.layout, self.b, b_start, window);
                 }
             }
@@ -230,15 +257,20 @@ impl Call<'_> {
     }
 
     fn launch(&self, region: Region) {
-        let Self { layout, a, b, c, epilogue } = *self;
+        let Self { layout, a, b, c, epilogue, .. } = *self;
         let (m, n, k) = (length(region.m), length(region.n), length(region.k));
         // Row ranges are bound; column ranges are offsets inside the binding.
         let (a_rows, b_rows) = self.operand_rows(region);
         let a_col = if layout == Layout::Tn { region.m.0 } else { region.k.0 };
         let b_col = if layout == Layout::Nt { region.k.0 } else { region.n.0 };
-        let rows = |tensor: &Tensor, range: (usize, usize)| (range.0 * tensor.cols(), length(range) * tensor.cols());
         let first = region.k.0 == 0;
         let bias = epilogue.bias.filter(|_| first);
+        let a_binding = a.range(a_rows.0 * a.cols(), length(a_rows) * a.cols());
+        let (b_start, b_count) = ((b_rows.0 - self.b_first) * b.cols(), length(b_rows) * b.cols());
+        let (b_binding, b_before) =
+            if b.dtype().is_packed() { b.packed_range(b_start, b_count) } else { (b.range(b_start, b_count), 0) };
+        let c_binding = c.range(region.m.0 * c.cols(), m * c.cols());
+        let bias_binding = bias.map_or(a_binding, |bias| bias.range(region.n.0, n));
         let params = [
             m as u32,
             n as u32,
@@ -247,25 +279,23 @@ impl Call<'_> {
             b.cols() as u32,
             c.cols() as u32,
             a_col as u32,
-            b_col as u32,
+            (b_before + b_col) as u32,
             region.n.0 as u32,
             u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
             epilogue.alpha.unwrap_or(1.0).to_bits(),
             0,
             0,
         ];
-        let bind = |tensor: &Tensor, range| rows(tensor, range);
-        let ((a_start, a_count), (b_start, b_count), (c_start, c_count)) =
-            (bind(a, a_rows), bind(b, b_rows), bind(c, region.m));
-        let a = a.range(a_start, a_count);
-        let bias = bias.map_or(a, |bias| bias.range(region.n.0, n));
-        let (kernel, groups) = choose(c.gpu(), layout, m, n);
-        c.gpu().dispatch(kernel, &[a, b.range(b_start, b_count), bias, c.range(c_start, c_count)], &params, groups);
+        let (kernel, groups) = choose(c.gpu(), layout, b.dtype(), m, n);
+        c.gpu().dispatch(kernel, &[a_binding, b_binding, bias_binding, c_binding], &params, groups);
     }
 }
 
 /// Up to this many rows of A, W is read once by `matmul.rows`.
 const ROWS_KERNEL_MOST: usize = 4;
+
+/// The most f32 scratch that a packed B is widened to at once, unless 64 of its rows take more.
+const SCRATCH_BYTES: usize = 32 << 20;
 
 /// Uniforms over K in one dispatch of the NN and TN kernels (WINDOWS in shaders/variants).
 const WINDOWS: usize = 4;
@@ -315,18 +345,32 @@ fn transpose_rows(from: &Tensor, first: usize, to: &Tensor) {
 }
 
 /// The kernel and its workgroups for a product on bound storage.
-fn choose(gpu: &Gpu, layout: Layout, m: usize, n: usize) -> (&'static str, [u32; 3]) {
+fn choose(gpu: &Gpu, layout: Layout, b: Dtype, m: usize, n: usize) -> (&'static str, [u32; 3]) {
+    // Names by B's type: f32, bf16, f16.
+    let typed = |[f32, bf16, f16]: [&'static str; 3]| match b {
+        Dtype::Bf16 => bf16,
+        Dtype::F16 => f16,
+        _ => f32,
+    };
     if layout == Layout::Nt && m <= ROWS_KERNEL_MOST {
-        let kernel = if gpu.is_cpu() { "matmul.rows.nt_cpu" } else { "matmul.rows.nt" };
-        return (kernel, [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32]);
+        let kernel = if gpu.is_cpu() {
+            ["matmul.rows.nt_cpu", "matmul.rows.nt_cpu_bf16", "matmul.rows.nt_cpu_f16"]
+        } else {
+            ["matmul.rows.nt", "matmul.rows.nt_bf16", "matmul.rows.nt_f16"]
+        };
+        return (typed(kernel), [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32]);
     }
     let small = m <= 32 || n <= 32 || m.div_ceil(64) * n.div_ceil(64) < 32;
     let kernel = match (layout, small) {
-        (Layout::Nt, false) => "matmul.tiled.nt",
-        (Layout::Nn, false) => "matmul.tiled.nn",
+        (Layout::Nt, false) => typed(["matmul.tiled.nt", "matmul.tiled.nt_bf16", "matmul.tiled.nt_f16"]),
+        (Layout::Nn, false) => typed(["matmul.tiled.nn", "matmul.tiled.nn_bf16", "matmul.tiled.nn_f16"]),
         (Layout::Tn, false) => "matmul.tiled.tn",
-        (Layout::Nt, true) => "matmul.tiled.nt_small",
-        (Layout::Nn, true) => "matmul.tiled.nn_small",
+        (Layout::Nt, true) => {
+            typed(["matmul.tiled.nt_small", "matmul.tiled.nt_small_bf16", "matmul.tiled.nt_small_f16"])
+        }
+        (Layout::Nn, true) => {
+            typed(["matmul.tiled.nn_small", "matmul.tiled.nn_small_bf16", "matmul.tiled.nn_small_f16"])
+        }
         (Layout::Tn, true) => "matmul.tiled.tn_small",
     };
     let side = if small { 32 } else { 64 };
@@ -347,13 +391,15 @@ pub fn reference(layout: Layout, a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) ->
     c
 }
 
-fn check(layout: Layout, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
     // Square, a few rows, a narrow result, and sides that fill whole vec4s.
     for [m, n, k] in [[n, n + 2, n + 1], [3, n, n], [n, 8, n], [n.next_multiple_of(4), n, n.next_multiple_of(4)]] {
         let mut random = Random::new((m * 31 + n * 7 + k) as u64);
         let (a, ta) = random.tensor(gpu, &if layout == Layout::Tn { [k, m] } else { [m, k] });
-        let (b, tb) = random.tensor(gpu, &if layout == Layout::Nt { [n, k] } else { [k, n] });
+        let b = dtype.narrow(&random.values(n * k));
+        let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
+        let b = dtype.widen(&b);
         let (bias, tbias) = random.tensor(gpu, &[n]);
         let c = product_with(layout, &ta, &tb, Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false });
         product_into(layout, &ta, &tb, &c, Epilogue { alpha: Some(0.25), bias: None, accumulate: true });
@@ -374,6 +420,20 @@ fn cost(n: usize) -> Cost {
     Cost { flops: 2 * m * n * k, bytes: 4 * (m * k + n * k + m * n) }
 }
 
-pub const NT: Op = Op { name: "matmul.nt", check: |gpu, n| check(Layout::Nt, gpu, n), cost };
-pub const NN: Op = Op { name: "matmul.nn", check: |gpu, n| check(Layout::Nn, gpu, n), cost };
-pub const TN: Op = Op { name: "matmul.tn", check: |gpu, n| check(Layout::Tn, gpu, n), cost };
+/// Less B's bytes than [`cost`].
+fn packed_cost(n: usize) -> Cost {
+    let Cost { flops, bytes } = cost(n);
+    Cost { flops, bytes: bytes - 2 * ((n + 2) * (n + 1)) as u64 }
+}
+
+const fn op(name: &'static str, check: fn(&Gpu, usize) -> Result<Vec<Comparison>>, cost: fn(usize) -> Cost) -> Op {
+    Op { name, check, cost }
+}
+
+pub const NT: Op = op("matmul.nt", |gpu, n| check(Layout::Nt, Dtype::F32, gpu, n), cost);
+pub const NN: Op = op("matmul.nn", |gpu, n| check(Layout::Nn, Dtype::F32, gpu, n), cost);
+pub const TN: Op = op("matmul.tn", |gpu, n| check(Layout::Tn, Dtype::F32, gpu, n), cost);
+pub const NT_BF16: Op = op("matmul.nt_bf16", |gpu, n| check(Layout::Nt, Dtype::Bf16, gpu, n), packed_cost);
+pub const NT_F16: Op = op("matmul.nt_f16", |gpu, n| check(Layout::Nt, Dtype::F16, gpu, n), packed_cost);
+pub const NN_BF16: Op = op("matmul.nn_bf16", |gpu, n| check(Layout::Nn, Dtype::Bf16, gpu, n), packed_cost);
+pub const NN_F16: Op = op("matmul.nn_f16", |gpu, n| check(Layout::Nn, Dtype::F16, gpu, n), packed_cost);

@@ -7,6 +7,7 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod cast;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod elementwise;
@@ -52,6 +53,10 @@ pub const OPS: &[Op] = &[
     matmul::NT,
     matmul::NN,
     matmul::TN,
+    matmul::NT_BF16,
+    matmul::NT_F16,
+    matmul::NN_BF16,
+    matmul::NN_F16,
     rms_norm::OP,
     layer_norm::OP,
     rope::OP,
@@ -67,6 +72,7 @@ pub const OPS: &[Op] = &[
     elementwise::OP,
     reduce::OP,
     dropout::OP,
+    cast::OP,
     adamw::OP,
 ];
 
@@ -82,8 +88,8 @@ fn groups_for(n: usize, per_group: usize) -> [u32; 3] {
     if groups == 0 { [0, 1, 1] } else { [x as u32, groups.div_ceil(x) as u32, 1] }
 }
 
-/// Cuts `rows` rows of at most `row_words` words each into parts that can be bound: `(first, count)`.
-/// Parts start at multiples of 64 rows, so that their offsets are aligned whatever the row's length.
+/// Cuts `rows` rows of at most `row_words` words (or packed elements) each into parts that can be bound:
+/// `(first, count)`. Parts start at multiples of 64 rows, so that their offsets are aligned whatever the row's length.
 fn bindable_rows(gpu: &Gpu, rows: usize, row_words: usize) -> impl Iterator<Item = (usize, usize)> {
     let most = (gpu.max_binding() as usize / (row_words.max(1) * 4)).min(MAX_GROUPS) / 64 * 64;
     let step = most.max(64);

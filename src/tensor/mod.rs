@@ -1,11 +1,19 @@
 //! Tensors: a shape over a part of a device buffer. No arithmetic lives here.
 //!
-//! Elements are four bytes, `f32` unless an op says `u32`; layout is row-major.
+//! Elements are four bytes, `f32` or `u32`, or two bytes, `f16` or `bf16`, packed two to a word ([`Dtype`]); layout is
+//! row-major. Kernels take four-byte tensors by [`Tensor::range`] and its kin, packed ones by [`Tensor::packed_range`]:
+//! each refuses the other kind, so an op that knows nothing of packed weights fails instead of reading garbage.
 //!
 //! Shape letters, here and in every shader: B batch, T tokens, D hidden size, F intermediate size, H heads,
 //! K key/value heads, E head size, V vocabulary, P patches, R LoRA rank; M, N, K in products.
 
+mod dtype;
+mod upload;
+
 use std::{fmt, sync::Arc};
+
+pub use dtype::Dtype;
+pub use upload::Upload;
 
 use crate::{
     error::Result,
@@ -17,6 +25,7 @@ use crate::{
 pub struct Tensor {
     gpu: Gpu,
     buffer: Arc<Buffer>,
+    dtype: Dtype,
     /// In elements.
     offset: usize,
     shape: Vec<usize>,
@@ -24,61 +33,95 @@ pub struct Tensor {
 
 /// Parts of an arena start at multiples of this many elements, so that they can be bound on every device.
 pub const ALIGNMENT: usize = 64;
+/// The same for packed elements; their bindings may begin earlier than what is asked for.
+const PACKED_ALIGNMENT: usize = 2 * ALIGNMENT;
 
 impl Tensor {
-    /// A tensor with unspecified content.
+    /// An f32 (or u32) tensor with unspecified content.
     pub fn empty(gpu: &Gpu, shape: &[usize]) -> Self {
-        let elements: usize = shape.iter().product();
-        Self { gpu: gpu.clone(), buffer: Arc::new(gpu.buffer(elements as u64 * 4)), offset: 0, shape: shape.to_vec() }
+        Self::empty_of(gpu, Dtype::F32, shape)
+    }
+
+    /// A tensor with unspecified content.
+    pub fn empty_of(gpu: &Gpu, dtype: Dtype, shape: &[usize]) -> Self {
+        let bytes = dtype.padded_bytes(shape.iter().product());
+        Self { gpu: gpu.clone(), buffer: Arc::new(gpu.buffer(bytes)), dtype, offset: 0, shape: shape.to_vec() }
     }
 
     pub fn from_f32(gpu: &Gpu, data: &[f32], shape: &[usize]) -> Self {
-        Self::from_bytes(gpu, bytemuck::cast_slice(data), shape)
+        Self::from_bytes(gpu, Dtype::F32, bytemuck::cast_slice(data), shape)
     }
 
     pub fn from_u32(gpu: &Gpu, data: &[u32], shape: &[usize]) -> Self {
-        Self::from_bytes(gpu, bytemuck::cast_slice(data), shape)
+        Self::from_bytes(gpu, Dtype::U32, bytemuck::cast_slice(data), shape)
     }
 
-    fn from_bytes(gpu: &Gpu, bytes: &[u8], shape: &[usize]) -> Self {
-        assert_eq!(bytes.len(), shape.iter().product::<usize>() * 4, "data for shape {shape:?}");
-        let tensor = Self::empty(gpu, shape);
-        gpu.write(&tensor.buffer, 0, bytes);
-        tensor
+    /// A tensor of little-endian elements. [`Tensor::upload`] takes them piece by piece.
+    pub fn from_bytes(gpu: &Gpu, dtype: Dtype, bytes: &[u8], shape: &[usize]) -> Self {
+        let mut upload = Self::upload(gpu, dtype, shape);
+        upload.push(bytes);
+        upload.finish()
     }
 
-    /// Replaces the content.
+    /// A tensor whose content follows, in pieces of any size.
+    pub fn upload(gpu: &Gpu, dtype: Dtype, shape: &[usize]) -> Upload {
+        Upload::new(Self::empty_of(gpu, dtype, shape))
+    }
+
+    /// Replaces the content of an f32 tensor.
     pub fn write(&self, data: &[f32]) {
-        assert_eq!(data.len(), self.len(), "data for shape {:?}", self.shape);
-        self.gpu.write(&self.buffer, self.offset as u64 * 4, bytemuck::cast_slice(data));
+        assert!(data.len() == self.len() && self.dtype == Dtype::F32, "{} values for {self:?}", data.len());
+        self.gpu.write(&self.buffer, self.byte_offset(0), bytemuck::cast_slice(data));
     }
 
-    /// Waits for the device and copies the content back.
+    /// Waits for the device and copies the content back, 16-bit floats widened (exactly).
     ///
     /// # Errors
     /// Whatever has failed on the device so far.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
-        let bytes = self.gpu.read(&self.buffer, self.offset as u64 * 4, self.len() as u64 * 4)?;
-        Ok(bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
+        Ok(self.dtype.widen(&self.to_bytes()?))
+    }
+
+    /// Waits for the device and copies the elements back as they are.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = self.gpu.read(&self.buffer, self.byte_offset(0), self.dtype.padded_bytes(self.len()))?;
+        bytes.truncate(self.len() * self.dtype.bytes());
+        Ok(bytes)
     }
 
     /// Copies the content of `from`, which is another buffer.
     pub fn copy_from(&self, from: &Tensor) {
-        assert_eq!(self.len(), from.len(), "{:?} from {:?}", self.shape, from.shape);
-        let bytes = self.len() as u64 * 4;
-        self.gpu.copy(&from.buffer, from.offset as u64 * 4, &self.buffer, self.offset as u64 * 4, bytes);
+        assert_eq!(self.len(), from.len(), "{self:?} from {from:?}");
+        self.copy_elements(0, from, 0, self.len());
     }
 
-    /// Copies `rows` rows of `from`, starting at its row `from_row`, to the rows of `self` from `to_row` on.
+    /// Copies `rows` rows of `from`, starting at its row `from_row`, to the rows of `self` from `to_row` on. Rows of
+    /// packed tensors must begin and end with whole words.
     pub fn copy_rows(&self, to_row: usize, from: &Tensor, from_row: usize, rows: usize) {
         let width = self.cols();
         assert!(
             width == from.cols() && to_row + rows <= self.rows() && from_row + rows <= from.rows(),
             "rows in range"
         );
-        let at = |tensor: &Tensor, row: usize| (tensor.offset + row * width) as u64 * 4;
-        let size = (rows * width) as u64 * 4;
-        self.gpu.copy(&from.buffer, at(from, from_row), &self.buffer, at(self, to_row), size);
+        self.copy_elements(to_row * width, from, from_row * width, rows * width);
+    }
+
+    fn copy_elements(&self, to: usize, from: &Tensor, start: usize, count: usize) {
+        assert_eq!(self.dtype, from.dtype, "a copy does not convert: {self:?} from {from:?}");
+        let whole = |elements: usize| (elements * self.dtype.bytes()).is_multiple_of(4);
+        // A tensor that ends inside a word has the rest of it for itself (see `part`).
+        let ends = to + count == self.len() || whole(count);
+        let starts = whole(self.offset + to) && whole(from.offset + start);
+        assert!(starts && ends, "{self:?} from {from:?}: half words");
+        let size = self.dtype.padded_bytes(count);
+        self.gpu.copy(&from.buffer, from.byte_offset(start), &self.buffer, self.byte_offset(to), size);
+    }
+
+    fn byte_offset(&self, element: usize) -> u64 {
+        ((self.offset + element) * self.dtype.bytes()) as u64
     }
 
     /// The same elements under another shape.
@@ -87,12 +130,12 @@ impl Tensor {
         Self { shape: shape.to_vec(), ..self.clone() }
     }
 
-    /// A part that starts `offset` elements in, a multiple of [`ALIGNMENT`].
+    /// A part that starts `offset` elements in, a multiple of [`ALIGNMENT`]; of a packed tensor it ends with a whole
+    /// word, or where the tensor ends.
     pub fn part(&self, offset: usize, shape: &[usize]) -> Self {
-        assert!(
-            offset.is_multiple_of(ALIGNMENT) && offset + shape.iter().product::<usize>() <= self.len(),
-            "a part inside"
-        );
+        let end = offset + shape.iter().product::<usize>();
+        assert!(offset.is_multiple_of(ALIGNMENT) && end <= self.len(), "a part inside");
+        assert!(!self.dtype.is_packed() || end.is_multiple_of(2) || end == self.len(), "a part of whole words");
         Self { offset: self.offset + offset, shape: shape.to_vec(), ..self.clone() }
     }
 
@@ -103,6 +146,10 @@ impl Tensor {
 
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     pub fn shape(&self) -> &[usize] {
@@ -128,15 +175,16 @@ impl Tensor {
         self.shape[..self.shape.len().saturating_sub(1)].iter().product()
     }
 
-    /// All of it, for a kernel.
+    /// All of a four-byte tensor, for a kernel.
     pub fn binding(&self) -> Binding<'_> {
         self.range(0, self.len())
     }
 
-    /// `count` elements from `start` on, a multiple of [`ALIGNMENT`].
+    /// `count` four-byte elements from `start` on, a multiple of [`ALIGNMENT`].
     pub fn range(&self, start: usize, count: usize) -> Binding<'_> {
+        assert!(!self.dtype.is_packed(), "{self:?} goes to a kernel that takes four-byte elements");
         debug_assert!((self.offset + start).is_multiple_of(ALIGNMENT), "binding at element {}", self.offset + start);
-        let offset = (self.offset + start) as u64 * 4;
+        let offset = self.byte_offset(start);
         // Whole vec4s: every buffer, and every part of an arena, ends in padding.
         Binding { buffer: &self.buffer, offset, size: count.max(1).next_multiple_of(4) as u64 * 4, uniform: false }
     }
@@ -147,9 +195,21 @@ impl Tensor {
         (self.range(start - before, count + before), before)
     }
 
-    /// The elements from `start` on as a uniform of fixed size, and how many elements before `start` it begins
-    /// (offsets of uniforms are aligned). For devices that run on the host's processor.
+    /// The words that hold `count` packed elements from any `start` on: a binding that may begin earlier, and how many
+    /// elements earlier.
+    pub fn packed_range(&self, start: usize, count: usize) -> (Binding<'_>, usize) {
+        assert!(self.dtype.is_packed(), "{self:?} goes to a kernel that takes 16-bit elements");
+        let at = self.offset + start;
+        let before = at % PACKED_ALIGNMENT;
+        let offset = ((at - before) * 2) as u64;
+        let size = ((before + count.max(1)) * 2).next_multiple_of(16) as u64;
+        (Binding { buffer: &self.buffer, offset, size, uniform: false }, before)
+    }
+
+    /// The four-byte elements from `start` on as a uniform of fixed size, and how many elements before `start` it
+    /// begins (offsets of uniforms are aligned). For devices that run on the host's processor.
     pub fn uniform(&self, start: usize) -> (Binding<'_>, usize) {
+        assert!(!self.dtype.is_packed(), "{self:?} goes to a kernel that takes four-byte elements");
         let at = self.offset + start;
         let before = at % ALIGNMENT;
         let offset = (at - before) as u64 * 4;
@@ -164,6 +224,9 @@ impl Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tensor{:?}", self.shape)
+        match self.dtype {
+            Dtype::F32 => write!(f, "Tensor{:?}", self.shape),
+            dtype => write!(f, "Tensor{:?} of {dtype:?}", self.shape),
+        }
     }
 }

@@ -1,0 +1,106 @@
+// y = x in another float type. PACKED: x is 16-bit, two to a word, with F16 IEEE's, else bfloat16. TO_F16: y is f16.
+// Bits go in and out as u32: no float register can round, flush or quiet what is only moved.
+#import index
+
+struct Params {
+    count: u32,
+    x_offset: u32, // in elements
+    y_offset: u32, // in elements; even where y is packed
+}
+#params
+
+#kernel to_f32
+// One word of x a thread.
+#import packed
+@group(0) @binding(0) var<storage, read_write> x: array<u32>; // [N] packed, from x_offset on
+@group(0) @binding(1) var<storage, read_write> y: array<u32>; // [N], bits of f32
+
+@compute @workgroup_size(64)
+fn to_f32(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    let at = 2u * i - (params.x_offset & 1u); // wraps where the first word's first half is not wanted
+    if (at >= params.count && at + 1u >= params.count) {
+        return;
+    }
+    let word = x[params.x_offset / 2u + i];
+#ifdef F16
+    let pair = bitcast<vec2<u32>>(widen(word));
+#else
+    let pair = vec2<u32>(word << 16u, word & 0xffff0000u);
+#endif
+    if (at < params.count) {
+        y[params.y_offset + at] = pair.x;
+    }
+    if (at + 1u < params.count) {
+        y[params.y_offset + at + 1u] = pair.y;
+    }
+}
+
+#kernel to_half
+// To nearest, ties to even. One word of y a thread; an odd last one is filled up with zero.
+@group(0) @binding(0) var<storage, read_write> x: array<u32>; // [N], bits of f32, or packed
+@group(0) @binding(1) var<storage, read_write> y: array<u32>; // [N] packed
+
+#ifdef PACKED
+#import packed
+fn load(at: u32) -> u32 {
+    return bitcast<u32>(widen_one(x[at / 2u], at));
+}
+#else
+fn load(at: u32) -> u32 {
+    return x[at];
+}
+#endif
+
+#ifdef TO_F16
+fn narrow(bits: u32) -> u32 {
+    let sign = (bits >> 16u) & 0x8000u;
+    let size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) {
+        return sign | 0x7e00u | ((size >> 13u) & 0x3ffu); // NaN stays NaN
+    }
+    if (size >= 0x477ff000u) {
+        return sign | 0x7c00u; // 65520 and more: infinity
+    }
+    if (size >= 0x38800000u) {
+        let rebased = size - 0x38000000u;
+        return sign | ((rebased + 0xfffu + ((rebased >> 13u) & 1u)) >> 13u);
+    }
+    if (size <= 0x33000000u) {
+        return sign; // half of the smallest subnormal, and less
+    }
+    // A subnormal, in units of 2^-24.
+    let shift = 126u - (size >> 23u);
+    let mantissa = (size & 0x7fffffu) | 0x800000u;
+    return sign | ((mantissa + (1u << (shift - 1u)) - 1u + ((mantissa >> shift) & 1u)) >> shift);
+}
+#else
+fn narrow(bits: u32) -> u32 {
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        return (bits >> 16u) | 0x40u; // NaN stays NaN
+    }
+    return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+}
+#endif
+
+@compute @workgroup_size(64)
+fn to_half(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    let at = 2u * i;
+    if (at >= params.count) {
+        return;
+    }
+    var word = narrow(load(params.x_offset + at));
+    if (at + 1u < params.count) {
+        word |= narrow(load(params.x_offset + at + 1u)) << 16u;
+    }
+    y[params.y_offset / 2u + i] = word;
+}

@@ -1,0 +1,146 @@
+//! y = x in another float type, rounded to nearest, ties to even, where it is narrower. PyTorch: `x.to(dtype)`.
+//!
+//! Every value of a 16-bit type widens exactly; NaN stays NaN, and what is too large for f16 becomes infinite.
+//! [`Upload`] converts while a tensor arrives.
+
+use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for, testing::wide};
+use crate::{
+    error::Result,
+    gpu::{Binding, Gpu},
+    tensor::{self, Dtype, Tensor},
+};
+
+/// x in another type; a handle of x itself where it has that type.
+pub fn cast(x: &Tensor, to: Dtype) -> Tensor {
+    if x.dtype() == to {
+        return x.clone();
+    }
+    let y = Tensor::empty_of(x.gpu(), to, x.shape());
+    cast_into(x, 0, &y, 0, x.len());
+    y
+}
+
+/// Writes `count` elements of x, from `x_start` on, to y from `y_start` on, in y's type, which is another one. Where
+/// y is packed, `y_start` is even, and an odd `count` ends where y does.
+pub fn cast_into(x: &Tensor, x_start: usize, y: &Tensor, y_start: usize, count: usize) {
+    assert!(x_start + count <= x.len() && y_start + count <= y.len(), "{count} elements of {x:?} into {y:?}");
+    let kernel = match (x.dtype(), y.dtype()) {
+        (Dtype::Bf16, Dtype::F32) => "cast.to_f32.bf16",
+        (Dtype::F16, Dtype::F32) => "cast.to_f32.f16",
+        (Dtype::F32, Dtype::Bf16) => "cast.to_half.bf16",
+        (Dtype::F32, Dtype::F16) => "cast.to_half.f16",
+        (Dtype::Bf16, Dtype::F16) => "cast.to_half.bf16_f16",
+        (Dtype::F16, Dtype::Bf16) => "cast.to_half.f16_bf16",
+        (from, to) => panic!("no cast from {from:?} to {to:?}"),
+    };
+    let packed = y.dtype().is_packed();
+    assert!(!packed || count.is_multiple_of(2) || y_start + count == y.len(), "{count} elements into words of {y:?}");
+    for (first, count) in bindable_elements(x.gpu(), count) {
+        let (from, x_offset) = bind(x, x_start + first, count);
+        let (to, y_offset) = bind(y, y_start + first, count);
+        assert!(!packed || y_offset.is_multiple_of(2), "elements into {y:?} from the middle of a word on");
+        // `to_f32` has a thread for each word of x, `to_half` for each of y.
+        let threads = if packed { count.div_ceil(2) } else { (x_offset % 2 + count).div_ceil(2) };
+        let params = [count as u32, x_offset as u32, y_offset as u32];
+        x.gpu().dispatch(kernel, &[from, to], &params, groups_for(threads, THREADS));
+    }
+}
+
+/// Elements in a binding, and how many elements later than it they begin.
+fn bind(tensor: &Tensor, start: usize, count: usize) -> (Binding<'_>, usize) {
+    if tensor.dtype().is_packed() { tensor.packed_range(start, count) } else { tensor.range_from(start, count) }
+}
+
+/// Elements that are converted at once: what a conversion holds on the device beside the tensor.
+const CHUNK: usize = 8 << 20;
+
+/// A tensor that arrives as one type and is kept as another.
+pub struct Upload {
+    from: Dtype,
+    /// The tensor, and how many of its elements are there; `None` where nothing is converted.
+    converted: Option<(Tensor, usize)>,
+    /// What arrives: a chunk, or all of the tensor.
+    arriving: tensor::Upload,
+}
+
+impl Upload {
+    /// For elements of type `from` that are to be kept as `to`.
+    pub fn new(gpu: &Gpu, from: Dtype, to: Dtype, shape: &[usize]) -> Self {
+        if from == to {
+            return Self { from, converted: None, arriving: Tensor::upload(gpu, to, shape) };
+        }
+        let y = Tensor::empty_of(gpu, to, shape);
+        let arriving = Tensor::upload(gpu, from, &[CHUNK.min(y.len())]);
+        Self { from, converted: Some((y, 0)), arriving }
+    }
+
+    /// Bytes (of the type that arrives) that are still to come.
+    pub fn missing(&self) -> usize {
+        let later = self.converted.as_ref().map_or(0, |(y, done)| y.len() - done - self.arriving.len());
+        later * self.from.bytes() + self.arriving.missing()
+    }
+
+    /// As [`tensor::Upload::push`].
+    pub fn push(&mut self, mut bytes: &[u8]) {
+        assert!(bytes.len() <= self.missing(), "{} bytes where {} are missing", bytes.len(), self.missing());
+        while !bytes.is_empty() {
+            let (now, rest) = bytes.split_at(bytes.len().min(self.arriving.missing()));
+            self.arriving.push(now);
+            bytes = rest;
+            if self.arriving.missing() == 0 && self.missing() > 0 {
+                self.convert();
+            }
+        }
+    }
+
+    /// As [`tensor::Upload::finish`].
+    pub fn finish(mut self) -> Tensor {
+        assert_eq!(self.missing(), 0, "bytes that are still missing");
+        self.convert();
+        match self.converted {
+            Some((y, _)) => y,
+            None => self.arriving.finish(),
+        }
+    }
+
+    /// Converts the chunk that has arrived, and waits for the next.
+    fn convert(&mut self) {
+        let Some((y, done)) = &mut self.converted else { return };
+        let left = y.len() - *done - self.arriving.len();
+        let next = Tensor::upload(y.gpu(), self.from, &[left.min(CHUNK)]);
+        let chunk = std::mem::replace(&mut self.arriving, next).finish();
+        cast_into(&chunk, 0, y, *done, chunk.len());
+        *done += chunk.len();
+    }
+}
+
+fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut random = Random::new(n as u64);
+    let (rows, cols) = (n + 2, n);
+    // Among them ties of both types, and subnormals of f16.
+    let mut values = random.values(rows * cols);
+    values.iter_mut().step_by(3).for_each(|x| *x = f32::from_bits(x.to_bits() & 0xffff_8000));
+    values.iter_mut().step_by(5).for_each(|x| *x *= 1e-5);
+    let x = Tensor::from_f32(gpu, &values, &[rows, cols]);
+    let mut out = Vec::new();
+    for (narrow, other) in [(Dtype::Bf16, Dtype::F16), (Dtype::F16, Dtype::Bf16)] {
+        let rounded = narrow.widen(&narrow.narrow(&values));
+        let half = cast(&x, narrow);
+        out.push(Comparison::new("narrowed", half.to_vec()?, wide(&rounded), 0.0));
+        out.push(Comparison::new("widened again", cast(&half, Dtype::F32).to_vec()?, wide(&rounded), 0.0));
+        let twice = other.widen(&other.narrow(&rounded));
+        out.push(Comparison::new("narrowed from 16 bits", cast(&half, other).to_vec()?, wide(&twice), 0.0));
+        // From an odd element on, to a place further on.
+        let y = Tensor::empty(gpu, &[rows + 1, cols]);
+        cast_into(&half, 0, &y, 0, rows * cols);
+        cast_into(&half, 1, &y, cols, rows * cols - 1);
+        let mut want = wide(&rounded[..cols]);
+        want.extend(wide(&rounded[1..]));
+        let mut got = y.to_vec()?;
+        got.truncate(want.len());
+        out.push(Comparison::new("widened from the second element on", got, want, 0.0));
+    }
+    Ok(out)
+}
+
+pub const OP: Op = Op { name: "cast", check, cost: |n| Cost { flops: 0, bytes: 6 * ((n + 2) * n) as u64 } };

@@ -1,0 +1,79 @@
+//! What an element is on the device.
+
+use half::{bf16, f16};
+
+/// The type of a tensor's elements. 16-bit elements are packed, two to a word of the device, the first in the low
+/// half: the bytes are those of a little-endian file. They are storage alone; arithmetic is f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    F32,
+    U32,
+    F16,
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        if self.is_packed() { 2 } else { 4 }
+    }
+
+    /// Whether two elements share a word.
+    pub fn is_packed(self) -> bool {
+        matches!(self, Self::F16 | Self::Bf16)
+    }
+
+    /// Bytes that `elements` elements take on the device: whole words.
+    pub(super) fn padded_bytes(self, elements: usize) -> u64 {
+        (elements * self.bytes()).next_multiple_of(4) as u64
+    }
+
+    /// Elements as f32: exact for 16-bit floats. A `U32` keeps its bits.
+    pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        let halves = || bytes.chunks_exact(2).map(|half| u16::from_le_bytes([half[0], half[1]]));
+        match self {
+            // Not `bf16::to_f32`, which makes signalling NaNs quiet.
+            Self::Bf16 => halves().map(|bits| f32::from_bits(u32::from(bits) << 16)).collect(),
+            Self::F16 => halves().map(|bits| f16::from_bits(bits).to_f32()).collect(),
+            Self::F32 | Self::U32 => {
+                bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
+            }
+        }
+    }
+
+    /// The bytes of f32 values in this type, rounded to nearest, ties to even. A `U32` takes the bits.
+    pub fn narrow(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::Bf16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            Self::F32 | Self::U32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_16_bit_pattern_survives_being_widened() {
+        for bits in 0..=u16::MAX {
+            let bytes = bits.to_le_bytes();
+            for dtype in [Dtype::Bf16, Dtype::F16] {
+                let wide = dtype.widen(&bytes);
+                if !wide[0].is_nan() {
+                    assert_eq!(dtype.narrow(&wide), bytes, "{dtype:?} {bits:04x}");
+                }
+            }
+            assert_eq!(Dtype::Bf16.widen(&bytes)[0].to_bits(), u32::from(bits) << 16);
+        }
+    }
+
+    #[test]
+    fn odd_counts_take_whole_words() {
+        assert_eq!(Dtype::Bf16.padded_bytes(3), 8);
+        assert_eq!(Dtype::Bf16.padded_bytes(4), 8);
+        assert_eq!(Dtype::F32.padded_bytes(3), 12);
+        assert_eq!(Dtype::F16.padded_bytes(0), 0);
+    }
+}
