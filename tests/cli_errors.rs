@@ -416,3 +416,25 @@ fn other_commands_name_what_is_wrong_too() {
     assert_refused(&program(["eval", "chess"]).output().unwrap(), 2, &["chess", "easy-vqa"]);
     assert_refused(&program(["trian"]).output().unwrap(), 2, &["trian", "train"]);
 }
+
+#[test]
+fn a_chat_template_that_is_not_there_or_broken() {
+    let case = Case::new();
+    let model = case.path("model").display().to_string();
+    let words = ["chat_template.jinja", "tokenizer_config.json", "v1"];
+    case.refused(&["version=\"chat\""], 2, &words);
+    let ask = |version: &str| {
+        program(["generate", "--model", &model, "--prompt", "Hi", "--version", version]).output().unwrap()
+    };
+    assert_refused(&ask("chat"), 2, &words);
+    assert_refused(&ask("chta"), 2, &["chta", "`chat`"]);
+    fs::write(case.path("model/chat_template.jinja"), "{% for m in messages %}\n{{ m.content }").unwrap();
+    assert_refused(&ask("chat"), 3, &["chat_template.jinja, line 2"]);
+    case.refused(&["version=\"chat\""], 3, &["chat_template.jinja, line 2"]);
+    let refuses = "{{ raise_exception('This model takes no conversation.') }}";
+    fs::write(case.path("model/chat_template.jinja"), refuses).unwrap();
+    assert_refused(&ask("chat"), 3, &["chat_template.jinja", "This model takes no conversation."]);
+    case.refused(&["version=\"chat\""], 3, &["This model takes no conversation.", "record"]);
+    let output = program(["eval", "easy-vqa", "--version", "plain"]).output().unwrap();
+    assert_refused(&output, 2, &["plain", "question"]);
+}

@@ -10,7 +10,7 @@ use image::{Rgb, RgbImage};
 use serde_json::{Value, json};
 use wgpu_llava::data::{
     Dataset, Duration, Encoder, IGNORE_INDEX, IMAGE_TOKEN_INDEX, ImageProcessor, ImageSource, Order, Plan, Record,
-    Source, Template, Tokenizer, Turn,
+    Source, Template, Tokenizer, Turn, Version,
     image::decode,
     record::{parse_records, read_records},
     resize::{Filter, resize},
@@ -171,8 +171,8 @@ fn tokenizer(name: &str) -> Arc<Tokenizer> {
 }
 
 fn encoder(name: &str, template: &str) -> Encoder {
-    let template = Template::named(template).unwrap();
-    Encoder { tokenizer: tokenizer(name), template, system: None, image_tokens: 16, max_length: None }
+    let version = Version::Named(Template::named(template).unwrap());
+    Encoder { tokenizer: tokenizer(name), version, system: None, image_tokens: 16, max_length: None }
 }
 
 fn record(value: &Value) -> Record {

@@ -189,7 +189,7 @@ pub struct GenerateArgs {
     /// Instead of the template's own system sentence
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Conversation template
+    /// Conversation template; `chat`: the model's own
     #[arg(long, value_name = "T", default_value = "v1")]
     pub version: String,
     /// The answer ends after so many tokens, or where the model ends it
@@ -234,7 +234,7 @@ pub struct ScoreArgs {
     /// Where its pictures are [default: the data file's folder]
     #[arg(long, value_name = "DIR")]
     pub image_folder: Option<PathBuf>,
-    /// Conversation template
+    /// Conversation template; `chat`: the model's own
     #[arg(long, value_name = "T", default_value = "v1")]
     pub version: String,
     /// A file instead of stdout
@@ -256,6 +256,9 @@ pub struct EvalArgs {
     /// The benchmark's data; not for easy-vqa, whose data is in the program
     #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
+    /// Conversation template; `chat`: the model's own
+    #[arg(long, value_name = "T", default_value = "v1")]
+    pub version: String,
     /// Only so many questions
     #[arg(long, value_name = "N", value_parser = at_least_one())]
     pub limit: Option<usize>,

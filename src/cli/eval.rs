@@ -13,6 +13,7 @@ use crate::{
 pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
     let request = Request {
         task: &args.task,
+        version: &args.version,
         model: args.model.as_deref().unwrap_or("embedded:tiny"),
         adapter: args.adapter.as_deref(),
         limit: args.limit,

@@ -2,6 +2,7 @@
 //!
 //! Data that was asked for goes to stdout, everything a person reads to stderr.
 
+mod answer;
 pub mod args;
 mod config;
 mod convert;

@@ -10,7 +10,7 @@ use super::{
     ui::Ui,
 };
 use crate::{
-    data::{ImageSource, Sample, Template, dataset::check_images, record::read_records},
+    data::{ImageSource, Sample, Version, dataset::check_images, record::read_records},
     error::{Error, Result},
     formats::atomic::write_file,
     models::{batch::PackedBatch, llava::Pictures, open::Opened},
@@ -32,7 +32,7 @@ struct Line<'a> {
 }
 
 pub fn run(args: &ScoreArgs, global: &GlobalArgs) -> Result<()> {
-    Template::named(&args.version)?;
+    Version::check(&args.version)?;
     if let Some(out) = &args.out {
         report::check_output_file("--out", out)?;
     }

@@ -8,6 +8,7 @@ use super::{
     ui::{Ui, shown},
 };
 use crate::{
+    data::{Template, Version},
     error::{Error, Result},
     eval,
     gpu::Gpu,
@@ -53,7 +54,7 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
 /// The config as resolved, with the origin of each value, on stdout; then what it would do, or what is wrong with it.
 fn dry_run(config: &RunConfig, ui: &mut Ui) -> Result<()> {
     for stage in &config.stages {
-        crate::data::template::Template::named(&stage.version)?;
+        Version::check(&stage.version)?;
     }
     errors::print_data(&resolve::describe(config))?;
     for line in check::check(config, ui)? {
@@ -64,9 +65,11 @@ fn dry_run(config: &RunConfig, ui: &mut Ui) -> Result<()> {
 
 fn evaluate(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, ui: &mut Ui) -> Result<Vec<eval::Outcome>> {
     let mut results = Vec::new();
+    let version = asking_version(config);
     for task in &config.eval_after {
         let request = eval::Request {
             task,
+            version,
             model: &outcome.result.model.to_string(),
             adapter: outcome.result.adapter.as_deref(),
             limit: config.eval_limit,
@@ -137,11 +140,17 @@ fn next_commands(config: &RunConfig, outcome: &RunOutcome) -> Vec<String> {
         (false, _) => ("", "Hello"),
     };
     // `generate` asks in v1 unless told otherwise; another template than the training's gives bad answers.
-    let version = config.stages.last().map_or("v1", |stage| stage.version.as_str());
+    let version = asking_version(config);
     let version = if version == "v1" { String::new() } else { format!(" --version {version}") };
     let mut commands = vec![format!("wgpu-llava generate --model {model}{version}{image} --prompt \"{prompt}\"")];
-    commands.extend(config.eval_after.iter().map(|task| format!("wgpu-llava eval {task} --model {model}")));
+    commands.extend(config.eval_after.iter().map(|task| format!("wgpu-llava eval {task} --model {model}{version}")));
     commands
+}
+
+/// The template in which to ask what was trained: the last stage's, unless that has no place for a question.
+fn asking_version(config: &RunConfig) -> &str {
+    let last = config.stages.last().map_or("v1", |stage| stage.version.as_str());
+    if Template::named(last).is_ok_and(Template::is_plain) { "v1" } else { last }
 }
 
 /// In double quotes where a shell would take it apart.

@@ -4,7 +4,7 @@
 //! an answer is the answer. A template whose text for more messages does not begin with that for fewer has no such
 //! places, and is refused for training.
 
-use std::{ops::Range, path::Path, time::SystemTime};
+use std::{fmt, ops::Range, time::SystemTime};
 
 use minijinja::{Environment, Error as TemplateError, ErrorKind, Value as TemplateValue, syntax::SyntaxConfig};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -16,6 +16,7 @@ use super::{
     chat_python::{self, to_template},
     record::{Role, Turn},
     template::{Labels, Part},
+    version::FileReader,
 };
 use crate::error::{Error, Result};
 
@@ -41,8 +42,16 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     tokens: Map<String, Value>,
     form: ContentForm,
+    /// The token that ends an answer.
+    end: Option<String>,
     /// The date for templates that name it; the time of rendering where there is none.
     now: Option<SystemTime>,
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChatTemplate").field("name", &self.name).field("form", &self.form).finish_non_exhaustive()
+    }
 }
 
 /// A conversation as text, with the byte ranges of what the assistant says.
@@ -78,42 +87,38 @@ impl ChatTemplate {
             let token = config.get(key)?;
             Some((key.to_owned(), json!(token.as_str().or_else(|| token.get("content")?.as_str())?)))
         };
-        let tokens = KNOWN_TOKENS.iter().filter_map(|key| token(key)).collect();
-        let mut template = Self { name: name.to_owned(), environment, tokens, form: ContentForm::Text, now: None };
+        let tokens: Map<String, Value> = KNOWN_TOKENS.iter().filter_map(|key| token(key)).collect();
+        let end = tokens.get("eos_token").and_then(Value::as_str).filter(|eos| !eos.is_empty()).map(str::to_owned);
+        let form = ContentForm::Text;
+        let mut template = Self { name: name.to_owned(), environment, tokens, form, end, now: None };
         template.form = template.probe();
         Ok(template)
     }
 
-    /// The template of a model folder: chat_template.jinja, else chat_template.json, else tokenizer_config.json.
-    pub fn from_folder(folder: &Path) -> Result<Option<Self>> {
-        let read = |name: &str| -> Result<Option<Vec<u8>>> {
-            let path = folder.join(name);
-            if !path.exists() {
-                return Ok(None);
-            }
-            std::fs::read(&path).map(Some).map_err(|source| Error::reading(&path, source))
-        };
-        let object = |name: &str| -> Result<Map<String, Value>> {
-            let Some(bytes) = read(name)? else { return Ok(Map::new()) };
-            serde_json::from_slice(&bytes).map_err(|source| {
-                let path = folder.join(name);
-                Error::data(format!("{} does not hold a JSON object", path.display())).caused_by(source)
-            })
+    /// The template among a model's files: chat_template.jinja, else chat_template.json, else tokenizer_config.json.
+    /// `model` is what messages call it.
+    ///
+    /// # Errors
+    /// Data: a file that cannot be read, or a template that does not parse.
+    pub fn from_files(model: &str, read: FileReader<'_>) -> Result<Option<Self>> {
+        let object = |file: &str| -> Result<Map<String, Value>> {
+            let Some(bytes) = read(file)? else { return Ok(Map::new()) };
+            serde_json::from_slice(&bytes)
+                .map_err(|source| Error::data(format!("{model}/{file} does not hold a JSON object")).caused_by(source))
         };
         let mut config = object("tokenizer_config.json")?;
         for (key, token) in object("special_tokens_map.json")? {
             config.entry(key).or_insert(token);
         }
-        let shown = folder.display().to_string();
         if let Some(source) = read("chat_template.jinja")? {
-            let name = format!("{shown}/chat_template.jinja");
-            let source = String::from_utf8(source);
-            let source = source.map_err(|source| Error::data(format!("{name} is not UTF-8")).caused_by(source))?;
-            return Self::new(&name, &source, &config).map(Some);
+            let name = format!("{model}/chat_template.jinja");
+            let source = std::str::from_utf8(&source)
+                .map_err(|source| Error::data(format!("{name} is not UTF-8")).caused_by(source))?;
+            return Self::new(&name, source, &config).map(Some);
         }
         for file in ["chat_template.json", "tokenizer_config.json"] {
-            if let Some(template) = object(file)?.get("chat_template") {
-                return Self::from_config(&format!("{shown}/{file}"), template, &config).map(Some);
+            if let Some(template) = object(file)?.get("chat_template").filter(|template| !template.is_null()) {
+                return Self::from_config(&format!("{model}/{file}"), template, &config).map(Some);
             }
         }
         Ok(None)
@@ -147,6 +152,22 @@ impl ChatTemplate {
         &self.name
     }
 
+    /// The token that ends an answer, where one is known: by default the EOS.
+    pub fn end_mark(&self) -> Option<&str> {
+        self.end.as_deref()
+    }
+
+    /// Looks for the token that ends an answer in what the template writes behind one. `first_added` gives the first
+    /// token of a text, where it is one that was added to the vocabulary; the EOS stays where there is none.
+    pub fn ended_by(mut self, first_added: impl Fn(&str) -> Option<String>) -> Self {
+        const ANSWER: &str = "ANSWER";
+        let turns = [Turn::human("QUESTION", 0), Turn::assistant(ANSWER)];
+        let text = self.render(&self.messages(&turns, None), false).unwrap_or_default();
+        let behind = text.rfind(ANSWER).map(|at| text[at + ANSWER.len()..].trim_start());
+        self.end = behind.and_then(first_added).or(self.end);
+        self
+    }
+
     /// Fixes the date that templates may write into a prompt.
     pub fn dated(mut self, now: SystemTime) -> Self {
         self.now = Some(now);
@@ -176,10 +197,11 @@ impl ChatTemplate {
         self.environment.get_template("chat").and_then(|template| template.render(context)).map_err(failed)
     }
 
-    /// The text of a whole conversation and where in it the assistant speaks: each answer with the token that ends it.
+    /// The text of a whole conversation and where in it the assistant speaks: what stands behind the prompt for each
+    /// answer, up to and with the token that ends it.
     ///
     /// # Errors
-    /// Data: also where the text of a part of the conversation is not the beginning of the whole.
+    /// Data: also where an answer cannot be told from what is round it.
     pub fn render_with_spans(&self, messages: &[Value]) -> Result<Rendered> {
         let text = self.render(messages, false)?;
         let mut assistant = Vec::new();
@@ -190,38 +212,56 @@ impl ChatTemplate {
                 true => text.clone(),
                 false => self.render(&messages[..=index], false)?,
             };
-            if !closed.starts_with(&opened) || !text.starts_with(&closed) {
+            let span = self.answer(&text, &opened, &closed, &messages[index]).ok_or_else(|| {
                 let message = format!(
-                    "the chat template of {} writes the messages before answer {} in another way when more follow: \
-                     what the assistant says cannot be told apart",
+                    "the chat template of {} writes answer {} otherwise than its prompts ask for it: what the \
+                     assistant says cannot be told apart",
                     self.name,
                     assistant.len() + 1
                 );
-                return Err(Error::data(message).hint("train with one of the named templates, such as v1"));
-            }
-            let mut end = closed.len();
-            // Nothing after the token that ends an answer is ever generated.
-            let eos = self.tokens.get("eos_token").and_then(Value::as_str).filter(|eos| !eos.is_empty());
-            let trimmed = closed.trim_end();
-            if eos.is_some_and(|eos| trimmed.ends_with(eos)) && trimmed.len() > opened.len() {
-                end = trimmed.len();
-            }
-            assistant.push(opened.len()..end);
+                Error::data(message).hint("train with one of the named templates, such as v1")
+            })?;
+            assistant.push(span);
         }
         Ok(Rendered { text, assistant })
     }
 
-    /// A whole conversation for training. With `without_bos` a BOS that the template writes is left out, because the
-    /// tokenizer adds one itself.
-    pub fn training(&self, turns: &[Turn], system: Option<&str>, without_bos: bool) -> Result<Vec<Part>> {
-        let rendered = self.render_with_spans(&self.messages(turns, system))?;
-        Ok(self.parts(&rendered, without_bos))
+    /// Where an answer stands in the text of a conversation: `opened` is the prompt for it, `closed` the conversation
+    /// up to it. Nothing behind the token that ends it is ever generated, so nothing behind it is part of it.
+    fn answer(&self, text: &str, opened: &str, closed: &str, message: &Value) -> Option<Range<usize>> {
+        let end = self.end.as_deref();
+        if closed.starts_with(opened) && text.starts_with(closed) {
+            let said = &closed[opened.len()..];
+            let length = end.and_then(|end| said.rfind(end).map(|at| at + end.len())).unwrap_or(said.len());
+            return Some(opened.len()..opened.len() + length);
+        }
+        // Some templates write the latest answer otherwise than earlier ones, for instance with its thoughts.
+        let end = end.filter(|end| !message.to_string().contains(end))?;
+        let length = text.strip_prefix(opened)?.find(end)? + end.len();
+        Some(opened.len()..opened.len() + length)
+    }
+
+    /// A whole conversation for training.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_with_spans`].
+    pub fn training(&self, turns: &[Turn], system: Option<&str>) -> Result<Vec<Part>> {
+        Ok(parts(&self.render_with_spans(&self.messages(turns, system))?))
     }
 
     /// A question: `turns` end with a human's, and the assistant's is left open.
-    pub fn prompt(&self, turns: &[Turn], system: Option<&str>, without_bos: bool) -> Result<Vec<Part>> {
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn prompt(&self, turns: &[Turn], system: Option<&str>) -> Result<Vec<Part>> {
         let text = self.render(&self.messages(turns, system), true)?;
-        Ok(self.parts(&Rendered { text, assistant: Vec::new() }, without_bos))
+        Ok(parts(&Rendered { text, assistant: Vec::new() }))
+    }
+
+    /// Whether a prompt has its BOS already.
+    pub fn begins_with_bos(&self, parts: &[Part]) -> bool {
+        let bos = self.tokens.get("bos_token").and_then(Value::as_str).filter(|bos| !bos.is_empty());
+        matches!((parts.first(), bos), (Some(Part::Text { text, .. }), Some(bos)) if text.starts_with(bos))
     }
 
     fn messages(&self, turns: &[Turn], system: Option<&str>) -> Vec<Value> {
@@ -263,30 +303,29 @@ impl ChatTemplate {
             ContentForm::Text
         }
     }
+}
 
-    fn parts(&self, rendered: &Rendered, without_bos: bool) -> Vec<Part> {
-        let bos = self.tokens.get("bos_token").and_then(Value::as_str).filter(|_| without_bos);
-        let mut at = bos.filter(|bos| rendered.text.starts_with(bos)).map_or(0, str::len);
-        let mut parts = Vec::new();
-        let mut push = |range: Range<usize>, labels: Labels| {
-            let Some(text) = rendered.text.get(range) else { return };
-            for (index, text) in text.split(IMAGE_PLACEHOLDER).enumerate() {
-                if index > 0 {
-                    parts.push(Part::Image);
-                }
-                if !text.is_empty() {
-                    parts.push(Part::Text { text: text.replace(LITERAL, IMAGE_PLACEHOLDER), labels });
-                }
+fn parts(rendered: &Rendered) -> Vec<Part> {
+    let mut parts = Vec::new();
+    let mut push = |range: Range<usize>, labels: Labels| {
+        let Some(text) = rendered.text.get(range) else { return };
+        for (index, text) in text.split(IMAGE_PLACEHOLDER).enumerate() {
+            if index > 0 {
+                parts.push(Part::Image);
             }
-        };
-        for answer in &rendered.assistant {
-            push(at..answer.start, Labels::Ignore);
-            push(answer.clone(), Labels::Learn);
-            at = answer.end;
+            if !text.is_empty() {
+                parts.push(Part::Text { text: text.replace(LITERAL, IMAGE_PLACEHOLDER), labels });
+            }
         }
-        push(at..rendered.text.len(), Labels::Ignore);
-        parts
+    };
+    let mut at = 0;
+    for answer in &rendered.assistant {
+        push(at..answer.start, Labels::Ignore);
+        push(answer.clone(), Labels::Learn);
+        at = answer.end;
     }
+    push(at..rendered.text.len(), Labels::Ignore);
+    parts
 }
 
 /// transformers has a tag `generation` round what the assistant says; here it only has to leave its content be.

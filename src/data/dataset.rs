@@ -258,7 +258,7 @@ impl Measure {
             tokens: sample.spliced_length(encoder.image_tokens),
             targets: sample.target_tokens(),
             truncated: sample.truncated,
-            ignored_turns: if encoder.template.is_plain() { turns.saturating_sub(2) } else { 0 },
+            ignored_turns: if encoder.version.is_plain() { turns.saturating_sub(2) } else { 0 },
             repairs: record.repairs,
         }
     }

@@ -15,6 +15,7 @@ pub mod sentencepiece;
 mod sentencepiece_proto;
 pub mod template;
 pub mod tokenizer;
+pub mod version;
 
 pub use dataset::{Dataset, Source, Statistics};
 pub use image::{ImageProcessor, ImageSource, PixelValues};
@@ -23,6 +24,7 @@ pub use sample::{Encoder, Sample};
 pub use sampler::{Duration, Order, Plan};
 pub use template::{Labels, Part, Template};
 pub use tokenizer::Tokenizer;
+pub use version::Version;
 
 /// A picture goes here (before splicing); never an id of a vocabulary.
 pub const IMAGE_TOKEN_INDEX: i32 = -200;

@@ -6,10 +6,10 @@ use super::{
     IGNORE_INDEX, IMAGE_TOKEN_INDEX,
     image::ImageSource,
     record::{Content, Record, Turn},
-    template::Template,
     tokenizer::Tokenizer,
+    version::Version,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// One tokenised record.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +45,7 @@ fn spliced_length(tokens: &[i32], image_tokens: usize) -> usize {
 #[derive(Clone, Debug)]
 pub struct Encoder {
     pub tokenizer: Arc<Tokenizer>,
-    pub template: &'static Template,
+    pub version: Version,
     /// Instead of the template's system text; a record's own goes before both.
     pub system: Option<String>,
     /// Positions that a picture takes after splicing.
@@ -66,7 +66,9 @@ impl Encoder {
             }
             Content::Conversation(turns) => {
                 let system = record.system.as_deref().or(self.system.as_deref());
-                self.tokenizer.encode_parts(&self.template.training(turns, system))?
+                let encoded = self.version.encode(&self.tokenizer, turns, system, self.image_tokens > 0);
+                encoded
+                    .map_err(|error| Error { message: format!("record {:?}: {}", record.id, error.message), ..error })?
             }
         };
         let mut sample = Sample { id: record.id.clone(), tokens, labels, images: record.images.clone(), truncated: 0 };
@@ -76,7 +78,7 @@ impl Encoder {
 
     /// The ids of a question: `turns` end with a human's, and the assistant's is left open.
     pub fn prompt(&self, turns: &[Turn]) -> Result<Vec<i32>> {
-        Ok(self.tokenizer.encode_parts(&self.template.prompt(turns, self.system.as_deref()))?.0)
+        self.version.prompt(&self.tokenizer, turns, self.system.as_deref(), self.image_tokens > 0)
     }
 
     /// Cuts the tail; a picture that would be cut goes as a whole.

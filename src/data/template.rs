@@ -118,10 +118,6 @@ static TEMPLATES: [Template; 11] = [
 impl Template {
     /// The template of a name or an alias; an unknown one is a Usage error with the nearest known name.
     pub fn named(name: &str) -> Result<&'static Self> {
-        if name == "chat" {
-            return Err(Error::usage("template `chat` (the model's own chat template) is not built yet")
-                .hint(format!("choose one of {}", Self::names().collect::<Vec<_>>().join(", "))));
-        }
         let found = TEMPLATES.iter().find(|template| template.name == name || template.aliases.contains(&name));
         found.ok_or_else(|| {
             let error = Error::usage(format!("unknown template {name:?}"));
@@ -129,7 +125,8 @@ impl Template {
                 Some(near) => error.hint(format!("did you mean `{near}`?")),
                 None => error,
             };
-            error.hint(format!("known templates: {}", Self::names().collect::<Vec<_>>().join(", ")))
+            let names = Self::names().collect::<Vec<_>>().join(", ");
+            error.hint(format!("known templates: {names}; and `chat`, the model's own"))
         })
     }
 
@@ -409,6 +406,5 @@ mod tests {
         let error = Template::named("lava_v1").unwrap_err();
         assert_eq!(error.kind, crate::error::ErrorKind::Usage);
         assert_eq!(error.hints[0], "did you mean `llava_v1`?");
-        assert!(Template::named("chat").unwrap_err().message.contains("not built yet"));
     }
 }

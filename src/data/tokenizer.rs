@@ -17,6 +17,9 @@ use crate::error::{Error, Result};
 /// Gives the bytes of a model's file by name; none where there is no such file.
 pub type ReadFile<'a> = &'a dyn Fn(&str) -> Result<Option<Cow<'static, [u8]>>>;
 
+/// The added token `<image>` under a name that no text has.
+const HIDDEN: &str = "\u{0}picture\u{0}";
+
 /// A tokenizer and its special tokens.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -161,6 +164,35 @@ impl Tokenizer {
         Ok((tokens, labels))
     }
 
+    /// The ids and labels of a text that is tokenised at once, as transformers does with what a chat template renders:
+    /// a picture is the vocabulary's own `<image>` in the midst of it, and becomes [`IMAGE_TOKEN_INDEX`]. With `special`
+    /// the BOS is put in front. A vocabulary without `<image>` has the text parted at pictures.
+    pub fn encode_whole(&self, parts: &[Part], special: bool) -> Result<(Vec<i32>, Vec<i32>)> {
+        let Some(image) = self.image_id.filter(|_| parts.contains(&Part::Image)).map(|id| id as i32) else {
+            let front = if special { 0 } else { self.prefix.len() };
+            let (mut tokens, mut labels) = self.encode_parts(parts)?;
+            return Ok((tokens.split_off(front), labels.split_off(front)));
+        };
+        let mut tokens: Vec<i32> = self.prefix.iter().filter(|_| special).map(|&id| id as i32).collect();
+        let mut labels = vec![IGNORE_INDEX; tokens.len()];
+        let joined = parts.iter().map(|part| match part {
+            Part::Image => Part::Text { text: HIDDEN.to_owned(), labels: Labels::Ignore },
+            Part::Text { text, labels } => {
+                Part::Text { text: text.replace(HIDDEN, IMAGE_PLACEHOLDER), labels: *labels }
+            }
+        });
+        self.encode_chunk(&joined.collect::<Vec<_>>(), &mut tokens, &mut labels)?;
+        tokens.iter_mut().filter(|token| **token == image).for_each(|token| *token = IMAGE_TOKEN_INDEX);
+        Ok((tokens, labels))
+    }
+
+    /// The first token of a text, where it is one that was added to the vocabulary, such as an end mark.
+    pub fn first_added(&self, text: &str) -> Option<String> {
+        let added = self.inner.get_added_tokens_decoder();
+        let id = *self.inner.encode(text, false).ok()?.get_ids().first()?;
+        added.get(&id).map(|token| token.content.clone()).filter(|token| text.starts_with(token.as_str()))
+    }
+
     fn encode_chunk(&self, parts: &[Part], tokens: &mut Vec<i32>, labels: &mut Vec<i32>) -> Result<()> {
         let mut text = String::new();
         // Where each span ends, and how many of its tokens are still to be learned.
@@ -247,7 +279,6 @@ fn apply_legacy(json: &mut Value, legacy: bool) {
 
 /// Renames the added token `<image>`, so that the literal in somebody's text stays text; returns its id.
 fn hide_placeholder(json: &mut Value) -> Option<u32> {
-    const HIDDEN: &str = "\u{0}picture\u{0}";
     let token = json.get_mut("added_tokens")?.as_array_mut()?.iter_mut().find(|t| t["content"] == IMAGE_PLACEHOLDER)?;
     token["content"] = json!(HIDDEN);
     let id = token["id"].as_u64().and_then(|id| u32::try_from(id).ok());

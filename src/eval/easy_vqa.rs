@@ -1,4 +1,4 @@
-//! easy-VQA: 9,673 questions about 1,000 pictures, asked in the template `v1`, answered greedily in a word or two.
+//! easy-VQA: 9,673 questions about 1,000 pictures, asked in the template `v1` unless told otherwise, answered greedily in a word or two.
 //! An answer is right when it equals the expected one, but for case and white space around it.
 //!
 //! Two baselines stand beside the accuracy. The most frequent answer: what the training set answers most often to the
@@ -36,11 +36,11 @@ const PICTURES: usize = 64;
 /// Answers shown in a report.
 const SAMPLES: usize = 12;
 
-/// Asks the test questions; of `limit`, the first ones of an order that never changes.
+/// Asks the test questions in the template of a name; of `limit`, the first ones of an order that never changes.
 ///
 /// # Errors
 /// `Usage`: the model cannot see.
-pub fn evaluate(opened: &Opened, limit: Option<usize>, observer: &mut dyn Observer) -> Result<Outcome> {
+pub fn evaluate(opened: &Opened, version: &str, limit: Option<usize>, observer: &mut dyn Observer) -> Result<Outcome> {
     let started = Instant::now();
     let Some(processor) = opened.processor.as_ref().filter(|_| opened.model.projector.is_some()) else {
         return Err(Error::usage(format!("{} cannot see: it has no projector for pictures", opened.folder.name()))
@@ -77,7 +77,7 @@ pub fn evaluate(opened: &Opened, limit: Option<usize>, observer: &mut dyn Observ
     }
     drop(pictures);
 
-    let encoder = opened.encoder("v1", None)?;
+    let encoder = opened.encoder(version, None)?;
     let mut asker = Asker { opened, features, options: options(opened, &encoder, &data.answers)?, encoder };
 
     // With the picture blanked the answer depends on the sentence alone.
@@ -135,7 +135,7 @@ fn options(opened: &Opened, encoder: &Encoder, answers: &[String]) -> Result<Opt
     for answer in answers {
         longest = longest.max(encoder.tokenizer.encode(&format!(" {answer}"), false)?.len());
     }
-    Ok(Options::greedy(longest + 2, opened.stop_ids(encoder.template)?))
+    Ok(Options::greedy(longest + 2, opened.stop_ids(&encoder.version)?))
 }
 
 /// A picture all of one colour, the mean of the training pictures' top left pixels.

@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
+    data::{Template, Version},
     error::{Error, Result, nearest},
     formats::atomic::write_file,
     gpu::Gpu,
@@ -28,6 +29,8 @@ pub const TASKS: [&str; 1] = [easy_vqa::TASK];
 pub struct Request<'a> {
     /// One of [`TASKS`].
     pub task: &'a str,
+    /// The template to ask in.
+    pub version: &'a str,
     /// A folder, or `embedded:NAME`.
     pub model: &'a str,
     pub adapter: Option<&'a Path>,
@@ -48,6 +51,11 @@ impl Request<'_> {
             let near = nearest(self.task, TASKS).unwrap_or_default();
             return Err(Error::usage(format!("there is no benchmark `{}`; the nearest is `{near}`", self.task))
                 .hint(format!("there are: {}", TASKS.join(", "))));
+        }
+        Version::check(self.version)?;
+        if Template::named(self.version).is_ok_and(Template::is_plain) {
+            return Err(Error::usage(format!("--version {} has no place for a question", self.version))
+                .hint("leave it out, or name the template that the model was tuned with, such as v1"));
         }
         if self.data.is_some() {
             return Err(Error::usage("`--data` for easy-vqa is known, but not built yet")
@@ -90,7 +98,7 @@ pub struct Outcome {
 pub fn run(gpu: &Gpu, request: &Request<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
     request.check()?;
     let opened = open(gpu, Place::parse(request.model), request.adapter)?;
-    let outcome = easy_vqa::evaluate(&opened, request.limit, observer)?;
+    let outcome = easy_vqa::evaluate(&opened, request.version, request.limit, observer)?;
     if let Some(out) = request.out {
         outcome.write(out, request)?;
     }
@@ -138,6 +146,7 @@ impl Outcome {
         write_file(&out.join("answers.jsonl"), lines.as_bytes())?;
         let mut results = self.json();
         results["model"] = json!(request.model);
+        results["version"] = json!(request.version);
         results["adapter"] = json!(request.adapter.map(|path| path.display().to_string()));
         write_file(&out.join("results.json"), format!("{results:#}\n").as_bytes())
     }

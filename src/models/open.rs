@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{adapter, config::ModelConfig, llava::Llava, names};
 use crate::{
-    data::{Encoder, ImageProcessor, ImageSource, Template, Tokenizer},
+    data::{Encoder, ImageProcessor, ImageSource, Tokenizer, Version},
     embedded,
     error::{Error, Result},
     formats::{HostTensor, model_folder::ModelFolder, peft::Adapter},
@@ -158,7 +158,7 @@ impl Opened {
     pub fn encoder(&self, version: &str, system: Option<String>) -> Result<Encoder> {
         Ok(Encoder {
             tokenizer: self.tokenizer.clone(),
-            template: Template::named(version)?,
+            version: open_version(version, &self.folder, &self.tokenizer)?,
             system,
             image_tokens: self.model.image_tokens(),
             max_length: Some(self.model.config.text().positions()),
@@ -179,15 +179,27 @@ impl Opened {
     }
 
     /// The ids that end an answer: the model's, and the template's end mark where that is one token.
-    pub fn stop_ids(&self, template: &Template) -> Result<Vec<u32>> {
-        stop_ids(&self.folder, &self.tokenizer, template)
+    pub fn stop_ids(&self, version: &Version) -> Result<Vec<u32>> {
+        stop_ids(&self.folder, &self.tokenizer, version)
     }
 }
 
+/// The version of a name, `chat` being the folder's own template.
+///
+/// # Errors
+/// As [`Version::open`].
+pub fn open_version(name: &str, folder: &ModelFolder, tokenizer: &Tokenizer) -> Result<Version> {
+    Version::open(name, folder.name(), &|file| folder.file(file), tokenizer)
+}
+
 /// The ids that end an answer: the model's, and the template's end mark where that is one token.
-pub fn stop_ids(folder: &ModelFolder, tokenizer: &Tokenizer, template: &Template) -> Result<Vec<u32>> {
+pub fn stop_ids(folder: &ModelFolder, tokenizer: &Tokenizer, version: &Version) -> Result<Vec<u32>> {
     let mut ids = folder.eos_token_ids()?;
-    ids.extend(tokenizer.token_to_id(template.stop()));
+    ids.extend(tokenizer.token_to_id(version.stop()));
+    if matches!(version, Version::Chat(_)) {
+        ids.extend(tokenizer.eos_id);
+    }
+    ids.sort_unstable();
     ids.dedup();
     Ok(ids)
 }

@@ -14,7 +14,6 @@ use crate::{
         dataset::{self, Dataset, counted},
         image::ImageProcessor,
         sample::Encoder,
-        template::Template,
     },
     embedded,
     error::{Error, Result},
@@ -146,8 +145,8 @@ impl Prepared {
         let own = tokenizer.model_max_length.map_or(positions, |length| length.min(positions));
         let max_length = stage.model_max_length.unwrap_or(own);
         let encoder = Encoder {
+            version: open::open_version(&stage.version, &self.folder, &tokenizer)?,
             tokenizer: Arc::new(tokenizer),
-            template: Template::named(&stage.version)?,
             system: None,
             image_tokens: self.config.llava().map_or(0, LlavaConfig::image_seq_length),
             max_length: Some(max_length),
