@@ -8,6 +8,7 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dora;
 pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
@@ -66,6 +67,7 @@ pub const OPS: &[Op] = &[
     cross_entropy::OP,
     elementwise::OP,
     reduce::OP,
+    dora::OP,
     dropout::OP,
     adamw::OP,
 ];
