@@ -34,6 +34,9 @@ pub fn canonical(name: &str) -> String {
         return format!("language_model.{name}");
     }
     if let Some(rest) = name.strip_prefix("model.") {
+        if let Some(part) = of_original_projector(rest) {
+            return format!("{PROJECTOR}.{part}");
+        }
         let of_llama = ["embed_tokens.", "layers.", "norm."].iter().any(|part| rest.starts_with(part));
         let of_llava = ["vision_tower.", "multi_modal_projector."].iter().any(|part| rest.starts_with(part));
         if of_llama {
@@ -43,6 +46,10 @@ pub fn canonical(name: &str) -> String {
             name = rest;
         }
     }
+    // The original LLaVA keeps its tower in another of the same name.
+    while name.starts_with("vision_tower.vision_tower.") {
+        name = &name["vision_tower.".len()..];
+    }
     // transformers 5 has no inner vision_model
     if let Some(rest) = name.strip_prefix("vision_tower.") {
         let inner = ["embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."];
@@ -51,6 +58,23 @@ pub fn canonical(name: &str) -> String {
         }
     }
     name.to_owned()
+}
+
+/// The projector of the original LLaVA, without the `model.` before it: one linear layer, or layers 0 and 2 around a GELU.
+fn of_original_projector(name: &str) -> Option<String> {
+    let rest = name.strip_prefix("mm_projector.")?;
+    for (number, layer) in [("0.", "linear_1."), ("2.", "linear_2.")] {
+        if let Some(part) = rest.strip_prefix(number) {
+            return Some(format!("{layer}{part}"));
+        }
+    }
+    ["weight", "bias"].contains(&rest).then(|| format!("linear_1.{rest}"))
+}
+
+/// The canonical name of a module, from the name it has in any layout: [`canonical`] of its weight, without that part.
+pub fn canonical_module(module: &str) -> String {
+    let weight = canonical(&format!("{module}.weight"));
+    weight.strip_suffix(".weight").unwrap_or(&weight).to_owned()
 }
 
 /// The spelling in a written model folder: canonical for a LLaVA, without the first part for a plain LLaMA.
@@ -154,6 +178,23 @@ pub fn decoder_linears(config: &LlamaConfig) -> Vec<(String, [usize; 2])> {
     layers.flat_map(of_layer).collect()
 }
 
+/// Every linear of the model, decoder, head, projector and tower (the layers behind the selected one too), by canonical
+/// module name, each `[out, in]`: what PEFT can adapt. A head that is tied to the embeddings counts as a linear.
+pub fn linears(config: &ModelConfig) -> Vec<(String, [usize; 2])> {
+    let text = config.text();
+    let mut linears = decoder_linears(text);
+    linears.push((LM_HEAD.trim_end_matches(".weight").to_owned(), [text.vocab_size, text.hidden_size]));
+    for (name, shape) in expected_tensors(config).into_iter().chain(unused_vision_tensors(config)) {
+        let outside = name.starts_with(PROJECTOR) || name.starts_with(VISION_TOWER);
+        if let (true, Some(module), &[outputs, inputs]) = (outside, name.strip_suffix(".weight"), &shape[..])
+            && !module.ends_with(".position_embedding")
+        {
+            linears.push((module.to_owned(), [outputs, inputs]));
+        }
+    }
+    linears
+}
+
 /// The projector's own tensors.
 pub fn projector_tensors(config: &LlavaConfig) -> Vec<NamedShape> {
     let (inputs, outputs) = (config.vision_config.hidden_size, config.text_config.hidden_size);
@@ -244,6 +285,7 @@ mod tests {
                     "model.vision_tower.vision_model.pre_layrnorm.bias",
                     "vision_tower.pre_layrnorm.bias",
                     "model.vision_tower.pre_layrnorm.bias",
+                    "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
                 ],
             ),
             (
@@ -252,8 +294,12 @@ mod tests {
                     "multi_modal_projector.linear_1.bias",
                     "model.multi_modal_projector.linear_1.bias",
                     "base_model.model.model.multi_modal_projector.linear_1.bias",
+                    "base_model.model.model.mm_projector.0.bias",
+                    "model.mm_projector.bias",
                 ],
             ),
+            ("multi_modal_projector.linear_2.weight", vec!["model.mm_projector.2.weight"]),
+            ("model.mm_projector.1.weight", vec!["model.mm_projector.1.weight"]),
             ("model.image_newline", vec!["model.image_newline"]),
         ];
         for (expected, spellings) in rows {

@@ -92,6 +92,14 @@ impl Prepared {
             None => origin.adapter,
         };
         let adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
+        if let Some(what) =
+            adapter.as_ref().filter(|_| stage.method == Method::Lora).and_then(|a| a.beyond_training(&config))
+        {
+            return Err(Error::usage(format!(
+                "the adapter to start from has {what}, which is not built yet for training"
+            ))
+            .hint("merge it into its model first, and train a new adapter on that"));
+        }
         Ok(Self { folder, config, projector, adapter })
     }
 
@@ -149,7 +157,7 @@ impl Prepared {
             (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
             (_, Some(read)) => {
                 adapter::attach(&mut model, &read, 0.0)?;
-                adapter::fold(&mut model);
+                adapter::fold(&mut model)?;
                 None
             }
             (_, None) => None,

@@ -31,11 +31,8 @@ pub fn fresh_adapter(stage: &StageConfig, config: &ModelConfig) -> Result<Adapte
         let mut rng = Rng::named(stage.seed, &format!("{name}.lora_A"));
         let bound = 1.0 / (inputs as f32).sqrt();
         let a = (0..stage.r * inputs).map(|_| rng.uniform(bound)).collect();
-        let weights = LoraWeights {
-            lora_a: HostTensor::new([stage.r, inputs], a),
-            lora_b: HostTensor::zeros([outputs, stage.r]),
-            scale: adapter.scale(stage.r),
-        };
+        let (lora_a, lora_b) = (HostTensor::new([stage.r, inputs], a), HostTensor::zeros([outputs, stage.r]));
+        let weights = LoraWeights::new(lora_a, lora_b, adapter.scale(stage.r));
         adapter.modules.insert(name, weights);
     }
     if adapter.modules.is_empty() {
