@@ -383,12 +383,20 @@ fn an_adapter_that_does_not_fit_is_refused_by_name() {
     assert!(message.contains("multi_modal_projector.linear_1.bias") && message.contains("match nothing"), "{message}");
 
     let config_rows = [
-        ("use_dora", json!(true), "DoRA is not built yet"),
+        ("use_dora", json!(true), "has no lora_magnitude_vector"),
+        ("use_bdlora", json!({"nblocks": 2}), "use_bdlora: block-diagonal LoRA is not built yet"),
+        ("target_parameters", json!(["mlp.experts"]), "target_parameters"),
+        ("trainable_token_indices", json!([1, 2]), "trainable_token_indices"),
+        ("alora_invocation_tokens", json!([1]), "alora_invocation_tokens"),
+        ("arrow_config", json!({"top_k": 1}), "arrow_config"),
+        ("megatron_config", json!({"hidden": 1}), "megatron_config"),
+        ("init_lora_weights", json!("pissa_niter_4"), "`pissa`, which changes the base weights"),
+        ("target_modules", json!(["q_proj", "lm_head"]), "holds nothing of lm_head"),
         ("peft_type", json!("IA3"), "`IA3` is not built yet"),
         ("r", json!(3), "q_proj is [2, 16], [3, 16] is expected"),
         ("modules_to_save", json!(["multi_modal_projector", "lm_head"]), "holds nothing of lm_head"),
         ("rank_pattern", json!({"(": 3}), "rank_pattern.( is not a pattern"),
-        ("bias", json!("all"), "bias: `all` is not built yet"),
+        ("bias", json!("some"), "bias: `some` is not built yet"),
     ];
     for (key, value, part) in config_rows {
         let dir = copy("adapter_llava");
@@ -400,13 +408,16 @@ fn an_adapter_that_does_not_fit_is_refused_by_name() {
         assert!(message.contains(part), "{part}: {message}");
     }
 
+    let down = "base_model.model.model.language_model.layers.0.mlp.down_proj";
     let weights_rows = [
         ("x.model.language_model.layers.0.mlp.down_proj.lora_A.weight", "match nothing in the model"),
-        ("base_model.model.model.language_model.layers.7.mlp.down_proj.lora_A.weight", "layers.7.mlp.down_proj"),
-        ("base_model.model.model.language_model.layers.0.mlp.down_proj.lora_C.weight", "lora_C"),
-        ("base_model.model.model.language_model.layers.0.mlp.down_proj.lora_magnitude_vector", "DoRA is not built yet"),
-        ("base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight", "not built yet"),
-        ("base_model.model.model.language_model.layers.0.mlp.down_proj.lora_B.bias", "lora_bias"),
+        ("base_model.model.model.language_model.layers.7.mlp.down_proj.lora_A.weight", "the nearest is"),
+        ("base_model.model.model.language_model.layers.0.mlp.down_proj.lora_C.weight", "match nothing in the model"),
+        (
+            "base_model.model.model.language_model.layers.0.mlp.down_projs.lora_A.weight",
+            &format!("{down}.lora_A.weight"),
+        ),
+        ("base_model.model.model.language_model.norm.lora_A.weight", "match nothing in the model"),
     ];
     for (name, part) in weights_rows {
         let dir = copy("adapter_llava");
@@ -418,6 +429,39 @@ fn an_adapter_that_does_not_fit_is_refused_by_name() {
         let message = refusal(dir.path(), &llava);
         assert!(message.contains(part) && message.contains(name), "{part}: {message}");
     }
+    // What belongs to a module, but does not fit it, or lacks its counterpart.
+    let module = "language_model.model.layers.0.mlp.down_proj";
+    let named_rows = [
+        ("lora_magnitude_vector", vec![16], "has a lora_magnitude_vector, but use_dora is false"),
+        (
+            "lora_B.bias",
+            vec![20],
+            "lora_B.bias of language_model.model.layers.0.mlp.down_proj is [20], [16] is expected",
+        ),
+        ("lora_B.weight", vec![0], "saved it without gathering"),
+        ("lora_A.other.weight", vec![2, 20], "under another name, with other values"),
+    ];
+    for (name, shape, part) in named_rows {
+        let dir = copy("adapter_llava");
+        fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        edit_weights(dir.path(), |tensors| {
+            tensors.insert(format!("{down}.{name}"), HostTensor::zeros(shape));
+        });
+        fs::rename(dir.path().join("model.safetensors"), dir.path().join("adapter_model.safetensors")).unwrap();
+        let message = refusal(dir.path(), &llava);
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    let dir = copy("adapter_llava");
+    fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    edit_weights(dir.path(), |tensors| {
+        tensors.remove(&format!("{down}.lora_B.weight"));
+        let tower = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight";
+        tensors.insert(tower.into(), HostTensor::zeros([2, 8]));
+    });
+    fs::rename(dir.path().join("model.safetensors"), dir.path().join("adapter_model.safetensors")).unwrap();
+    let message = refusal(dir.path(), &llava);
+    assert!(message.contains(&format!("{module} has no lora_B")), "{message}");
+
     let dir = copy("adapter_llava");
     fs::remove_file(dir.path().join("adapter_model.safetensors")).unwrap();
     assert!(refusal(dir.path(), &llava).contains("adapter_model.safetensors"));

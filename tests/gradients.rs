@@ -197,6 +197,18 @@ fn linear_lora_with_and_without_dropout() {
 }
 
 #[test]
+fn dora() {
+    // The norms are constants to the backward, one of them zero.
+    let mut norms = Random::new(71).values(9).into_iter().map(|x| x.abs() + 0.5).collect::<Vec<_>>();
+    norms[4] = 0.0;
+    let norms = Tensor::from_f32(gpu(), &norms, &[9]);
+    let inputs = [Leaf(&[7, 9]), Trained(&[9]), Trained(&[9])];
+    case(70, &inputs, &|tape, x, w| functions::dora(tape, &x[0], &w[0], &norms, Some(&w[1]))).check("dora");
+    let inputs = [Leaf(&[70, 9]), Trained(&[9])];
+    case(72, &inputs, &|tape, x, w| functions::dora(tape, &x[0], &w[0], &norms, None)).check("dora without bias");
+}
+
+#[test]
 fn add_and_a_value_used_more_than_once() {
     let inputs = [Leaf(&[5, 7]), Leaf(&[5, 7])];
     case(9, &inputs, &|tape, x, _| functions::add(tape, &x[0], &x[1])).check("add");

@@ -234,7 +234,7 @@ fn prepare(model: &mut Llava, method: &str) -> Vec<usize> {
                 };
                 let a = add("lora_A", 2000 + 2 * number, [2, shape[1]]);
                 let b = add("lora_B", 2001 + 2 * number, [shape[0], 2]);
-                linear.lora = Some(Lora { a, b, scale: 2.0, dropout: 0.0, stream: number });
+                linear.lora = Some(Lora { a, b, scale: 2.0, dropout: 0.0, stream: number, bias: None, dora: None });
                 number += 1;
             }
         }

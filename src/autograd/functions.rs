@@ -5,7 +5,7 @@ use crate::{
     ops::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
-        cross_entropy, dropout, elementwise, embedding, layer_norm,
+        cross_entropy, dora, dropout, elementwise, embedding, layer_norm,
         matmul::{Epilogue, Layout, product, product_into, product_with},
         patch_embed, rms_norm, rope,
     },
@@ -97,6 +97,24 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
                 product_into(Layout::Nn, &du, &lora.a.value, &dx, add);
             }
             gradients.add(&x, dx);
+        }
+    })
+}
+
+/// y = magnitude / norm * x + bias by columns, for x [T, N] and the others [N]: DoRA. The norm is a constant.
+pub fn dora(tape: &mut Tape, x: &Var, magnitude: &Weight, norm: &Tensor, bias: Option<&Weight>) -> Var {
+    let y = dora::scale_columns(&x.value, &magnitude.value, norm, bias.map(|bias| &bias.value));
+    let needed = x.wants_gradient() || magnitude.trains() || bias.is_some_and(Weight::trains);
+    let (x, magnitude, norm, bias) = (x.clone(), magnitude.clone(), norm.clone(), bias.cloned());
+    tape.record(y, needed, move |gradients, dy| {
+        if let Some(dmagnitude) = &magnitude.grad {
+            dora::backward_magnitude(&x.value, &norm, dy, dmagnitude);
+        }
+        if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
+            elementwise::add_rows(dy, dbias);
+        }
+        if x.wants_gradient() {
+            gradients.add(&x, dora::scale_columns(dy, &magnitude.value, &norm, None));
         }
     })
 }

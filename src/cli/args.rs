@@ -46,23 +46,6 @@ pub struct GlobalArgs {
     pub verbose: bool,
 }
 
-impl GlobalArgs {
-    /// `--precision`, as far as it is built.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Usage`](crate::error::ErrorKind::Usage): half precision is not built yet.
-    pub fn built_precision(&self) -> crate::error::Result<Option<Precision>> {
-        match self.precision {
-            Some(Precision::Float16 | Precision::Bfloat16) => {
-                let name = self.precision.map_or("", Precision::as_str);
-                Err(Error::usage(format!("--precision {name} is known, but not built yet"))
-                    .hint("use --precision float32, or leave it out"))
-            }
-            precision => Ok(precision),
-        }
-    }
-}
-
 fn precision() -> impl TypedValueParser<Value = Precision> {
     // Every possible value is a name, so the fallback is never taken.
     PossibleValuesParser::new(Precision::NAMES).map(|name| Precision::parse(&name).unwrap_or(Precision::Float32))
@@ -455,7 +438,5 @@ mod tests {
         for line in ["--help", "--version", "train --help"] {
             assert_eq!(cli(line).unwrap_err().exit_code(), 0, "{line}");
         }
-        let half = cli("--precision bfloat16 devices").unwrap().global.built_precision().unwrap_err();
-        assert!(half.message.contains("not built yet"));
     }
 }

@@ -49,7 +49,7 @@ pub fn run_config(args: &TrainArgs, global: &GlobalArgs, working_dir: &Path, now
     if let Some(device) = &global.device {
         set.push(format!("devices={device}"));
     }
-    if let Some(precision) = global.built_precision()? {
+    if let Some(precision) = global.precision {
         set.push(format!("precision={precision}"));
     }
     let default_output_dir: PathBuf = folder.unwrap_or_else(|| runs.join(run_folder::dated_name(now)));

@@ -23,8 +23,14 @@ use crate::{
     error::{Error, Result},
     formats::peft::Adapter,
     gpu::{AdapterOptions, Gpu},
-    models::open::{Opened, Place, load, no_folder},
-    train::config::Source,
+    models::{
+        loading::Loading,
+        open::{Opened, Place, load, no_folder},
+    },
+    train::{
+        config::{Precision, Source},
+        events::{Event, Observer},
+    },
 };
 use args::{Backend, Cli, Command, GlobalArgs, ModelArgs, RecipesCommand};
 use ui::Ui;
@@ -49,7 +55,6 @@ fn run(cli: &Cli) -> Result<()> {
     if let Some(error) = cli.command.not_built() {
         return Err(error);
     }
-    global.built_precision()?;
     match &cli.command {
         Command::Devices(args) => devices::run(args, global),
         Command::Train(args) => train::run(args, global),
@@ -109,5 +114,10 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
     let folder = place.folder()?;
     let adapter = args.adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
     let gpu = open_device(global, None, ui)?;
-    load(&gpu, folder, adapter.as_ref())
+    let mut loading = Loading {
+        precision: global.precision.map(Precision::dtype),
+        trains: &|_| false,
+        progress: &mut |done, total| ui.event(Event::loaded(done, total)),
+    };
+    load(&gpu, folder, adapter.as_ref(), &mut loading)
 }

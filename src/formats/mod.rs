@@ -7,7 +7,6 @@ pub mod host_tensor;
 mod mapped;
 pub mod model_folder;
 pub mod peft;
-mod peft_config;
 pub mod processor_files;
 pub mod random;
 pub mod safetensors;

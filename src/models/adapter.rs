@@ -8,9 +8,12 @@ use crate::{
         model_folder::ModelFolder,
         peft::{Adapter, LoraWeights},
     },
-    nn::{Id, Lora},
-    ops::matmul::{Epilogue, Layout, product_into},
-    tensor::Tensor,
+    nn::{Dora, Id, Lora},
+    ops::{
+        cast, dora,
+        matmul::{Epilogue, Layout, product_into},
+    },
+    tensor::{ALIGNMENT, Dtype, Tensor},
 };
 
 /// The parameter names of an adapted module's two matrices.
@@ -18,17 +21,22 @@ fn matrices(module: &str) -> [String; 2] {
     [format!("{module}.lora_A.weight"), format!("{module}.lora_B.weight")]
 }
 
-/// Puts an adapter beside the linear layers it names, frozen, and replaces the tensors saved with it. Gives the
-/// canonical module name with the parameters of lora_A [R, K] and lora_B [N, R], in the decoder's order.
+/// Puts an adapter on the model, frozen: beside the decoder's linear layers that it names, and folded into the others
+/// (tower, projector, head, embeddings), after the tensors saved with it have replaced the model's. Gives the canonical
+/// module names of the former with the parameters of lora_A [R, K] and lora_B [N, R], in the decoder's order.
 ///
-/// Tensors of vision layers behind the selected one, which nothing computes with, are passed over.
+/// Vision layers behind the selected one, which nothing computes with, are passed over.
 ///
 /// # Errors
-/// `Usage` when the model has an adapter already; `Data` when the adapter does not fit the model.
+/// `Usage` when the model has an adapter already; `Data` when the adapter does not fit the model; whatever has failed on
+/// the device.
 pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<(String, Id, Id)>> {
-    let misfit = |what: String| Error::data(what).hint("the adapter was made for another model");
     let gpu = model.gpu().clone();
     let unused = names::unused_vision_tensors(&model.config);
+    let is_unused = |name: &str| unused.iter().any(|(unused, _)| unused == name);
+    if adapter.unties_head {
+        untie(model);
+    }
     for (name, tensor) in &adapter.saved {
         match model.parameters.find(name) {
             Some(id) => {
@@ -38,10 +46,72 @@ pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<
                 }
                 model.parameters.place(id, Tensor::from_f32(&gpu, &tensor.data, &shape), None);
             }
-            None if unused.iter().any(|(unused, _)| unused == name) => {}
+            None if is_unused(name) => {}
             None => return Err(misfit(format!("the adapter's {name} is not in the model"))),
         }
     }
+    let attached = attach_decoder(model, adapter, dropout)?;
+    for (module, weights) in &adapter.modules {
+        if attached.iter().any(|(name, ..)| name == module) || is_unused(&format!("{module}.weight")) {
+            continue;
+        }
+        let merge = |part: &str, model: &mut Llava| -> Result<()> {
+            let name = format!("{module}.{part}");
+            let id = model
+                .parameters
+                .find(&name)
+                .ok_or_else(|| misfit(format!("the adapter's {name} is not in the model")))?;
+            let value = &model.parameters.get(id).value;
+            let shape = value.shape().to_vec();
+            let mut values = value.to_vec()?;
+            if part == "weight" {
+                check_shapes(module, weights, &shape)?;
+                weights.merge_rows(0, &mut values);
+            } else {
+                weights.merge_bias(0, &mut values);
+            }
+            model.parameters.place(id, Tensor::from_f32(&gpu, &values, &shape), None);
+            Ok(())
+        };
+        merge("weight", model)?;
+        if weights.bias.is_some() {
+            merge("bias", model)?;
+        }
+    }
+    Ok(attached)
+}
+
+fn misfit(what: String) -> Error {
+    Error::data(what).hint("the adapter was made for another model")
+}
+
+fn check_shapes(module: &str, weights: &LoraWeights, weight: &[usize]) -> Result<()> {
+    let LoraWeights { lora_a, lora_b, magnitude, bias, .. } = weights;
+    let rank = weights.rank();
+    let columns = [magnitude, bias].into_iter().flatten().all(|vector| vector.shape == weight[..1]);
+    if weight.len() == 2 && lora_a.shape == [rank, weight[1]] && lora_b.shape == [weight[0], rank] && columns {
+        return Ok(());
+    }
+    let shapes = format!("lora_A {:?} and lora_B {:?}", lora_a.shape, lora_b.shape);
+    Err(misfit(format!("{module}: {shapes} do not fit the weight {weight:?}")))
+}
+
+/// Gives the model a head of its own, with the values of the embeddings.
+fn untie(model: &mut Llava) {
+    if let Some(id) = model.parameters.find(names::EMBED_TOKENS).filter(|_| model.config.text().tie_word_embeddings) {
+        let embeddings = &model.parameters.get(id).value;
+        let head = Tensor::empty_of(model.gpu(), embeddings.dtype(), embeddings.shape());
+        head.copy_from(embeddings);
+        let head = model.parameters.insert(names::LM_HEAD, head);
+        model.language.untie(head);
+        model.config.text_mut().tie_word_embeddings = false;
+    }
+}
+
+/// The part of [`attach`] that stays beside the weights.
+fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<(String, Id, Id)>> {
+    let gpu = model.gpu().clone();
+    let upload = |tensor: &HostTensor| Tensor::from_f32(&gpu, &tensor.data, &tensor.shape);
     let Llava { language, parameters, .. } = model;
     let mut attached: Vec<(String, Id, Id)> = Vec::new();
     for (index, layer) in language.layers_mut().iter_mut().enumerate() {
@@ -51,36 +121,90 @@ pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<
             if linear.lora.is_some() {
                 return Err(Error::usage(format!("{module} has an adapter already")).hint("load the model afresh"));
             }
-            let weight = parameters.get(linear.weight).value.shape().to_vec();
-            let (LoraWeights { lora_a, lora_b, scale }, rank) = (weights, weights.rank());
-            if lora_a.shape != [rank, weight[1]] || lora_b.shape != [weight[0], rank] {
-                let shapes = format!("lora_A {:?} and lora_B {:?}", lora_a.shape, lora_b.shape);
-                return Err(misfit(format!("{module}: {shapes} do not fit the weight {weight:?}")));
-            }
-            let [a, b] = matrices(&module);
-            let a = parameters.insert(a, Tensor::from_f32(&gpu, &lora_a.data, &lora_a.shape));
-            let b = parameters.insert(b, Tensor::from_f32(&gpu, &lora_b.data, &lora_b.shape));
-            linear.lora = Some(Lora { a, b, scale: *scale as f32, dropout, stream: attached.len() as u32 });
+            let weight = parameters.get(linear.weight).value.clone();
+            check_shapes(&module, weights, weight.shape())?;
+            let (scale, [a, b]) = (weights.scale as f32, matrices(&module));
+            let (a, b) = (parameters.insert(a, upload(&weights.lora_a)), parameters.insert(b, upload(&weights.lora_b)));
+            let dora = weights.magnitude.as_ref().map(|magnitude| {
+                let matrix = |id: Id| &parameters.get(id).value;
+                let norm = adapted_norm(&weight, matrix(a), matrix(b), scale);
+                Dora {
+                    magnitude: parameters.insert(format!("{module}.lora_magnitude_vector"), upload(magnitude)),
+                    norm,
+                }
+            });
+            let bias = match &weights.bias {
+                Some(bias) => {
+                    let own = linear.bias.map(|id| parameters.get(id).value.to_vec()).transpose()?;
+                    let mut sum = HostTensor::new(bias.shape.clone(), own.unwrap_or_else(|| vec![0.0; bias.len()]));
+                    weights.merge_bias(0, &mut sum.data);
+                    Some(parameters.insert(format!("{module}.lora_bias"), upload(&sum)))
+                }
+                None => None,
+            };
+            linear.lora = Some(Lora { a, b, scale, dropout, stream: attached.len() as u32, bias, dora });
             attached.push((module, a, b));
         }
     }
-    match adapter.modules.keys().find(|module| !attached.iter().any(|(name, ..)| name == *module)) {
-        Some(module) => Err(misfit(format!("the adapter's {module} is not in the model"))),
-        None => Ok(attached),
-    }
+    Ok(attached)
 }
 
-/// Folds the model's adapter into its weights, W + scale * B A in f32, and takes it off.
-pub fn fold(model: &mut Llava) {
+/// Bytes of an adapted weight that are computed at a time.
+const NORM_BYTES: usize = 64 << 20;
+
+/// The lengths [N] of the rows of W + scale * B A.
+fn adapted_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Tensor {
+    let (n, k) = (weight.rows(), weight.cols());
+    let norm = Tensor::empty(weight.gpu(), &[n]);
+    let step = (NORM_BYTES / 4 / k / ALIGNMENT).max(1) * ALIGNMENT;
+    for first in (0..n).step_by(step) {
+        let rows = step.min(n - first);
+        let adapted = widened(weight, first, rows);
+        let add_scaled = Epilogue { alpha: Some(scale), bias: None, accumulate: true };
+        product_into(Layout::Nn, &b.row_part(first, rows), a, &adapted, add_scaled);
+        dora::row_norms(&adapted, &norm.part(first, &[rows]));
+    }
+    norm
+}
+
+/// A copy of rows of a weight as f32.
+fn widened(weight: &Tensor, first: usize, rows: usize) -> Tensor {
+    let (cols, copy) = (weight.cols(), Tensor::empty(weight.gpu(), &[rows, weight.cols()]));
+    match weight.dtype() {
+        Dtype::F32 => copy.copy_rows(0, weight, first, rows),
+        _ => cast::cast_into(weight, first * cols, &copy, 0, rows * cols),
+    }
+    copy
+}
+
+/// Folds the adapter beside the model's weights into them, in f32, and takes it off.
+///
+/// # Errors
+/// `Usage`: the adapter has a bias for a linear that has none. Whatever has failed on the device.
+pub fn fold(model: &mut Llava) -> Result<()> {
     let Llava { language, parameters, .. } = model;
     for layer in language.layers_mut() {
-        for (_, linear) in layer.linears_mut() {
+        for (name, linear) in layer.linears_mut() {
             let Some(lora) = linear.lora.take() else { continue };
+            let wide = cast::cast(&parameters.get(linear.weight).value, Dtype::F32);
+            parameters.place(linear.weight, wide, None);
             let value = |id: Id| &parameters.get(id).value;
             let epilogue = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
             product_into(Layout::Nn, value(lora.b), value(lora.a), value(linear.weight), epilogue);
+            if let Some(dora) = &lora.dora {
+                dora::scale_rows(value(linear.weight), value(dora.magnitude), &dora.norm);
+            }
+            match (lora.bias, linear.bias) {
+                (Some(sum), Some(bias)) => value(bias).copy_from(value(sum)),
+                (Some(_), None) => {
+                    return Err(Error::usage(format!("the adapter has a bias for {name}, which has none"))
+                        .hint("keep the adapter beside the model"));
+                }
+                (None, _) => {}
+            }
         }
     }
+    Ok(())
 }
 
 /// Reads the model's adapter back, with the ranks, factors and settings that `settings` has; with the projector as it
@@ -94,19 +218,27 @@ pub fn export(model: &Llava, settings: &Adapter, with_projector: bool) -> Result
         Ok(HostTensor::new(shape, model.parameters.get(id).value.to_vec()?))
     };
     let mut adapter = Adapter::new(r, lora_alpha, lora_dropout, use_rslora);
+    adapter.unties_head = settings.unties_head;
+    // What is folded into the weights, and what nothing computes with, is as it was.
+    adapter.modules.clone_from(&settings.modules);
     for (module, _) in names::decoder_linears(model.config.text()) {
         let [Some(a), Some(b)] = matrices(&module).map(|name| model.parameters.find(&name)) else { continue };
         let [lora_a, lora_b] = [a, b].map(|id| read(id, model.parameters.get(id).value.shape()));
         let lora_a = lora_a?;
         let scale =
             settings.modules.get(&module).map_or_else(|| settings.scale(lora_a.shape[0]), |module| module.scale);
-        adapter.modules.insert(module, LoraWeights { lora_a, lora_b: lora_b?, scale });
+        let (magnitude, bias) = settings
+            .modules
+            .get(&module)
+            .map_or((None, None), |module| (module.magnitude.clone(), module.bias.clone()));
+        adapter.modules.insert(module, LoraWeights { lora_a, lora_b: lora_b?, scale, magnitude, bias });
     }
     if adapter.modules.is_empty() {
         return Err(Error::usage("the model has no adapter to write"));
     }
     for (name, tensor) in &settings.saved {
-        let tensor = match model.parameters.find(name) {
+        let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+        let tensor = match model.parameters.find(name).filter(|_| !settings.modules.contains_key(module)) {
             Some(id) => read(id, &tensor.shape)?,
             None => tensor.clone(),
         };

@@ -151,6 +151,12 @@ impl Llama {
         self.lm_head
     }
 
+    /// Gives a model whose head is its embeddings a head of its own.
+    pub fn untie(&mut self, lm_head: Id) {
+        self.lm_head = lm_head;
+        self.config.tie_word_embeddings = false;
+    }
+
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
     }

@@ -1,7 +1,15 @@
 //! LLaVA: pictures through the tower and the projector, spliced among word embeddings, through the decoder.
 //! A plain LLaMA is the same without the first two.
 
-use super::{batch::PackedBatch, clip::ClipVision, config::ModelConfig, llama::Llama, projector::Projector};
+use super::{
+    batch::PackedBatch,
+    clip::ClipVision,
+    config::ModelConfig,
+    llama::Llama,
+    loading::{Loader, Loading},
+    names,
+    projector::Projector,
+};
 use crate::{
     autograd::{Tape, Var, functions},
     error::{Error, Result},
@@ -30,10 +38,11 @@ pub enum Pictures<'a> {
 }
 
 impl Llava {
-    /// Reads a complete model to the device.
+    /// Reads a complete model to the device, as its checkpoint has it.
     pub fn load(gpu: &Gpu, folder: &ModelFolder) -> Result<Self> {
         let complete = &mut |name: &str, _: &[usize]| Err(Error::data(format!("{} lacks {name}", folder.name())));
-        Self::load_with(gpu, folder, folder.config().clone(), false, complete)
+        let mut loading = Loading { precision: None, trains: &|_| false, progress: &mut |_, _| () };
+        Self::load_with(gpu, folder, folder.config().clone(), false, complete, &mut loading)
     }
 
     /// Reads a model's tensors to the device under `config`, which may differ from the folder's in its projector.
@@ -45,15 +54,18 @@ impl Llava {
         config: ModelConfig,
         replace: bool,
         projector: &mut dyn FnMut(&str, &[usize]) -> Result<HostTensor>,
+        loading: &mut Loading<'_>,
     ) -> Result<Self> {
         let mut parameters = Parameters::default();
-        let shapes = config.llava().map(super::names::projector_tensors).unwrap_or_default();
+        let shapes = config.llava().map(names::projector_tensors).unwrap_or_default();
+        let wanted = names::expected_tensors(&config).into_iter().map(|(name, _)| name);
+        let mut loader = Loader::new(gpu, folder, wanted, loading)?;
         let mut load = |name: &str| {
             let tensor = match shapes.iter().find(|(known, _)| known == name) {
-                Some((_, shape)) if replace || !folder.has(name) => projector(name, shape)?,
-                _ => folder.tensor(name)?,
+                Some((_, shape)) if replace || !folder.has(name) => loader.fresh(&projector(name, shape)?),
+                _ => loader.stored(name)?,
             };
-            Ok(parameters.insert(name, Tensor::from_f32(gpu, &tensor.data, &matrix(&tensor.shape))))
+            Ok(parameters.insert(name, tensor))
         };
         let language = Llama::new(config.text(), &mut load)?;
         let (mut vision, mut part) = (None, None);
@@ -138,9 +150,4 @@ impl Llava {
         let mut forward = Forward { tape: &mut tape, parameters: &self.parameters, dropout: None };
         self.losses(&mut forward, batch, pictures, 1.0)?.map_or(Ok(Vec::new()), |losses| losses.value.to_vec())
     }
-}
-
-/// A convolution's weight [D, C, p, p] as the matrix [D, C * p * p] that its product is; other shapes as they are.
-fn matrix(shape: &[usize]) -> Vec<usize> {
-    if shape.len() > 2 { vec![shape[0], shape[1..].iter().product()] } else { shape.to_vec() }
 }

@@ -12,6 +12,7 @@ pub(crate) mod config_fields;
 mod config_json;
 pub mod llama;
 pub mod llava;
+pub mod loading;
 pub mod names;
 pub mod open;
 pub mod projector;

@@ -34,15 +34,8 @@ pub fn canonical(name: &str) -> String {
     if name.starts_with("lm_head") {
         return format!("language_model.{name}");
     }
-    // The original authors' projector: 0 and 2 are its linears, 1 the activation between them.
-    if let Some(rest) = name.strip_prefix("model.").unwrap_or(name).strip_prefix("mm_projector.") {
-        return match rest.split_once('.').map(|(number, part)| (number.parse::<usize>(), part)) {
-            Some((Ok(number), part)) if number.is_multiple_of(2) => {
-                format!("{PROJECTOR}.linear_{}.{part}", number / 2 + 1)
-            }
-            Some(_) => name.to_owned(),
-            None => format!("{PROJECTOR}.linear_1.{rest}"),
-        };
+    if let Some(part) = of_original_projector(name.strip_prefix("model.").unwrap_or(name)) {
+        return format!("{PROJECTOR}.{part}");
     }
     if let Some(rest) = name.strip_prefix("model.") {
         let of_llama = ["embed_tokens.", "layers.", "norm."].iter().any(|part| rest.starts_with(part));
@@ -54,11 +47,11 @@ pub fn canonical(name: &str) -> String {
             name = rest;
         }
     }
+    // The original LLaVA keeps its tower in another of the same name.
+    while name.starts_with("vision_tower.vision_tower.") {
+        name = &name["vision_tower.".len()..];
+    }
     if let Some(rest) = name.strip_prefix("vision_tower.") {
-        // The original authors' is a module of the same name within another.
-        if rest.starts_with("vision_tower.") {
-            return canonical(rest);
-        }
         // transformers 5 has no inner vision_model
         let inner = ["embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."];
         if inner.iter().any(|part| rest.starts_with(part)) {
@@ -77,6 +70,23 @@ pub fn canonical_of_tower(name: &str) -> Option<String> {
     }
     let bare = name.strip_prefix("vision_model.").unwrap_or(name);
     Some(canonical(&format!("{VISION_TOWER}.{bare}")))
+}
+
+/// The projector of the original LLaVA: one linear layer, or layers 0 and 2 around a GELU.
+fn of_original_projector(name: &str) -> Option<String> {
+    let rest = name.strip_prefix("mm_projector.")?;
+    for (number, layer) in [("0.", "linear_1."), ("2.", "linear_2.")] {
+        if let Some(part) = rest.strip_prefix(number) {
+            return Some(format!("{layer}{part}"));
+        }
+    }
+    ["weight", "bias"].contains(&rest).then(|| format!("linear_1.{rest}"))
+}
+
+/// The canonical name of a module, from the name it has in any layout: [`canonical`] of its weight, without that part.
+pub fn canonical_module(module: &str) -> String {
+    let weight = canonical(&format!("{module}.weight"));
+    weight.strip_suffix(".weight").unwrap_or(&weight).to_owned()
 }
 
 /// The spelling in a written model folder: canonical for a LLaVA, without the first part for a plain LLaMA.
@@ -180,6 +190,23 @@ pub fn decoder_linears(config: &LlamaConfig) -> Vec<(String, [usize; 2])> {
     layers.flat_map(of_layer).collect()
 }
 
+/// Every linear of the model, decoder, head, projector and tower (the layers behind the selected one too), by canonical
+/// module name, each `[out, in]`: what PEFT can adapt. A head that is tied to the embeddings counts as a linear.
+pub fn linears(config: &ModelConfig) -> Vec<(String, [usize; 2])> {
+    let text = config.text();
+    let mut linears = decoder_linears(text);
+    linears.push((LM_HEAD.trim_end_matches(".weight").to_owned(), [text.vocab_size, text.hidden_size]));
+    for (name, shape) in expected_tensors(config).into_iter().chain(unused_vision_tensors(config)) {
+        let outside = name.starts_with(PROJECTOR) || name.starts_with(VISION_TOWER);
+        if let (true, Some(module), &[outputs, inputs]) = (outside, name.strip_suffix(".weight"), &shape[..])
+            && !module.ends_with(".position_embedding")
+        {
+            linears.push((module.to_owned(), [outputs, inputs]));
+        }
+    }
+    linears
+}
+
 /// The projector's own tensors.
 pub fn projector_tensors(config: &LlavaConfig) -> Vec<NamedShape> {
     let (inputs, outputs) = (config.vision_config.hidden_size, config.text_config.hidden_size);
@@ -270,6 +297,7 @@ mod tests {
                     "model.vision_tower.vision_model.pre_layrnorm.bias",
                     "vision_tower.pre_layrnorm.bias",
                     "model.vision_tower.pre_layrnorm.bias",
+                    "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
                 ],
             ),
             (

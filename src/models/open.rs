@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::{adapter, config::ModelConfig, llava::Llava, names};
+use super::{adapter, config::ModelConfig, llava::Llava, loading::Loading, names};
 use crate::{
     data::{Encoder, ImageProcessor, ImageSource, Tokenizer, Version},
     embedded,
@@ -51,7 +51,7 @@ pub struct Opened {
 pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opened> {
     let folder = place.folder()?;
     let adapter = adapter.map(|path| Adapter::read(path, folder.config())).transpose()?;
-    load(gpu, folder, adapter.as_ref())
+    load(gpu, folder, adapter.as_ref(), &mut Loading { precision: None, trains: &|_| false, progress: &mut |_, _| () })
 }
 
 /// Nothing on this machine has that name, and it may be one of the Hub's.
@@ -63,13 +63,13 @@ pub fn no_folder(name: &str) -> Error {
 /// Brings an opened folder to the device.
 ///
 /// A LLaVA whose projector is neither in its folder nor in the adapter answers text alone: its `projector` is `None`.
-pub fn load(gpu: &Gpu, folder: ModelFolder, adapter: Option<&Adapter>) -> Result<Opened> {
+pub fn load(gpu: &Gpu, folder: ModelFolder, adapter: Option<&Adapter>, loading: &mut Loading<'_>) -> Result<Opened> {
     let tokenizer = tokenizer(&folder)?;
     let processor = processor(&folder, false)?;
     let saved = |name: &str| adapter.and_then(|adapter| adapter.saved.get(name));
     let mut projector =
         |name: &str, shape: &[usize]| Ok(saved(name).cloned().unwrap_or_else(|| HostTensor::zeros(shape)));
-    let mut model = Llava::load_with(gpu, &folder, folder.config().clone(), false, &mut projector)?;
+    let mut model = Llava::load_with(gpu, &folder, folder.config().clone(), false, &mut projector, loading)?;
     let tensors = folder.config().llava().map(names::projector_tensors).unwrap_or_default();
     if !folder.has_projector() && !tensors.iter().all(|(name, _)| saved(name).is_some()) {
         model.projector = None;

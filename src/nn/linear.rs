@@ -1,9 +1,12 @@
-//! y = x W^T + b, with an optional low-rank adapter. PyTorch: `torch.nn.Linear`, PEFT's `lora.Linear`.
+//! y = x W^T + b, with an optional low-rank adapter, LoRA or DoRA. PyTorch: `torch.nn.Linear`, PEFT's `lora.Linear`.
 
 use super::{Forward, Id};
-use crate::autograd::{
-    Var,
-    functions::{self, DropoutKey, LoraWeights},
+use crate::{
+    autograd::{
+        Var,
+        functions::{self, DropoutKey, LoraWeights},
+    },
+    tensor::Tensor,
 };
 
 #[derive(Clone, Debug)]
@@ -26,6 +29,18 @@ pub struct Lora {
     pub dropout: f64,
     /// Distinguishes this adapter's dropout from others'.
     pub stream: u32,
+    /// [N], in place of the layer's bias: that and scale times lora_B's.
+    pub bias: Option<Id>,
+    pub dora: Option<Dora>,
+}
+
+/// The lengths that an adapted weight's rows have, and those that they are given: y = magnitude / norm * x (W + ..)^T + b.
+#[derive(Clone, Debug)]
+pub struct Dora {
+    /// [N]
+    pub magnitude: Id,
+    /// [N], of W + scale * B A as it is; whoever changes A or B computes it again.
+    pub norm: Tensor,
 }
 
 impl Linear {
@@ -37,7 +52,8 @@ impl Linear {
     pub fn forward(&self, forward: &mut Forward<'_>, x: &Var) -> Var {
         let parameters = forward.parameters;
         let weight = parameters.weight(self.weight);
-        let bias = self.bias.map(|bias| parameters.weight(bias));
+        let bias = self.lora.as_ref().and_then(|lora| lora.bias).or(self.bias);
+        let bias = bias.map(|bias| parameters.weight(bias));
         let Some(lora) = &self.lora else {
             return functions::linear(forward.tape, x, &weight, bias.as_ref());
         };
@@ -49,6 +65,10 @@ impl Linear {
         });
         let weights =
             LoraWeights { a: parameters.weight(lora.a), b: parameters.weight(lora.b), scale: lora.scale, dropout };
-        functions::linear_lora(forward.tape, x, &weight, bias.as_ref(), &weights)
+        let Some(dora) = &lora.dora else {
+            return functions::linear_lora(forward.tape, x, &weight, bias.as_ref(), &weights);
+        };
+        let y = functions::linear_lora(forward.tape, x, &weight, None, &weights);
+        functions::dora(forward.tape, &y, &parameters.weight(dora.magnitude), &dora.norm, bias.as_ref())
     }
 }

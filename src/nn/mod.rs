@@ -5,7 +5,7 @@
 mod linear;
 mod parameters;
 
-pub use linear::{Linear, Lora};
+pub use linear::{Dora, Linear, Lora};
 pub use parameters::{Id, Parameter, Parameters};
 
 use crate::autograd::Tape;

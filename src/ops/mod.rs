@@ -9,6 +9,7 @@ pub mod adamw;
 pub mod attention;
 pub mod cast;
 pub mod cross_entropy;
+pub mod dora;
 pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
@@ -71,6 +72,7 @@ pub const OPS: &[Op] = &[
     cross_entropy::OP,
     elementwise::OP,
     reduce::OP,
+    dora::OP,
     dropout::OP,
     cast::OP,
     adamw::OP,

@@ -63,6 +63,14 @@ pub enum Event<'a> {
     },
 }
 
+impl Event<'static> {
+    /// Bytes of weights that are on the device, as progress in megabytes.
+    pub fn loaded(done: u64, total: u64) -> Self {
+        let megabytes = |bytes: u64| usize::try_from(bytes.div_ceil(1_000_000)).unwrap_or(usize::MAX);
+        Self::Progress { what: "MB of weights loaded", done: megabytes(done), total: megabytes(total) }
+    }
+}
+
 pub trait Observer {
     fn event(&mut self, event: Event<'_>);
 }

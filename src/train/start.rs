@@ -4,7 +4,8 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
 use super::{
     config::{
-        DataSource, ImageAspectRatio, Method, ProjectorType as WantedProjector, SelectFeature, Source, StageConfig,
+        DataSource, ImageAspectRatio, Method, Precision, ProjectorType as WantedProjector, SelectFeature, Source,
+        StageConfig,
     },
     events::{Event, Observer},
     trainable,
@@ -28,6 +29,7 @@ use crate::{
         adapter,
         config::{FeatureSelect, LlavaConfig, ModelConfig, ProjectorType},
         llava::Llava,
+        loading::Loading,
         names, open,
     },
 };
@@ -127,6 +129,14 @@ impl Prepared {
             None => origin.adapter,
         };
         let adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
+        if let Some(what) =
+            adapter.as_ref().filter(|_| stage.method == Method::Lora).and_then(|a| a.beyond_training(&config))
+        {
+            return Err(Error::usage(format!(
+                "the adapter to start from has {what}, which is not built yet for training"
+            ))
+            .hint("merge it into its model first, and train a new adapter on that"));
+        }
         Ok(Self { folder, config, projector, adapter })
     }
 
@@ -171,14 +181,27 @@ impl Prepared {
     }
 
     /// Brings the weights to the device; what is new (projector, adapter) gets its first values.
-    pub fn load(self, stage: &StageConfig, gpu: &Gpu) -> Result<Start> {
+    ///
+    /// # Errors
+    /// `Usage`: half precision for weights that train, or an adapter that does not fit. Whatever fails on the device.
+    pub fn load(self, stage: &StageConfig, gpu: &Gpu, observer: &mut dyn Observer) -> Result<Start> {
         let Self { folder, config, projector: given, adapter: read } = self;
         let named = config.clone();
         let mut projector = |name: &str, shape: &[usize]| match &given {
             Some(checkpoint) => projector_tensor(checkpoint, name, shape),
             None => Ok(trainable::fresh_projector(stage.seed, &named, name, shape)),
         };
-        let mut model = Llava::load_with(gpu, &folder, config, given.is_some(), &mut projector)?;
+        let precision = stage.precision.map(Precision::dtype);
+        if let Some(half) = stage.precision.filter(|&half| stage.method == Method::Full && half != Precision::Float32) {
+            return Err(Error::usage(format!("precision {half} with method full is known, but not built yet"))
+                .hint("leave precision out: what trains is kept in float32"));
+        }
+        let mut loading = Loading {
+            precision,
+            trains: &|name| trainable::trains(stage, name).is_some(),
+            progress: &mut |done, total| observer.event(Event::loaded(done, total)),
+        };
+        let mut model = Llava::load_with(gpu, &folder, config, given.is_some(), &mut projector, &mut loading)?;
         let mut changed = BTreeSet::new();
         if let Some(llava) = model.config.llava().filter(|_| given.is_some() || !folder.has_projector()) {
             changed.extend(names::projector_tensors(llava).into_iter().map(|(name, _)| name));
@@ -187,10 +210,11 @@ impl Prepared {
             (Method::Lora, Some(read)) => Some(read),
             (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
             (_, Some(read)) => {
-                changed.extend(read.modules.keys().map(|module| format!("{module}.weight")));
+                let parts = ["weight", "bias"];
+                changed.extend(read.modules.keys().flat_map(|module| parts.map(|part| format!("{module}.{part}"))));
                 changed.extend(read.saved.keys().cloned());
                 adapter::attach(&mut model, &read, 0.0)?;
-                adapter::fold(&mut model);
+                adapter::fold(&mut model)?;
                 None
             }
             (_, None) => None,

@@ -31,11 +31,8 @@ pub fn fresh_adapter(stage: &StageConfig, config: &ModelConfig) -> Result<Adapte
         let mut rng = Rng::named(stage.seed, &format!("{name}.lora_A"));
         let bound = 1.0 / (inputs as f32).sqrt();
         let a = (0..stage.r * inputs).map(|_| rng.uniform(bound)).collect();
-        let weights = LoraWeights {
-            lora_a: HostTensor::new([stage.r, inputs], a),
-            lora_b: HostTensor::zeros([outputs, stage.r]),
-            scale: adapter.scale(stage.r),
-        };
+        let (lora_a, lora_b) = (HostTensor::new([stage.r, inputs], a), HostTensor::zeros([outputs, stage.r]));
+        let weights = LoraWeights::new(lora_a, lora_b, adapter.scale(stage.r));
         adapter.modules.insert(name, weights);
     }
     if adapter.modules.is_empty() {
@@ -58,29 +55,34 @@ pub fn fresh_projector(seed: u64, config: &ModelConfig, name: &str, shape: &[usi
     HostTensor::new(shape, (0..shape.iter().product()).map(|_| rng.uniform(bound)).collect())
 }
 
+/// The rate at which a parameter trains in a stage; none where it does not.
+pub fn trains(stage: &StageConfig, name: &str) -> Option<f64> {
+    if name.starts_with(PROJECTOR) {
+        let trains = stage.method == Method::Projector || !stage.freeze_mm_mlp_adapter;
+        return trains.then_some(stage.mm_projector_lr);
+    }
+    let is_lora = name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
+    let trains = match stage.method {
+        _ if name.starts_with("vision_tower.") => stage.unfreeze_mm_vision_tower,
+        Method::Projector => false,
+        Method::Full => !is_lora,
+        Method::Lora => is_lora,
+    };
+    trains.then_some(stage.learning_rate)
+}
+
 /// Every parameter that trains in a stage, with its rate and decay: biases and norms (one dimension) do not decay.
 ///
 /// # Errors
 /// `Usage` when nothing would train.
 pub fn select(stage: &StageConfig, model: &Llava) -> Result<Vec<Trainable>> {
-    let projector = model.projector.is_some() && (stage.method == Method::Projector || !stage.freeze_mm_mlp_adapter);
     let mut trainables = Vec::new();
     for parameter in model.parameters.iter() {
         let name = parameter.name.as_str();
-        let is_lora = name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
-        let (trains, learning_rate) = if name.starts_with(PROJECTOR) {
-            (projector, stage.mm_projector_lr)
-        } else if name.starts_with("vision_tower.") {
-            (stage.unfreeze_mm_vision_tower, stage.learning_rate)
-        } else {
-            let language = match stage.method {
-                Method::Projector => false,
-                Method::Full => !is_lora,
-                Method::Lora => is_lora,
-            };
-            (language, stage.learning_rate)
-        };
-        if trains && let Some(id) = model.parameters.find(name) {
+        let rate = trains(stage, name).filter(|_| model.projector.is_some() || !name.starts_with(PROJECTOR));
+        if let Some(learning_rate) = rate
+            && let Some(id) = model.parameters.find(name)
+        {
             let weight_decay = if parameter.value.shape().len() > 1 { stage.weight_decay } else { 0.0 };
             let of_pictures = name.starts_with(PROJECTOR) || name.starts_with("vision_tower.");
             trainables.push(Trainable { id, learning_rate, weight_decay, of_pictures });

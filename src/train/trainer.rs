@@ -93,7 +93,7 @@ impl<'a> Trainer<'a> {
         let processor = prepared.processor(stage)?;
         let plan = plan(stage, &dataset)?;
         let total_steps = plan.total_steps();
-        let mut start = prepared.load(stage, gpu)?;
+        let mut start = prepared.load(stage, gpu, observer)?;
 
         let trainables = trainable::select(stage, &start.model)?;
         let settings = AdamW {

@@ -1,6 +1,9 @@
 //! The typed values of a resolved config.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    tensor::Dtype,
+};
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -77,6 +80,18 @@ named! {
     /// How weights are kept on the device.
     Precision { Float32 = "float32", Float16 = "float16", Bfloat16 = "bfloat16", }
 }
+
+impl Precision {
+    /// What a weight is on the device.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::Float32 => Dtype::F32,
+            Self::Float16 => Dtype::F16,
+            Self::Bfloat16 => Dtype::Bf16,
+        }
+    }
+}
+
 named! {
     GradientCheckpointing { None = "none", Selective = "selective", Full = "full", Offload = "offload", }
 }

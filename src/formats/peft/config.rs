@@ -12,13 +12,34 @@ use crate::{
 
 pub const CONFIG_FILE: &str = "adapter_config.json";
 
+/// Fields that make another thing of an adapter than W + scale·B·A and DoRA, and what messages call that.
+const VARIANTS: [(&str, &str); 10] = [
+    ("use_qalora", "QALoRA is"),
+    ("use_bdlora", "block-diagonal LoRA is"),
+    ("layer_replication", "replicated layers are"),
+    ("target_parameters", "adapters of parameters that no linear holds are"),
+    ("trainable_token_indices", "single trained tokens are"),
+    ("alora_invocation_tokens", "aLoRA, which starts at an invocation, is"),
+    ("arrow_config", "Arrow, which routes between adapters, is"),
+    ("kasa_config", "KaSA is"),
+    ("monteclora_config", "MonteCLoRA is"),
+    ("megatron_config", "an adapter for Megatron is"),
+];
+
 /// Fields that are not named here are bookkeeping, and are tolerated.
 pub(super) struct AdapterConfig {
     pub r: usize,
     pub lora_alpha: f64,
     pub lora_dropout: f64,
     pub use_rslora: bool,
+    pub use_dora: bool,
     pub modules_to_save: Vec<String>,
+    /// The names that target_modules lists; none where it is a pattern.
+    pub target_modules: Vec<String>,
+    /// Whether some modules that target_modules matches were left out.
+    pub excludes: bool,
+    /// What is done to one of tied embeddings and head is done to both.
+    pub ensure_weight_tying: bool,
     rank_pattern: Vec<(Regex, usize)>,
     alpha_pattern: Vec<(Regex, f64)>,
 }
@@ -40,29 +61,23 @@ impl AdapterConfig {
         let fields = Fields { file, path: "", map: &map };
         fields.only("peft_type", &["LORA"], "LORA")?;
         // These change what is computed; leaving them out would be silently wrong.
-        for (key, what) in [
-            ("use_dora", "DoRA is"),
-            ("lora_bias", "biases of adapters are"),
-            ("fan_in_fan_out", "transposed linears are"),
-            ("use_qalora", "QALoRA is"),
-        ] {
-            if fields.flag(key, false)? {
+        for (key, what) in VARIANTS {
+            if map.get(key).is_some_and(asks) {
                 return Err(fields.not_built(key, what));
             }
         }
-        fields.only("bias", &["none"], "none")?;
-        if map.get("layer_replication").is_some_and(|value| !value.is_null()) {
-            return Err(fields.not_built("layer_replication", "replicated layers are"));
-        }
-        if let Some(init @ ("pissa" | "olora" | "corda" | "loftq")) =
-            map.get("init_lora_weights").and_then(Value::as_str).map(|init| init.split('_').next().unwrap_or(init))
+        fields.only("bias", &["none", "all", "lora_only"], "none")?;
+        let init = map.get("init_lora_weights").and_then(Value::as_str).unwrap_or_default().to_lowercase();
+        if let Some(init) = ["pissa", "olora", "corda", "loftq", "lora_ga"].iter().find(|name| init.starts_with(**name))
         {
-            return Err(fields.not_built("init_lora_weights", &format!("`{init}`, which changes the base weights, is")));
+            let what = format!("`{init}`, which changes the base weights, is");
+            return Err(fields.not_built("init_lora_weights", &what).hint(
+                "convert it in PEFT: save_pretrained(path, path_initial_model_for_weight_conversion=...) writes plain LoRA",
+            ));
         }
-        let modules_to_save = match map.get("modules_to_save") {
-            None | Some(Value::Null) => Vec::new(),
-            Some(Value::Array(modules)) => modules.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-            Some(_) => return Err(fields.bad("modules_to_save", "must be a list of module names")),
+        let target_modules = match map.get("target_modules") {
+            Some(Value::String(_)) => Vec::new(),
+            _ => names(&fields, "target_modules")?,
         };
         let lora_dropout = match map.get("lora_dropout").and_then(Value::as_f64) {
             Some(dropout) if !(0.0..1.0).contains(&dropout) => {
@@ -75,7 +90,11 @@ impl AdapterConfig {
             lora_alpha: fields.positive("lora_alpha", 8.0)?,
             lora_dropout,
             use_rslora: fields.flag("use_rslora", false)?,
-            modules_to_save,
+            use_dora: fields.flag("use_dora", false)?,
+            modules_to_save: names(&fields, "modules_to_save")?,
+            target_modules,
+            excludes: map.get("exclude_modules").is_some_and(asks),
+            ensure_weight_tying: fields.flag("ensure_weight_tying", false)?,
             rank_pattern: patterns(&fields, "rank_pattern", |fields, key| fields.size(key, 1))?,
             alpha_pattern: patterns(&fields, "alpha_pattern", |fields, key| fields.positive(key, 1.0))?,
         })
@@ -88,6 +107,30 @@ impl AdapterConfig {
 
     pub fn alpha_of(&self, path: &str) -> f64 {
         first_match(&self.alpha_pattern, path).unwrap_or(self.lora_alpha)
+    }
+}
+
+/// Whether a field's value is more than nothing.
+fn asks(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(values) => !values.is_empty(),
+        Value::Object(values) => !values.is_empty(),
+        Value::String(value) => !value.is_empty(),
+        _ => true,
+    }
+}
+
+/// A list of module names, or one name.
+fn names(fields: &Fields, key: &str) -> Result<Vec<String>> {
+    let expected = || fields.bad(key, "must be a list of module names");
+    match fields.map.get(key) {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::String(name)) => Ok(vec![name.clone()]),
+        Some(Value::Array(names)) => {
+            names.iter().map(|name| name.as_str().map(str::to_owned).ok_or_else(expected)).collect()
+        }
+        Some(_) => Err(expected()),
     }
 }
 
