@@ -2,6 +2,7 @@
 
 use crate::{
     error::Error,
+    formats::safetensors::Dtype,
     train::config::{Precision, Source},
 };
 use clap::{
@@ -82,8 +83,8 @@ pub enum Command {
     Chat(NotBuilt),
     /// Memory and time of a run before it starts (not built yet)
     Estimate(NotBuilt),
-    /// Fold an adapter into the weights (not built yet)
-    Merge(NotBuilt),
+    /// Fold an adapter into the weights
+    Merge(MergeArgs),
     /// Convert between model layouts
     Convert(ConvertArgs),
     /// Benchmark the shaders (not built yet)
@@ -96,7 +97,6 @@ impl Command {
         let (name, instead) = match self {
             Self::Chat(_) => ("chat", "`wgpu-llava generate` answers one prompt"),
             Self::Estimate(_) => ("estimate", "`wgpu-llava train --dry-run` shows the config as resolved"),
-            Self::Merge(_) => ("merge", "`generate`, `score` and `eval` take --adapter beside --model"),
             Self::Bench(_) => ("bench", "`metrics.jsonl` of a run has the time of every step"),
             _ => return None,
         };
@@ -254,6 +254,41 @@ pub struct EvalArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// A model in any layout that is read
+    #[arg(long, value_name = "DIR")]
+    pub model: String,
+    /// The PEFT adapter that was trained on it
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// The folder to write, which must not be there yet
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The dtype of all weights [default: each as it is; f32 where they are quantised]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    pub dtype: Option<FloatDtype>,
+}
+
+/// What weights can be kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FloatDtype {
+    Float32,
+    Float16,
+    Bfloat16,
+}
+
+impl FloatDtype {
+    /// As files have it.
+    pub fn stored(self) -> Dtype {
+        match self {
+            Self::Float32 => Dtype::F32,
+            Self::Float16 => Dtype::F16,
+            Self::Bfloat16 => Dtype::BF16,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 pub struct ConvertArgs {
     /// A model in any layout that is read: a folder, a GGUF file, or an embedded name
     #[arg(long, value_name = "PATH")]
@@ -395,6 +430,7 @@ mod tests {
             "eval easy-vqa",
             "eval easy-vqa --model m --adapter a --data d --limit 10 --out o --json",
             "convert --from a --out b --to gguf --dtype q8_0",
+            "merge --model a --adapter b --out c --dtype float16",
             "shaders --out s",
             "recipes ls",
             "recipes show default",
@@ -410,12 +446,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so_whatever_follows() {
-        for line in [
-            "chat --model m",
-            "estimate run.toml --set r=1 --json",
-            "merge --model a --adapter b --out c",
-            "bench step --hidden-size 64",
-        ] {
+        for line in ["chat --model m", "estimate run.toml --set r=1 --json", "bench step --hidden-size 64"] {
             let error = cli(line).unwrap().command.not_built().unwrap();
             assert!(error.message.contains("not built yet"), "{line}");
         }

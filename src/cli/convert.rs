@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Draws the embeddings of tokens that are added; the same conversion gives the same bytes.
-const SEED: u64 = 0;
+pub(super) const SEED: u64 = 0;
 
 pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
     let mut ui = Ui::new(global.quiet, global.verbose);
@@ -52,7 +52,8 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
     Ok(())
 }
 
-fn open(from: &str, tower: Option<&Path>) -> Result<ModelFolder> {
+/// A model of any layout, for its files alone.
+pub(super) fn open(from: &str, tower: Option<&Path>) -> Result<ModelFolder> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
     match Source::parse(from, &working_dir) {

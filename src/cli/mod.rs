@@ -10,6 +10,7 @@ mod devices;
 mod eval;
 mod generate;
 mod interrupt;
+mod merge;
 pub mod recipes;
 mod report;
 mod score;
@@ -62,6 +63,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Score(args) => score::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Convert(args) => convert::run(args, global),
+        Command::Merge(args) => merge::run(args, global),
         Command::Shaders(args) => shaders::run(args, global),
         Command::Recipes(RecipesCommand::Ls) => report::print_data(&recipes::list()),
         Command::Recipes(RecipesCommand::Keys) => report::print_data(&recipes::keys()),
@@ -72,7 +74,7 @@ fn run(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Command::Completions(args) => report::print_data(&args::completions(args.shell)),
-        Command::Chat(_) | Command::Estimate(_) | Command::Merge(_) | Command::Bench(_) => Ok(()),
+        Command::Chat(_) | Command::Estimate(_) | Command::Bench(_) => Ok(()),
     }
 }
 

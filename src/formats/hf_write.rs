@@ -123,12 +123,12 @@ fn write_weights(
     dtype: Option<Dtype>,
 ) -> Result<Dtype> {
     let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
-    let mut heads = Vec::new();
+    let (mut heads, kept) = (Vec::new(), source.dtype()?);
     let mut plan = |name: String, shape: Vec<usize>, origin: Origin| -> Result<()> {
         let own = match &origin {
-            Origin::Changed if changes.dtype.is_some() || !source.has(&name) => changes.dtype.unwrap_or(Dtype::F32),
-            Origin::Source | Origin::Changed => source.stored(&name)?.dtype(),
-            Origin::Filled(_) => source.dtype()?,
+            Origin::Changed if changes.dtype.is_some() => changes.dtype.unwrap_or(kept),
+            Origin::Source | Origin::Changed if source.has(&name) => source.stored(&name)?.dtype(),
+            Origin::Source | Origin::Changed | Origin::Filled(_) => kept,
         };
         let (on_disk, dtype) = (names::on_disk(&name, config), dtype.unwrap_or(own));
         origins.insert(on_disk.clone(), origin);

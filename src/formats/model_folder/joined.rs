@@ -30,7 +30,7 @@ impl ModelFolder {
         let vocabulary = u32::try_from(text.vocab_size).unwrap_or(u32::MAX);
         self.config = ModelConfig::Llava(LlavaConfig::new(text.clone(), tower.config.clone(), projector, vocabulary));
         self.name = format!("{} with {}", self.name, tower.name);
-        self.add_tower(tower)?;
+        self.add_tower(&tower)?;
         self.with_image_token(seed)?.checked()
     }
 

@@ -45,8 +45,8 @@ pub(super) fn open(
     folder.add_part(weights, canonical_of_model)?;
     match tower {
         // A tower that was trained along is in the model itself.
-        Some(tower) if inside => folder.take_processing(&tower)?,
-        Some(tower) => folder.add_tower(tower)?,
+        Some(tower) if inside => folder.add_processing(&tower)?,
+        Some(tower) => folder.add_tower(&tower)?,
         None => {}
     }
     folder.pad_where_trained_so(config)?;
@@ -63,15 +63,6 @@ fn find(model: &Path, named: &str) -> Option<PathBuf> {
 }
 
 impl ModelFolder {
-    fn take_processing(&mut self, tower: &Tower) -> Result<()> {
-        if self.preprocessor_config()?.is_none()
-            && let Some(config) = tower.preprocessor_config()?
-        {
-            self.files.put_json("preprocessor_config.json", &config);
-        }
-        Ok(())
-    }
-
     /// `image_aspect_ratio` of the config says how the model's pictures were processed in training: `do_pad` says the
     /// same to transformers and to the processor here.
     fn pad_where_trained_so(&mut self, config: &[u8]) -> Result<()> {

@@ -1,6 +1,6 @@
 //! A CLIP vision tower in a folder of its own: `CLIPVisionModel`, or the seeing half of a whole CLIP.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -11,17 +11,17 @@ use crate::{
     models::{config::ClipVisionConfig, names},
 };
 
-/// A tower whose weights have not been compared with its config yet.
+/// A tower whose weights have not been looked at yet.
 pub struct Tower {
     pub name: String,
     pub config: ClipVisionConfig,
-    pub(super) files: Files,
-    pub(super) weights: Weights,
+    files: Files,
+    folder: PathBuf,
 }
 
 impl Tower {
     /// # Errors
-    /// `Data`: no folder, no config of a CLIP, no weights.
+    /// `Data`: no folder, no config of a CLIP.
     pub fn open(folder: &Path) -> Result<Self> {
         let name = folder.display().to_string();
         let missing = |what: &str| {
@@ -34,7 +34,7 @@ impl Tower {
         let files = Files::on_disk(folder);
         let config = files.read("config.json")?.ok_or_else(|| missing("holds no config.json"))?;
         let config = ClipVisionConfig::parse(&format!("{name}/config.json"), &config)?;
-        Ok(Self { config, files, weights: Weights::open(folder)?, name })
+        Ok(Self { config, files, folder: folder.to_owned(), name })
     }
 
     /// The preprocessor config beside it, where there is one.
@@ -44,13 +44,19 @@ impl Tower {
 }
 
 impl ModelFolder {
-    /// Takes a tower's weights in, and its picture processing where the model has none of its own.
-    pub(super) fn add_tower(&mut self, tower: Tower) -> Result<()> {
+    /// Takes a tower's weights in, and its picture processing.
+    pub(super) fn add_tower(&mut self, tower: &Tower) -> Result<()> {
+        self.add_processing(tower)?;
+        self.add_part(Weights::open(&tower.folder)?, names::canonical_of_tower)
+    }
+
+    /// Takes the picture processing of a tower, where the model has none of its own.
+    pub(super) fn add_processing(&mut self, tower: &Tower) -> Result<()> {
         if self.preprocessor_config()?.is_none()
             && let Some(config) = tower.preprocessor_config()?
         {
             self.files.put_json("preprocessor_config.json", &config);
         }
-        self.add_part(tower.weights, names::canonical_of_tower)
+        Ok(())
     }
 }
