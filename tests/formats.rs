@@ -393,7 +393,7 @@ fn an_adapter_that_does_not_fit_is_refused_by_name() {
         ("init_lora_weights", json!("pissa_niter_4"), "`pissa`, which changes the base weights"),
         ("target_modules", json!(["q_proj", "lm_head"]), "holds nothing of lm_head"),
         ("peft_type", json!("IA3"), "`IA3` is not built yet"),
-        ("r", json!(3), "q_proj is [2, 16], [3, 16] is expected"),
+        ("r", json!(3), "down_proj is [2, 20], [3, 20] is expected"),
         ("modules_to_save", json!(["multi_modal_projector", "lm_head"]), "holds nothing of lm_head"),
         ("rank_pattern", json!({"(": 3}), "rank_pattern.( is not a pattern"),
         ("bias", json!("some"), "bias: `some` is not built yet"),

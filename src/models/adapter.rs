@@ -63,7 +63,7 @@ pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<
                 .ok_or_else(|| misfit(format!("the adapter's {name} is not in the model")))?;
             let value = &model.parameters.get(id).value;
             let shape = value.shape().to_vec();
-            let mut values = value.to_vec()?;
+            let mut values = widened(value, 0, value.rows()).to_vec()?;
             if part == "weight" {
                 check_shapes(module, weights, &shape)?;
                 weights.merge_rows(0, &mut values);
@@ -127,7 +127,7 @@ fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<
             let (a, b) = (parameters.insert(a, upload(&weights.lora_a)), parameters.insert(b, upload(&weights.lora_b)));
             let dora = weights.magnitude.as_ref().map(|magnitude| {
                 let matrix = |id: Id| &parameters.get(id).value;
-                let norm = adapted_norm(&weight, matrix(a), matrix(b), scale);
+                let norm = adapted_norm(&weight, matrix(a), matrix(b), scale, NORM_BYTES);
                 Dora {
                     magnitude: parameters.insert(format!("{module}.lora_magnitude_vector"), upload(magnitude)),
                     norm,
@@ -152,11 +152,11 @@ fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<
 /// Bytes of an adapted weight that are computed at a time.
 const NORM_BYTES: usize = 64 << 20;
 
-/// The lengths [N] of the rows of W + scale * B A.
-fn adapted_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Tensor {
+/// The lengths [N] of the rows of W + scale * B A, of which about `bytes` are held at a time.
+fn adapted_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32, bytes: usize) -> Tensor {
     let (n, k) = (weight.rows(), weight.cols());
     let norm = Tensor::empty(weight.gpu(), &[n]);
-    let step = (NORM_BYTES / 4 / k / ALIGNMENT).max(1) * ALIGNMENT;
+    let step = (bytes / 4 / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
     for first in (0..n).step_by(step) {
         let rows = step.min(n - first);
         let adapted = widened(weight, first, rows);
@@ -186,13 +186,13 @@ pub fn fold(model: &mut Llava) -> Result<()> {
     for layer in language.layers_mut() {
         for (name, linear) in layer.linears_mut() {
             let Some(lora) = linear.lora.take() else { continue };
-            let wide = cast::cast(&parameters.get(linear.weight).value, Dtype::F32);
-            parameters.place(linear.weight, wide, None);
             let value = |id: Id| &parameters.get(id).value;
+            let weight = value(linear.weight);
+            let merged = widened(weight, 0, weight.rows());
             let epilogue = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
-            product_into(Layout::Nn, value(lora.b), value(lora.a), value(linear.weight), epilogue);
+            product_into(Layout::Nn, value(lora.b), value(lora.a), &merged, epilogue);
             if let Some(dora) = &lora.dora {
-                dora::scale_rows(value(linear.weight), value(dora.magnitude), &dora.norm);
+                dora::scale_rows(&merged, value(dora.magnitude), &dora.norm);
             }
             match (lora.bias, linear.bias) {
                 (Some(sum), Some(bias)) => value(bias).copy_from(value(sum)),
@@ -202,6 +202,7 @@ pub fn fold(model: &mut Llava) -> Result<()> {
                 }
                 (None, _) => {}
             }
+            parameters.place(linear.weight, merged, None);
         }
     }
     Ok(())
@@ -286,4 +287,42 @@ pub fn to_adapter(
     with_projector: bool,
 ) -> Result<Adapter> {
     export(model, &Adapter::new(r, lora_alpha, lora_dropout, use_rslora), with_projector)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        gpu::{AdapterOptions, Gpu},
+        ops::Random,
+    };
+
+    #[test]
+    fn norms_are_the_same_however_few_rows_are_held() {
+        let gpu = Gpu::open(&AdapterOptions::default()).unwrap();
+        let mut random = Random::new(3);
+        let ((w, weight), (_, a), (_, b)) =
+            (random.tensor(&gpu, &[150, 70]), random.tensor(&gpu, &[3, 70]), random.tensor(&gpu, &[150, 3]));
+        let whole = adapted_norm(&weight, &a, &b, 0.5, NORM_BYTES).to_vec().unwrap();
+        let parts = adapted_norm(&weight, &a, &b, 0.5, 1).to_vec().unwrap();
+        let mut weights = LoraWeights::new(
+            HostTensor::new([3, 70], a.to_vec().unwrap()),
+            HostTensor::new([150, 3], b.to_vec().unwrap()),
+            0.5,
+        );
+        let mut merged = w.clone();
+        weights.merge_rows(0, &mut merged);
+        for (row, (whole, part)) in merged.chunks(70).zip(whole.iter().zip(&parts)) {
+            let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            assert!((f64::from(*whole) - norm).abs() <= 1e-5 && (f64::from(*part) - norm).abs() <= 1e-5);
+        }
+        // The host's DoRA gives rows the lengths that it is told.
+        weights.magnitude = Some(HostTensor::filled([150], 2.0));
+        let mut merged = w;
+        weights.merge_rows(0, &mut merged);
+        for row in merged.chunks(70) {
+            let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            assert!((norm - 2.0).abs() <= 1e-5, "{norm}");
+        }
+    }
 }

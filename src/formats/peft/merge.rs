@@ -65,10 +65,7 @@ impl LoraWeights {
             let sums = &mut merged[at..at + width];
             let row = &mut row[from..from + width];
             sums.fill(0.0);
-            for (&b, a) in b.iter().zip(self.lora_a.data.chunks_exact(inputs)) {
-                let b = f64::from(b);
-                sums.iter_mut().zip(&a[from..from + width]).for_each(|(sum, &a)| *sum += b * f64::from(a));
-            }
+            self.add_products(b, from, sums);
             sums.iter_mut().zip(row.iter()).for_each(|(sum, &w)| *sum = f64::from(w) + self.scale * *sum);
             match magnitude {
                 Some(_) => squares += sums.iter().map(|x| x * x).sum::<f64>(),
@@ -80,6 +77,28 @@ impl LoraWeights {
             Some(_) if squares == 0.0 => replace(row, &merged, 0.0),
             Some(magnitude) => replace(row, &merged, magnitude / squares.sqrt()),
             None => largest,
+        }
+    }
+}
+
+impl LoraWeights {
+    /// Adds a row of B times A, in the columns from `from` on. Four rows of A at a time: the sums are what it costs to
+    /// load and store.
+    fn add_products(&self, b: &[f32], from: usize, sums: &mut [f64]) {
+        let (inputs, width) = (self.lora_a.shape[1], sums.len());
+        let a = |row: usize| &self.lora_a.data[row * inputs + from..][..width];
+        let (quads, rest) = b.as_chunks::<4>();
+        for (quad, b) in quads.iter().enumerate() {
+            let [b0, b1, b2, b3] = b.map(f64::from);
+            let [a0, a1, a2, a3] = [0, 1, 2, 3].map(|row| a(quad * 4 + row));
+            for (j, sum) in sums.iter_mut().enumerate() {
+                let first = b0 * f64::from(a0[j]) + b1 * f64::from(a1[j]);
+                *sum += first + (b2 * f64::from(a2[j]) + b3 * f64::from(a3[j]));
+            }
+        }
+        for (row, &b) in rest.iter().enumerate() {
+            let b = f64::from(b);
+            sums.iter_mut().zip(a(quads.len() * 4 + row)).for_each(|(sum, &a)| *sum += b * f64::from(a));
         }
     }
 }
