@@ -10,11 +10,6 @@ use std::{
 
 use common::{copy_folder, golden, program, stderr};
 use serde_json::{Value, json};
-use wgpu_llava::formats::{
-    HostTensor,
-    safetensors::Checkpoint,
-    safetensors_writer::{TensorData, TensorHead, write_safetensors},
-};
 
 /// A copy of a parity case in which a test breaks something.
 struct Case {
@@ -65,26 +60,7 @@ impl Case {
 
     /// Leaves the model's language model alone, as a plain LLaMA.
     fn forget_the_tower(&self) {
-        let path = self.path("model/config.json");
-        let mut config = common::read_json(&path)["text_config"].take();
-        config["model_type"] = json!("llama");
-        config["architectures"] = json!(["LlamaForCausalLM"]);
-        fs::write(path, config.to_string()).unwrap();
-        let whole = Checkpoint::open(&self.weights()).unwrap();
-        let mut kept: Vec<(String, HostTensor)> = Vec::new();
-        for name in whole.names() {
-            if let Some(own) = name.strip_prefix("language_model.") {
-                kept.push((own.to_owned(), whole.require(name).unwrap().to_f32().unwrap()));
-            }
-        }
-        drop(whole);
-        kept.sort_by(|a, b| a.0.cmp(&b.0));
-        let heads = kept.iter().map(|(name, tensor)| TensorHead::f32(name.clone(), tensor.shape.clone())).collect();
-        write_safetensors(&self.weights(), heads, &mut |head| {
-            let at = kept.iter().position(|(name, _)| *name == head.name).unwrap();
-            Ok(TensorData::F32(kept[at].1.data.clone().into()))
-        })
-        .unwrap();
+        common::forget_the_tower(&self.path("model"));
     }
 
     fn weights(&self) -> PathBuf {

@@ -68,6 +68,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Answer one prompt, about pictures or not
     Generate(GenerateArgs),
+    /// A conversation in the terminal, with pictures
+    Chat(ChatArgs),
     /// Log-likelihood of each record's supervised tokens, one JSON line a record
     Score(ScoreArgs),
     /// Run a benchmark
@@ -79,8 +81,6 @@ pub enum Command {
     Recipes(RecipesCommand),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
-    /// A conversation in the terminal (not built yet)
-    Chat(NotBuilt),
     /// Memory and time of a run before it starts (not built yet)
     Estimate(NotBuilt),
     /// Fold an adapter into the weights
@@ -95,7 +95,6 @@ impl Command {
     /// The error of a command that is planned but not built, or none.
     pub fn not_built(&self) -> Option<Error> {
         let (name, instead) = match self {
-            Self::Chat(_) => ("chat", "`wgpu-llava generate` answers one prompt"),
             Self::Estimate(_) => ("estimate", "`wgpu-llava train --dry-run` shows the config as resolved"),
             Self::Bench(_) => ("bench", "`metrics.jsonl` of a run has the time of every step"),
             _ => return None,
@@ -205,6 +204,39 @@ pub struct GenerateArgs {
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A picture for the first message; may be given several times
+    #[arg(long, value_name = "FILE")]
+    pub image: Vec<PathBuf>,
+    /// Instead of the template's own system sentence
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Conversation template; `chat`: the model's own [default: v1 for a LLaVA, else the model's own if it has one]
+    #[arg(long, value_name = "T")]
+    pub version: Option<String>,
+    /// An answer ends after so many tokens, or where the model ends it
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one())]
+    pub max_new_tokens: usize,
+    /// 0: always the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f32,
+    /// Sample only from the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
+    pub top_p: f32,
+    /// Sample only from so many of the likeliest tokens; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Above 1: tokens that were used before are less likely
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = above_zero)]
+    pub repetition_penalty: f32,
+    /// Of the draws at a temperature above 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
 }
 
 #[derive(Debug, Args)]
@@ -426,6 +458,9 @@ mod tests {
             "generate --model m --adapter a --image a.png --image b.png --prompt hi --system s --version v0 \
              --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --stop x --seed 4 --json",
             "generate --model m --prompt p --num-beams 5 --length-penalty -0.5",
+            "chat --model m",
+            "chat --model m --adapter a --image a.png --system s --version chat --max-new-tokens 3 --temperature 0.5 \
+             --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --seed 4",
             "score --model m --adapter a --data d.json --image-folder i --version plain --out o.jsonl",
             "eval easy-vqa",
             "eval easy-vqa --model m --adapter a --data d --limit 10 --out o --json",
@@ -446,7 +481,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so_whatever_follows() {
-        for line in ["chat --model m", "estimate run.toml --set r=1 --json", "bench step --hidden-size 64"] {
+        for line in ["estimate run.toml --set r=1 --json", "bench step --hidden-size 64"] {
             let error = cli(line).unwrap().command.not_built().unwrap();
             assert!(error.message.contains("not built yet"), "{line}");
         }

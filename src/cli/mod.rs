@@ -4,6 +4,7 @@
 
 mod answer;
 pub mod args;
+mod chat;
 mod config;
 mod convert;
 mod devices;
@@ -60,6 +61,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Devices(args) => devices::run(args, global),
         Command::Train(args) => train::run(args, global),
         Command::Generate(args) => generate::run(args, global),
+        Command::Chat(args) => chat::run(args, global),
         Command::Score(args) => score::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Convert(args) => convert::run(args, global),
@@ -74,7 +76,7 @@ fn run(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Command::Completions(args) => report::print_data(&args::completions(args.shell)),
-        Command::Chat(_) | Command::Estimate(_) | Command::Bench(_) => Ok(()),
+        Command::Estimate(_) | Command::Bench(_) => Ok(()),
     }
 }
 

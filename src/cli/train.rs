@@ -140,10 +140,15 @@ fn next_commands(config: &RunConfig, outcome: &RunOutcome) -> Vec<String> {
         (false, _) => ("", "Hello"),
     };
     // `generate` asks in v1 unless told otherwise; another template than the training's gives bad answers.
-    let version = asking_version(config);
-    let version = if version == "v1" { String::new() } else { format!(" --version {version}") };
+    let named = |version: &str| if version == "v1" { String::new() } else { format!(" --version {version}") };
+    let version = named(config.stages.last().map_or("v1", |stage| stage.version.as_str()));
+    let asked = asking_version(config);
     let mut commands = vec![format!("wgpu-llava generate --model {model}{version}{image} --prompt \"{prompt}\"")];
-    commands.extend(config.eval_after.iter().map(|task| format!("wgpu-llava eval {task} --model {model}{version}")));
+    // A language model talks in a template of its own, where it has one.
+    let own = if sees { named(asked) } else { format!(" --version {asked}") };
+    commands.push(format!("wgpu-llava chat --model {model}{own}{image}"));
+    commands
+        .extend(config.eval_after.iter().map(|task| format!("wgpu-llava eval {task} --model {model}{}", named(asked))));
     commands
 }
 

@@ -48,19 +48,32 @@ impl Decoder<'_> {
         self.run(&rows, &spans, ranges, &last, |forward| model.embed(forward, batch, pictures))
     }
 
-    /// Reads one token of each sequence; the logits behind it.
-    pub fn step(&self, ids: &[u32], rows: &[Row]) -> Result<Vec<Vec<f32>>> {
-        let model = self.model;
-        let mask = model.language.mask();
-        let spans: Vec<Span> =
-            rows.iter().map(|row| Span { first: row.position, count: 1, length: row.position + 1 }).collect();
+    /// Reads what follows `first` positions of the one sequence that is in the cache; the logits behind its last token.
+    pub fn extend(&self, batch: &PackedBatch, pictures: Pictures<'_>, first: usize) -> Result<Vec<Vec<f32>>> {
+        let (model, count) = (self.model, batch.tokens());
+        let rows: Vec<Row> = (first..first + count).map(|position| Row { base: 0, position }).collect();
+        let spans = [Span { first, count, length: first + count }];
+        let last = [count.saturating_sub(1) as u32];
+        self.run(&rows, &spans, self.ranges(&rows), &last, |forward| model.embed(forward, batch, pictures))
+    }
+
+    /// What each row sees of its sequence in the cache.
+    fn ranges(&self, rows: &[Row]) -> Ranges {
+        let mask = self.model.language.mask();
         let ranges = rows
             .iter()
             .flat_map(|row| [(row.base + mask.first_key(row.position)) as u32, (row.base + row.position + 1) as u32]);
         let ranges: Vec<u32> = ranges.collect();
-        let ranges = Ranges::cached(Tensor::from_u32(model.gpu(), &ranges, &[rows.len(), 2]));
+        Ranges::cached(Tensor::from_u32(self.model.gpu(), &ranges, &[rows.len(), 2]))
+    }
+
+    /// Reads one token of each sequence; the logits behind it.
+    pub fn step(&self, ids: &[u32], rows: &[Row]) -> Result<Vec<Vec<f32>>> {
+        let model = self.model;
+        let spans: Vec<Span> =
+            rows.iter().map(|row| Span { first: row.position, count: 1, length: row.position + 1 }).collect();
         let last: Vec<u32> = (0..ids.len() as u32).collect();
-        self.run(rows, &spans, ranges, &last, |forward| Ok(model.language.embed(forward, ids)))
+        self.run(rows, &spans, self.ranges(rows), &last, |forward| Ok(model.language.embed(forward, ids)))
     }
 
     /// Runs rows, of which `spans` are neighbours and which see `ranges`, through the decoder, and the rows `last`

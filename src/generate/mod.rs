@@ -1,9 +1,10 @@
 //! Answers, token by token: prompts packed through the decoder once, then one row a sequence and step, earlier keys and
-//! values kept on the device.
+//! values kept on the device; in a [`Session`] from answer to answer.
 
 mod beams;
 mod decoder;
 mod sampling;
+pub mod session;
 
 use std::ops::ControlFlow;
 
@@ -19,6 +20,7 @@ use crate::{
 };
 pub use beams::search as beam_search;
 use decoder::{Decoder, Row};
+pub use session::Session;
 
 /// How tokens are chosen and when to stop.
 #[derive(Clone, Debug)]
@@ -65,6 +67,35 @@ struct Sequence {
     seen: Vec<u32>,
     rng: Rng,
     done: bool,
+}
+
+impl Sequence {
+    /// `prompt` positions from row `base` on, and `room` for the answer.
+    fn new(base: usize, prompt: usize, room: usize, seen: Vec<u32>, options: &Options, stream: u64) -> Self {
+        let rng = Rng::new(options.seed, stream);
+        Self { base, prompt, room, tokens: Vec::new(), seen, rng, done: room == 0 }
+    }
+
+    /// Chooses the next token by the logits behind the last one, and tells it.
+    fn next(
+        &mut self,
+        logits: &mut [f32],
+        options: &Options,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<u32> {
+        check_logits(logits)?;
+        sampling::penalise(logits, &self.seen, options.repetition_penalty);
+        let token = choose(logits, options, &mut self.rng);
+        self.tokens.push(token);
+        self.seen.push(token);
+        let told = on_token(token);
+        self.done = told.is_break() || options.stop_ids.contains(&token) || self.tokens.len() >= self.room;
+        Ok(token)
+    }
+
+    fn finished(self) -> Generated {
+        Generated { token_ids: self.tokens, prompt_tokens: self.prompt }
+    }
 }
 
 /// The words of a prompt; the marks of pictures are none.
@@ -125,15 +156,7 @@ pub fn generate(
         let length = batch.tokens() - base;
         check_length(length, limit)?;
         let room = options.max_new_tokens.min(limit - length);
-        sequences.push(Sequence {
-            base,
-            prompt: length,
-            room,
-            tokens: Vec::new(),
-            seen: words(prompt),
-            rng: Rng::new(options.seed, index as u64),
-            done: room == 0,
-        });
+        sequences.push(Sequence::new(base, length, room, words(prompt), options, index as u64));
         // Rows for what is to come. With several sequences they are computed once like a prompt: a kernel that walks
         // two neighbours at once gives the other's rows the weight 0, which an unwritten NaN would survive.
         let to_come = vec![0; room.saturating_sub(1)];
@@ -153,17 +176,9 @@ pub fn generate(
     loop {
         for (row, &index) in active.iter().enumerate() {
             let sequence = &mut sequences[index];
-            if sequence.done {
-                continue;
+            if !sequence.done {
+                sequence.next(&mut rows[row], options, &mut |token| on_token(index, token))?;
             }
-            check_logits(&rows[row])?;
-            sampling::penalise(&mut rows[row], &sequence.seen, options.repetition_penalty);
-            let token = choose(&rows[row], options, &mut sequence.rng);
-            sequence.tokens.push(token);
-            sequence.seen.push(token);
-            let told = on_token(index, token);
-            sequence.done =
-                told.is_break() || options.stop_ids.contains(&token) || sequence.tokens.len() >= sequence.room;
         }
         active.retain(|&index| !sequences[index].done);
         if active.is_empty() {
@@ -176,8 +191,7 @@ pub fn generate(
         let (ids, places): (Vec<u32>, Vec<Row>) = active.iter().filter_map(|&index| last(&sequences[index])).unzip();
         rows = decoder.step(&ids, &places)?;
     }
-    let finished = |sequence: Sequence| Generated { token_ids: sequence.tokens, prompt_tokens: sequence.prompt };
-    Ok(sequences.into_iter().map(finished).collect())
+    Ok(sequences.into_iter().map(Sequence::finished).collect())
 }
 
 fn choose(logits: &[f32], options: &Options, rng: &mut Rng) -> u32 {

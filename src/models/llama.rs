@@ -231,6 +231,11 @@ impl Llama {
         layer.o_proj.forward(forward, &attended)
     }
 
+    /// Whether the rotations of a sequence of this length differ from those of shorter ones.
+    pub fn rotates_by_length(&self, length: usize) -> bool {
+        rotary::depends_on_length(&self.config, length)
+    }
+
     /// Rotations of tokens that stand in `spans`, in order.
     pub fn rotary(&self, gpu: &Gpu, spans: &[Span]) -> Rotary {
         let upload = |rows: Vec<u32>| Tensor::from_u32(gpu, &rows, &[rows.len()]);

@@ -8,8 +8,15 @@ use std::{
     process::{Command, Output},
 };
 
-use serde_json::Value;
-use wgpu_llava::gpu::{AdapterOptions, Gpu};
+use serde_json::{Value, json};
+use wgpu_llava::{
+    formats::{
+        HostTensor,
+        safetensors::Checkpoint,
+        safetensors_writer::{TensorData, TensorHead, write_safetensors},
+    },
+    gpu::{AdapterOptions, Gpu},
+};
 
 /// A file or folder of tests/golden.
 pub fn golden(name: &str) -> PathBuf {
@@ -67,6 +74,31 @@ pub fn copy_folder(from: &Path, to: &Path) {
             fs::copy(&path, &target).expect("a temporary folder is writable");
         }
     }
+}
+
+/// Leaves the language model of a LLaVA folder (with one file of weights) alone, as a plain LLaMA.
+pub fn forget_the_tower(model: &Path) {
+    let path = model.join("config.json");
+    let mut config = read_json(&path)["text_config"].take();
+    config["model_type"] = json!("llama");
+    config["architectures"] = json!(["LlamaForCausalLM"]);
+    fs::write(path, config.to_string()).expect("a temporary folder is writable");
+    let weights = model.join("model.safetensors");
+    let whole = Checkpoint::open(&weights).expect("the fixture is whole");
+    let mut kept: Vec<(String, HostTensor)> = Vec::new();
+    for name in whole.names() {
+        if let Some(own) = name.strip_prefix("language_model.") {
+            kept.push((own.to_owned(), whole.require(name).and_then(|tensor| tensor.to_f32()).expect("a tensor")));
+        }
+    }
+    drop(whole);
+    kept.sort_by(|a, b| a.0.cmp(&b.0));
+    let heads = kept.iter().map(|(name, tensor)| TensorHead::f32(name.clone(), tensor.shape.clone())).collect();
+    write_safetensors(&weights, heads, &mut |head| {
+        let at = kept.iter().position(|(name, _)| *name == head.name).expect("one of them");
+        Ok(TensorData::F32(kept[at].1.data.clone().into()))
+    })
+    .expect("a temporary folder is writable");
 }
 
 /// u in [-1, 1) of element `index` of tensor `number`: the rule of tools/golden/hash_rule.py.
