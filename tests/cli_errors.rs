@@ -416,3 +416,20 @@ fn other_commands_name_what_is_wrong_too() {
     assert_refused(&program(["eval", "chess"]).output().unwrap(), 2, &["chess", "easy-vqa"]);
     assert_refused(&program(["trian"]).output().unwrap(), 2, &["trian", "train"]);
 }
+
+#[cfg(not(feature = "hub"))]
+#[test]
+fn an_id_of_the_hub_names_the_feature_that_is_missing() {
+    let words = ["someone/model", "built without the Hub", "--features hub"];
+    for arguments in [["generate", "--prompt", "hi"], ["score", "--data", "data.jsonl"]] {
+        let case = Case::new();
+        let mut command = program(arguments);
+        let output = command.args(["--model", "someone/model"]).current_dir(case.folder.path()).output().unwrap();
+        assert_refused(&output, 3, &words);
+    }
+    let case = Case::new();
+    case.refused(&["model_name_or_path=someone/model"], 3, &words);
+    case.refused(&["adapter_name_or_path=someone/model@v1"], 3, &["someone/model@v1", "--features hub"]);
+    let output = program(["eval", "easy-vqa", "--model", "someone/model"]).output().unwrap();
+    assert_refused(&output, 3, &words);
+}

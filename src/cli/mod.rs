@@ -7,6 +7,7 @@ mod config;
 mod devices;
 mod eval;
 mod generate;
+mod hub;
 mod interrupt;
 pub mod recipes;
 mod report;
@@ -21,6 +22,7 @@ use crate::{
     error::{Error, Result},
     formats::peft::Adapter,
     gpu::{AdapterOptions, Gpu},
+    hub::Wanted,
     models::open::{Opened, Place, load, no_folder},
     train::config::Source,
 };
@@ -96,7 +98,8 @@ fn open_device(global: &GlobalArgs, device: Option<String>, ui: &mut Ui) -> Resu
 fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Opened> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
-    let source = args.source(&working_dir);
+    let source = hub::local(args.source(&working_dir), Wanted::Model, ui)?;
+    let adapter = args.adapter.as_ref().map(|path| hub::local_path(path, Wanted::Adapter, ui)).transpose()?;
     let place = match &source {
         Source::Embedded(name) => Place::Embedded(name),
         Source::Local(path) => Place::Folder(path),
@@ -104,7 +107,7 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
     };
     // Files that are wrong are told before a device is opened.
     let folder = place.folder()?;
-    let adapter = args.adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
+    let adapter = adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
     let gpu = open_device(global, None, ui)?;
     load(&gpu, folder, adapter.as_ref())
 }
