@@ -421,9 +421,9 @@ fn other_commands_name_what_is_wrong_too() {
 #[test]
 fn an_id_of_the_hub_names_the_feature_that_is_missing() {
     let words = ["someone/model", "built without the Hub", "--features hub"];
-    for arguments in [["generate", "--prompt", "hi"], ["score", "--data", "data.jsonl"]] {
+    for line in ["generate --prompt hi", "score --data data.jsonl --image-folder images"] {
         let case = Case::new();
-        let mut command = program(arguments);
+        let mut command = program(line.split(' '));
         let output = command.args(["--model", "someone/model"]).current_dir(case.folder.path()).output().unwrap();
         assert_refused(&output, 3, &words);
     }

@@ -163,8 +163,9 @@ impl Download<'_> {
             if done < remote.size {
                 return Ok(Err(broke_off(remote, done, None)));
             }
+        } else {
+            told(Told::Bytes(done));
         }
-        told(Told::Bytes(done));
         Ok(Ok(checksum.fits(&remote.etag)))
     }
 }
