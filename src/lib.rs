@@ -1,7 +1,7 @@
 //! Train and run LLaVA multimodal language models on any GPU: hand-written WGSL on wgpu, an autograd tape, no Python.
 //!
 //! The layers, each knowing only those before it:
-//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data` → `models` → `train`, `generate`, `eval` → `cli`.
+//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub` → `models` → `train`, `generate`, `eval` → `cli`.
 //! `error` and `rng` are below all of them. ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
@@ -13,6 +13,7 @@ pub mod eval;
 pub mod formats;
 pub mod generate;
 pub mod gpu;
+pub mod hub;
 pub mod models;
 pub mod nn;
 pub mod ops;

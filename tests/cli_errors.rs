@@ -414,3 +414,20 @@ fn a_chat_template_that_is_not_there_or_broken() {
     let output = program(["eval", "easy-vqa", "--version", "plain"]).output().unwrap();
     assert_refused(&output, 2, &["plain", "question"]);
 }
+
+#[cfg(not(feature = "hub"))]
+#[test]
+fn an_id_of_the_hub_names_the_feature_that_is_missing() {
+    let words = ["someone/model", "built without the Hub", "--features hub"];
+    for line in ["generate --prompt hi", "score --data data.jsonl --image-folder images"] {
+        let case = Case::new();
+        let mut command = program(line.split(' '));
+        let output = command.args(["--model", "someone/model"]).current_dir(case.folder.path()).output().unwrap();
+        assert_refused(&output, 3, &words);
+    }
+    let case = Case::new();
+    case.refused(&["model_name_or_path=someone/model"], 3, &words);
+    case.refused(&["adapter_name_or_path=someone/model@v1"], 3, &["someone/model@v1", "--features hub"]);
+    let output = program(["eval", "easy-vqa", "--model", "someone/model"]).output().unwrap();
+    assert_refused(&output, 3, &words);
+}

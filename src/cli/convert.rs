@@ -4,7 +4,7 @@ use std::{env, path::Path};
 
 use super::{
     args::{ConvertArgs, GlobalArgs, Layout, WrittenDtype},
-    report,
+    hub, report,
     ui::Ui,
 };
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
         model_folder::ModelFolder,
         safetensors::Dtype,
     },
+    hub::Wanted,
     models::open::no_folder,
     train::config::Source,
 };
@@ -37,7 +38,7 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
             );
         }
     };
-    let folder = open(&args.from, args.vision_tower.as_deref())?;
+    let folder = open(&args.from, args.vision_tower.as_deref(), &mut ui)?;
     match args.to {
         Layout::Hf => {
             let folder = folder.with_image_token(SEED)?;
@@ -53,10 +54,10 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
 }
 
 /// A model of any layout, for its files alone.
-pub(super) fn open(from: &str, tower: Option<&Path>) -> Result<ModelFolder> {
+pub(super) fn open(from: &str, tower: Option<&Path>, ui: &mut Ui) -> Result<ModelFolder> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
-    match Source::parse(from, &working_dir) {
+    match hub::local(Source::parse(from, &working_dir), Wanted::Model, ui)? {
         Source::Embedded(name) => embedded::model(&name),
         Source::Local(path) => ModelFolder::open_with_tower(&path, tower),
         Source::Hub(name) => Err(no_folder(&name)),

@@ -1,13 +1,16 @@
 //! `wgpu-llava eval`: a benchmark, its table or JSON.
 
+use std::path::Path;
+
 use super::{
     args::{EvalArgs, GlobalArgs},
-    open_device, report,
+    hub, open_device, report,
     ui::Ui,
 };
 use crate::{
     error::{Error, Result},
     eval::{self, Request},
+    hub::Wanted,
 };
 
 pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
@@ -25,6 +28,9 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
         return Err(Error::usage(format!("--out: {} is a file, not a folder", out.display())));
     }
     let mut ui = Ui::new(global.quiet, global.verbose);
+    let model = hub::local_path(Path::new(request.model), Wanted::Model, &mut ui)?.display().to_string();
+    let adapter = request.adapter.map(|path| hub::local_path(path, Wanted::Adapter, &mut ui)).transpose()?;
+    let request = Request { model: &model, adapter: adapter.as_deref(), ..request };
     let gpu = open_device(global, None, &mut ui)?;
     let outcome = eval::run(&gpu, &request, &mut ui)?;
     if args.json {

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::{
     args::{GlobalArgs, MergeArgs},
     convert::{SEED, open},
-    report,
+    hub, report,
     ui::Ui,
 };
 use crate::{
@@ -14,14 +14,15 @@ use crate::{
         hf_write::{Changes, write_model},
         peft::{Adapter, Merge},
     },
+    hub::Wanted,
     models::names,
 };
 
 pub fn run(args: &MergeArgs, global: &GlobalArgs) -> Result<()> {
     let mut ui = Ui::new(global.quiet, global.verbose);
     report::check_new_folder("--out", &args.out)?;
-    let folder = open(&args.model, None)?.with_image_token(SEED)?;
-    let adapter = Adapter::read(&args.adapter, folder.config())?;
+    let folder = open(&args.model, None, &mut ui)?.with_image_token(SEED)?;
+    let adapter = Adapter::read(&hub::local_path(&args.adapter, Wanted::Adapter, &mut ui)?, folder.config())?;
     let merge = Merge::new(&adapter, folder.config())?;
     let config = merge.config().clone();
     let merge = RefCell::new(merge);

@@ -10,6 +10,7 @@ mod convert;
 mod devices;
 mod eval;
 mod generate;
+mod hub;
 mod interrupt;
 mod merge;
 pub mod recipes;
@@ -25,6 +26,7 @@ use crate::{
     error::{Error, Result},
     formats::peft::Adapter,
     gpu::{AdapterOptions, Gpu},
+    hub::Wanted,
     models::{
         loading::Loading,
         open::{Opened, Place, load, no_folder},
@@ -108,7 +110,8 @@ fn open_device(global: &GlobalArgs, device: Option<String>, ui: &mut Ui) -> Resu
 fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Opened> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
-    let source = args.source(&working_dir);
+    let source = hub::local(args.source(&working_dir), Wanted::Model, ui)?;
+    let adapter = args.adapter.as_ref().map(|path| hub::local_path(path, Wanted::Adapter, ui)).transpose()?;
     let place = match &source {
         Source::Embedded(name) => Place::Embedded(name),
         Source::Local(path) => Place::Folder(path),
@@ -116,7 +119,7 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
     };
     // Files that are wrong are told before a device is opened.
     let folder = place.folder()?;
-    let adapter = args.adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
+    let adapter = adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
     let gpu = open_device(global, None, ui)?;
     let mut loading = Loading {
         precision: global.precision.map(Precision::dtype),

@@ -4,7 +4,7 @@ use std::{env, time::SystemTime};
 
 use super::{
     args::{GlobalArgs, TrainArgs},
-    config as resolve, interrupt, report as errors,
+    config as resolve, hub, interrupt, report as errors,
     ui::{Ui, shown},
 };
 use crate::{
@@ -26,11 +26,12 @@ use crate::{
 pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
-    let config = resolve::run_config(args, global, &working_dir, SystemTime::now())?;
+    let mut config = resolve::run_config(args, global, &working_dir, SystemTime::now())?;
     let mut ui = Ui::new(global.quiet, global.verbose);
     if args.dry_run {
-        return dry_run(&config, &mut ui);
+        return dry_run(config, &mut ui);
     }
+    hub::localize(&mut config, &mut ui)?;
     let device = config.device.as_ref().map(|choice| match choice {
         DeviceChoice::Index(index) => index.to_string(),
         DeviceChoice::Name(name) => name.clone(),
@@ -52,12 +53,13 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
 }
 
 /// The config as resolved, with the origin of each value, on stdout; then what it would do, or what is wrong with it.
-fn dry_run(config: &RunConfig, ui: &mut Ui) -> Result<()> {
+fn dry_run(mut config: RunConfig, ui: &mut Ui) -> Result<()> {
     for stage in &config.stages {
         Version::check(&stage.version)?;
     }
-    errors::print_data(&resolve::describe(config))?;
-    for line in check::check(config, ui)? {
+    errors::print_data(&resolve::describe(&config))?;
+    hub::localize(&mut config, ui)?;
+    for line in check::check(&config, ui)? {
         ui.line(&line);
     }
     Ok(())
@@ -88,7 +90,7 @@ fn report_data(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, results: Vec
     for (stage, trained) in config.stages.iter().zip(&outcome.stages) {
         let path = stage.output_dir.join(metrics::FILE_NAME);
         let measured = metrics::read(&path)?;
-        let model = stage.model_name_or_path.as_ref().map_or("the stage before".to_string(), ToString::to_string);
+        let model = hub::written_model(stage).unwrap_or("the stage before").to_string();
         let data: Vec<String> = stage.data_path.iter().map(|entry| entry.path.to_string()).collect();
         let settings =
             stage.values.iter().map(|setting| (setting.key.to_string(), setting.value.to_string())).collect();
@@ -125,9 +127,10 @@ fn report_data(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, results: Vec
 
 /// What to type next, ready to paste: what this model was trained for, and no more than it can do.
 fn next_commands(config: &RunConfig, outcome: &RunOutcome) -> Vec<String> {
-    let mut model = match &outcome.result.model {
-        Source::Local(path) => quoted(&shown(path)),
-        other => other.to_string(),
+    let mut model = match (hub::id_of(config, &outcome.result.model), &outcome.result.model) {
+        (Some(id), _) => id.to_string(),
+        (None, Source::Local(path)) => quoted(&shown(path)),
+        (None, other) => other.to_string(),
     };
     if let Some(adapter) = &outcome.result.adapter {
         model += &format!(" --adapter {}", quoted(&shown(adapter)));

@@ -4,7 +4,7 @@ use crate::train::{
     events::{Event, Observer, StageHeader, StepMetrics},
     report::{duration, grouped},
 };
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use owo_colors::OwoColorize;
 use std::{
     io::{IsTerminal, Write},
@@ -37,6 +37,17 @@ pub struct Ui {
     stage: Option<Stage>,
     /// What [`Event::Progress`] is about, and the part last told.
     progress: Option<(String, usize)>,
+    bytes: Option<Transfer>,
+}
+
+/// Bytes on their way.
+struct Transfer {
+    started: Instant,
+    told: Instant,
+    /// What was there at the start, of an earlier run.
+    first: u64,
+    /// Without a bar: the file last named.
+    file: String,
 }
 
 /// The stage under way.
@@ -59,12 +70,12 @@ impl Ui {
             (false, true) => Output::Bar(None),
             (false, false) => Output::Lines(Box::new(anstream::stderr())),
         };
-        Self { output, verbose, stage: None, progress: None }
+        Self { output, verbose, stage: None, progress: None, bytes: None }
     }
 
     /// Lines into `writer`.
     pub fn lines(writer: impl Write + Send + 'static, verbose: bool) -> Self {
-        Self { output: Output::Lines(Box::new(writer)), verbose, stage: None, progress: None }
+        Self { output: Output::Lines(Box::new(writer)), verbose, stage: None, progress: None, bytes: None }
     }
 
     /// One line, above the bar where there is one. That nobody can read it any more is no reason to stop training.
@@ -80,6 +91,46 @@ impl Ui {
             Output::Bar(None) => {
                 let _ = writeln!(anstream::stderr(), "{text}");
             }
+        }
+    }
+
+    /// `done` of `total` bytes are there; `file` is under way. A bar, or a line for each file and now and then.
+    pub fn bytes(&mut self, file: &str, done: u64, total: u64) {
+        let now = Instant::now();
+        if self.bytes.is_none() {
+            self.new_bar(total, done);
+            if let Output::Bar(Some(bar)) = &self.output {
+                let template =
+                    "  {bar:24.cyan/dim} {bytes} of {total_bytes}  {binary_bytes_per_sec}  {eta} left  {msg}";
+                let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+                bar.set_style(style.progress_chars("━━─"));
+                bar.reset_eta();
+            }
+        }
+        let transfer =
+            self.bytes.get_or_insert_with(|| Transfer { started: now, told: now, first: done, file: String::new() });
+        if let Output::Bar(Some(bar)) = &self.output {
+            bar.set_position(done);
+            if transfer.file != file {
+                transfer.file = file.to_owned();
+                bar.set_message(transfer.file.clone());
+            }
+        } else if transfer.file != file || transfer.told.elapsed() >= QUIET_SPELL {
+            let seconds = now.duration_since(transfer.started).as_secs_f64();
+            let speed = done.saturating_sub(transfer.first) as f64 / seconds.max(1e-3);
+            let speed = if seconds < 1.0 { String::new() } else { format!(", {}/s", HumanBytes(speed as u64)) };
+            (transfer.told, transfer.file) = (now, file.to_owned());
+            self.line(&format!("  fetching {file}: {} of {}{speed}", HumanBytes(done), HumanBytes(total)));
+        }
+        if done >= total {
+            self.end_bytes();
+        }
+    }
+
+    /// No more bytes come, for now.
+    pub fn end_bytes(&mut self) {
+        if self.bytes.take().is_some() {
+            self.end_bar();
         }
     }
 
@@ -275,6 +326,21 @@ mod tests {
         ] {
             assert!(text.contains(part), "{text}");
         }
+    }
+
+    #[test]
+    fn bytes_are_told_once_a_file() {
+        let written = Shared::default();
+        let mut ui = Ui::lines(written.clone(), false);
+        for done in [0, 1 << 20, 2 << 20] {
+            ui.bytes("a.json", done, 5 << 30);
+        }
+        ui.bytes("model.safetensors", 3 << 30, 5 << 30);
+        ui.bytes("model.safetensors", 5 << 30, 5 << 30);
+        assert!(ui.bytes.is_none());
+        let bytes = written.0.lock().unwrap().clone();
+        let expected = "  fetching a.json: 0 B of 5.00 GiB\n  fetching model.safetensors: 3.00 GiB of 5.00 GiB\n";
+        assert_eq!(String::from_utf8(bytes).unwrap(), expected);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::{
     error::{Error, Result, nearest},
     formats::atomic::write_file,
     gpu::Gpu,
+    hub::id_or_path,
     models::open::{Place, open},
     train::{
         events::Observer,
@@ -145,9 +146,9 @@ impl Outcome {
         }
         write_file(&out.join("answers.jsonl"), lines.as_bytes())?;
         let mut results = self.json();
-        results["model"] = json!(request.model);
+        results["model"] = json!(id_or_path(request.model));
         results["version"] = json!(request.version);
-        results["adapter"] = json!(request.adapter.map(|path| path.display().to_string()));
+        results["adapter"] = json!(request.adapter.map(|path| id_or_path(&path.display().to_string())));
         write_file(&out.join("results.json"), format!("{results:#}\n").as_bytes())
     }
 }

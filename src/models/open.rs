@@ -56,8 +56,7 @@ pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opene
 
 /// Nothing on this machine has that name, and it may be one of the Hub's.
 pub fn no_folder(name: &str) -> Error {
-    Error::data(format!("there is no model folder {name}"))
-        .hint("name a folder with config.json and model.safetensors; the Hugging Face Hub is not built yet")
+    Error::data(format!("there is no model folder {name}")).hint("name a folder with config.json and model.safetensors")
 }
 
 /// Brings an opened folder to the device.

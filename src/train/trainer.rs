@@ -30,6 +30,7 @@ use crate::{
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
     gpu::Gpu,
+    hub::id_or_path,
     models::{adapter, batch::PackedBatch, llava::Llava, names},
     nn::Forward,
     ops::{elementwise, reduce},
@@ -258,7 +259,7 @@ impl<'a> Trainer<'a> {
         let model = &self.start.model;
         let with_projector = model.projector.is_some() && !self.stage.freeze_mm_mlp_adapter;
         let with_projector = with_projector || !settings.saved.is_empty();
-        let base = self.start.folder.name();
+        let base = id_or_path(self.start.folder.name());
         let mut adapter = adapter::export(model, settings, with_projector)?;
         if self.stage.unfreeze_mm_vision_tower {
             adapter::save_tower(model, &self.start.folder, &mut adapter)?;
@@ -267,7 +268,7 @@ impl<'a> Trainer<'a> {
             [&module.lora_a, &module.lora_b].into_iter().try_for_each(|tensor| check_finite(name, &tensor.data))?;
         }
         adapter.saved.iter().try_for_each(|(name, tensor)| check_finite(name, &tensor.data))?;
-        adapter.write(folder, &model.config, base)
+        adapter.write(folder, &model.config, &base)
     }
 
     fn write_model(&self, folder: &Path) -> Result<()> {

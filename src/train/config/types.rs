@@ -2,6 +2,7 @@
 
 use crate::{
     error::{Error, Result},
+    hub::HubId,
     tensor::Dtype,
 };
 use std::{
@@ -103,7 +104,7 @@ pub enum Source {
     Embedded(String),
     /// A folder or a file; it need not exist.
     Local(PathBuf),
-    /// A repository of the Hugging Face Hub, `owner/name`.
+    /// A repository of the Hugging Face Hub, `owner/name` or `owner/name@revision`.
     Hub(String),
 }
 
@@ -116,7 +117,7 @@ impl Source {
         let path = join(folder, text);
         if text.starts_with(EMBEDDED) {
             Self::Embedded(text.to_string())
-        } else if !path.exists() && is_hub_id(text) {
+        } else if !path.exists() && HubId::parse(text).is_some() {
             Self::Hub(text.to_string())
         } else {
             Self::Local(path)
@@ -142,15 +143,6 @@ impl fmt::Display for Source {
             Self::Local(path) => write!(f, "{}", path.display()),
         }
     }
-}
-
-fn is_hub_id(text: &str) -> bool {
-    let part = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-    };
-    text.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name))
 }
 
 /// `path` below `folder` without `.` parts; an absolute path stays.
@@ -264,6 +256,7 @@ mod tests {
         let parse = |text: &str| Source::parse(text, dir.path());
         assert_eq!(parse("embedded:tiny"), Source::Embedded("embedded:tiny".into()));
         assert_eq!(parse("lmsys/vicuna-7b-v1.5"), Source::Hub("lmsys/vicuna-7b-v1.5".into()));
+        assert_eq!(parse("a/b@v1.0"), Source::Hub("a/b@v1.0".into()));
         assert_eq!(parse("./vicuna"), Source::Local(dir.path().join("vicuna")));
         assert_eq!(parse("../a/b"), Source::Local(dir.path().join("../a/b")));
         assert_eq!(parse("models/a/b"), Source::Local(dir.path().join("models/a/b")));
