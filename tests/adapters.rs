@@ -13,6 +13,7 @@ use common::{golden, numbers, open_gpu, read_json, run};
 use half::bf16;
 use serde_json::{Value, json};
 use wgpu_llava::{
+    autograd::Tape,
     error::ErrorKind,
     formats::{
         HostTensor,
@@ -22,6 +23,7 @@ use wgpu_llava::{
         safetensors_writer::{TensorData, TensorHead, write_safetensors},
     },
     models::{adapter, config::ModelConfig, llava::Llava, names},
+    tensor::Tensor,
 };
 
 /// Largest distance of a log-probability, nats.
@@ -356,4 +358,25 @@ fn what_is_attached_is_exported_again_and_folds_into_the_merged_weights() {
         }
         assert!(compared > 20, "{name}: {compared}");
     }
+}
+
+#[test]
+fn a_bias_for_a_linear_without_one_is_used_but_not_folded() {
+    let (_, folder, mut adapter) = opened("torch_bin");
+    let name = "language_model.model.layers.0.self_attn.o_proj";
+    let module = adapter.modules.get_mut(name).unwrap();
+    module.bias = Some(HostTensor::filled([36], 0.25));
+    let scaled = module.scale as f32 * 0.25;
+    let mut model = Llava::load(&open_gpu(), &folder).unwrap();
+    adapter::attach(&mut model, &adapter, 0.0).unwrap();
+    let o_proj = model.language.layers_mut()[0].o_proj.clone();
+    let bias = o_proj.lora.as_ref().unwrap().bias.unwrap();
+    assert_eq!(model.parameters.get(bias).value.to_vec().unwrap(), vec![scaled; 36]);
+
+    // What the layer computes of zeros is that bias.
+    let mut tape = Tape::silent();
+    let zeros = tape.constant(Tensor::from_f32(model.gpu(), &[0.0; 72], &[2, 36]));
+    let y = o_proj.forward(&mut model.inference(&mut tape), &zeros).value.to_vec().unwrap();
+    assert_eq!(y, vec![scaled; 72]);
+    assert_eq!(adapter::fold(&mut model).unwrap_err().kind, ErrorKind::Usage);
 }

@@ -94,8 +94,7 @@ impl<'a> Session<'a> {
         self.read = prompt.to_vec();
         self.pictures = pictures.to_vec();
         self.of_one_length = follows_length;
-        loop {
-            let Some(row) = logits.first_mut() else { break };
+        while let Some(row) = logits.first_mut() {
             let token = sequence.next(row, options, on_token)?;
             if sequence.done {
                 break;

@@ -1,8 +1,14 @@
 //! What is typed, or comes through a pipe: lines, joined to messages and told from commands.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::{
+    cell::Cell,
+    io::{BufRead, IsTerminal, Write},
+};
 
-use rustyline::{Behavior, Config, DefaultEditor, error::ReadlineError};
+use rustyline::{
+    Behavior, Config, Context, Editor, Helper, completion::Completer, error::ReadlineError, highlight::Highlighter,
+    hint::Hinter, history::DefaultHistory, validate::Validator,
+};
 
 use crate::error::{Error, Result};
 
@@ -22,14 +28,39 @@ pub enum Entry {
 
 enum Line {
     Text(String),
-    /// Ctrl-C.
-    Interrupted,
+    /// Ctrl-C, and whether it dropped anything.
+    Interrupted {
+        dropped: bool,
+    },
     End,
 }
 
+/// Watches the line that is being typed: the editor does not tell what Ctrl-C dropped.
+#[derive(Default)]
+pub struct Watch {
+    is_empty: Cell<bool>,
+}
+
+impl Hinter for Watch {
+    type Hint = String;
+
+    fn hint(&self, line: &str, _: usize, _: &Context<'_>) -> Option<String> {
+        self.is_empty.set(line.is_empty());
+        None
+    }
+}
+
+impl Completer for Watch {
+    type Candidate = String;
+}
+
+impl Highlighter for Watch {}
+impl Validator for Watch {}
+impl Helper for Watch {}
+
 /// Where lines come from.
 pub enum Input {
-    Terminal(Box<DefaultEditor>),
+    Terminal(Box<Editor<Watch, DefaultHistory>>),
     Pipe(Box<dyn BufRead>),
 }
 
@@ -44,8 +75,9 @@ impl Input {
         }
         // Where stdout is no terminal it holds the answers alone, and what is typed is shown on the terminal itself.
         let behavior = if std::io::stdout().is_terminal() { Behavior::Stdio } else { Behavior::PreferTerm };
-        let editor = DefaultEditor::with_config(Config::builder().behavior(behavior).build());
-        let editor = editor.map_err(|source| Error::failed("cannot read from the terminal").caused_by(source))?;
+        let editor = Editor::with_config(Config::builder().behavior(behavior).build());
+        let mut editor = editor.map_err(|source| Error::failed("cannot read from the terminal").caused_by(source))?;
+        editor.set_helper(Some(Watch::default()));
         Ok(Self::Terminal(Box::new(editor)))
     }
 
@@ -56,17 +88,21 @@ impl Input {
     /// The next message or command; white space round a message is left out, and empty ones are passed over.
     ///
     /// A line that ends with `\` goes on in the next one; what stands between `"""` and `"""` is one message.
-    /// Ctrl-C drops what was begun, and twice in a row is the end.
+    /// Ctrl-C drops what was begun; where nothing was, twice in a row is the end.
     ///
     /// # Errors
     /// `Failed`: input cannot be read.
-    pub fn next(&mut self) -> Result<Entry> {
+    pub fn entry(&mut self) -> Result<Entry> {
         let mut interrupted = false;
         loop {
             let line = match self.line(PROMPT)? {
                 Line::Text(line) => line,
-                Line::Interrupted if interrupted => return Ok(Entry::End),
-                Line::Interrupted => {
+                Line::Interrupted { dropped: true } => {
+                    interrupted = false;
+                    continue;
+                }
+                Line::Interrupted { .. } if interrupted => return Ok(Entry::End),
+                Line::Interrupted { .. } => {
                     interrupted = true;
                     // Nobody left to read it is no reason to stop.
                     let _ = writeln!(std::io::stderr(), "(Ctrl-C once more, Ctrl-D or /quit ends the conversation)");
@@ -98,7 +134,7 @@ impl Input {
                 text = text + &rest + "\n";
                 rest = match self.line(MORE)? {
                     Line::Text(line) => line,
-                    Line::Interrupted => return Ok(None),
+                    Line::Interrupted { .. } => return Ok(None),
                     Line::End => return Ok(Some(text)),
                 };
             }
@@ -108,7 +144,7 @@ impl Input {
             let before = format!("{before}\n");
             text = match self.line(MORE)? {
                 Line::Text(line) => before + &line,
-                Line::Interrupted => return Ok(None),
+                Line::Interrupted { .. } => return Ok(None),
                 Line::End => return Ok(Some(before)),
             };
         }
@@ -127,12 +163,20 @@ impl Input {
             Error::failed("cannot read what is typed").caused_by(source)
         };
         match self {
-            Self::Terminal(editor) => match editor.readline(prompt) {
-                Ok(line) => Ok(Line::Text(line)),
-                Err(ReadlineError::Interrupted) => Ok(Line::Interrupted),
-                Err(ReadlineError::Eof) => Ok(Line::End),
-                Err(source) => Err(failed(source.into())),
-            },
+            Self::Terminal(editor) => {
+                if let Some(watch) = editor.helper() {
+                    watch.is_empty.set(true);
+                }
+                match editor.readline(prompt) {
+                    Ok(line) => Ok(Line::Text(line)),
+                    Err(ReadlineError::Interrupted) => {
+                        let dropped = editor.helper().is_some_and(|watch| !watch.is_empty.get());
+                        Ok(Line::Interrupted { dropped })
+                    }
+                    Err(ReadlineError::Eof) => Ok(Line::End),
+                    Err(source) => Err(failed(source.into())),
+                }
+            }
             Self::Pipe(lines) => {
                 let mut bytes = Vec::new();
                 if lines.read_until(b'\n', &mut bytes).map_err(|source| failed(source.into()))? == 0 {
@@ -153,7 +197,7 @@ mod tests {
         let mut input = Input::Pipe(Box::new(text.as_bytes()));
         let mut entries = Vec::new();
         loop {
-            match input.next().unwrap() {
+            match input.entry().unwrap() {
                 Entry::End => return entries,
                 entry => entries.push(entry),
             }

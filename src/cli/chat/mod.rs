@@ -50,7 +50,7 @@ pub fn run(args: &ChatArgs, global: &GlobalArgs) -> Result<()> {
     }
     chat.header(&mut ui);
     loop {
-        let entry = input.next()?;
+        let entry = input.entry()?;
         interrupt::begin_answer();
         let done = match entry {
             Entry::End => break,
