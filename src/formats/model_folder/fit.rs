@@ -24,7 +24,7 @@ impl ModelFolder {
             optional.extend(identity)
         }
         needed.retain(|(tensor, _)| self.has_projector || !tensor.starts_with(names::PROJECTOR));
-        self.compare(&needed, &optional)
+        self.compare(&needed, &names::unused_vision_tensors(&self.config))
     }
 
     fn compare(&self, needed: &[NamedShape], optional: &[NamedShape]) -> Result<()> {
