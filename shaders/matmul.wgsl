@@ -16,7 +16,9 @@ struct Params {
     flags: u32, // ADD_BIAS, ACCUMULATE
     alpha: f32,
     bias_offset: u32,
-    window: u32, // rows of K in one uniform (by_uniform alone)
+    window: u32, // rows of B in one uniform (by_uniform and by_lane alone)
+    before_low: u32, // by_lane alone: a byte for each window, how many elements precede its first row
+    before_high: u32,
 }
 #params
 
@@ -32,8 +34,15 @@ const ACCUMULATE: u32 = 2u;
 // storage is what costs.
 @group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
 @group(0) @binding(1) var<uniform> bias: array<vec4<f32>, 4096>; // [N]
+#ifdef PACKED
+#import packed
+#endif
 #unroll w in 0..WINDOWS
+#ifdef PACKED
+@group(0) @binding(#{2 + w}) var<uniform> b#{w}: array<vec4<u32>, 4096>; // rows of [K, N], packed
+#else
 @group(0) @binding(#{2 + w}) var<uniform> b#{w}: array<vec4<f32>, 4096>; // rows of [K, N], or of [N, K] in NT
+#endif
 #end
 #ifdef TN
 #unroll w in 0..WINDOWS
@@ -130,7 +139,11 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 #unroll s in 0..4
 #unroll j in 0..COLS
             let at#{s}_#{j} = bj#{j} + (k + #{s}u) * params.ldb;
+#ifdef PACKED
+            let y#{s}_#{j} = widen_one(b#{w}[at#{s}_#{j} / 8u][at#{s}_#{j} / 2u % 4u], at#{s}_#{j});
+#else
             let y#{s}_#{j} = b#{w}[at#{s}_#{j} / 4u][at#{s}_#{j} % 4u];
+#endif
 #end
 #unroll i in 0..ROWS
 #unroll j in 0..COLS
@@ -152,7 +165,11 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 #else
             let at#{j} = bj#{j} + k * params.ldb;
 #endif
+#ifdef PACKED
+            let y#{j} = widen_one(b#{w}[at#{j} / 8u][at#{j} / 2u % 4u], at#{j});
+#else
             let y#{j} = b#{w}[at#{j} / 4u][at#{j} % 4u];
+#endif
 #end
 #unroll i in 0..ROWS
 #unroll j in 0..COLS
@@ -184,6 +201,105 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
             }
 #end
         }
+    }
+#end
+}
+
+#kernel by_lane
+// NT for the same devices: a lane owns a row of W and ROWS rows of C's column. W comes in WINDOWS uniforms of `window`
+// whole rows, one a workgroup; A is read at the same address by all lanes. A sum goes over CHAINS accumulators, so that
+// it does not wait for itself.
+@group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
+@group(0) @binding(1) var<uniform> bias: array<vec4<f32>, 4096>; // [N]
+@group(0) @binding(2) var<uniform> a: array<vec4<f32>, 4096>; // rows of [M, K]
+#unroll w in 0..WINDOWS
+#ifdef PACKED
+#import packed
+@group(0) @binding(#{3 + w}) var<uniform> b#{w}: array<vec4<u32>, 4096>; // rows of [N, K], packed
+#else
+@group(0) @binding(#{3 + w}) var<uniform> b#{w}: array<vec4<f32>, 4096>; // rows of [N, K]
+#endif
+#end
+
+@compute @workgroup_size(#{THREADS})
+fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let row = group.y * #{ROWS}u;
+    let in_window = group.x * #{THREADS}u + local;
+    let col = group.z * params.window + in_window;
+    let last = min(params.window, params.n - group.z * params.window) - 1u;
+    let shift = 8u * (group.z & 3u);
+    let before = (select(params.before_low, params.before_high, group.z >= 4u) >> shift) & 0xffu;
+    let bj = before + min(in_window, last) * params.ldb;
+#unroll i in 0..ROWS
+    let ai#{i} = params.a_offset + min(row + #{i}u, params.m - 1u) * params.lda;
+#unroll c in 0..CHAINS
+    var sum#{i}_#{c} = 0.0;
+#end
+#end
+#unroll w in 0..WINDOWS
+    if (group.z == #{w}u) {
+#ifdef VEC
+#ifdef PACKED
+        for (var k = 0u; k < params.k; k += 8u) {
+            let words = b#{w}[(bj + k) / 8u];
+            let even = widen_even(words);
+            let odd = widen_odd(words);
+#unroll i in 0..ROWS
+            let x#{i}_0 = a[(ai#{i} + k) / 4u];
+            let x#{i}_1 = a[(ai#{i} + k) / 4u + 1u];
+#unroll s in 0..4
+            sum#{i}_#{2 * s % CHAINS} = fma(x#{i}_#{s / 2}[#{2 * s % 4}], even[#{s}], sum#{i}_#{2 * s % CHAINS});
+            sum#{i}_#{(2 * s + 1) % CHAINS} = fma(x#{i}_#{s / 2}[#{2 * s % 4 + 1}], odd[#{s}], sum#{i}_#{(2 * s + 1) % CHAINS});
+#end
+#end
+        }
+#else
+        for (var k = 0u; k < params.k; k += 4u) {
+            let y = b#{w}[(bj + k) / 4u];
+#unroll i in 0..ROWS
+            let x#{i} = a[(ai#{i} + k) / 4u];
+#unroll s in 0..4
+            sum#{i}_#{s % CHAINS} = fma(x#{i}[#{s}], y[#{s}], sum#{i}_#{s % CHAINS});
+#end
+#end
+        }
+#endif
+#else
+        for (var k = 0u; k < params.k; k++) {
+            let at = bj + k;
+#ifdef PACKED
+            let y = widen_one(b#{w}[at / 8u][(at / 2u) % 4u], at);
+#else
+            let y = b#{w}[at / 4u][at % 4u];
+#endif
+#unroll i in 0..ROWS
+            let ax#{i} = ai#{i} + k;
+            sum#{i}_0 = fma(a[ax#{i} / 4u][ax#{i} % 4u], y, sum#{i}_0);
+#end
+        }
+#endif
+    }
+#end
+    if (in_window > last) {
+        return;
+    }
+    var shifted = 0.0;
+    if ((params.flags & ADD_BIAS) != 0u) {
+        let bias_at = params.bias_offset + col;
+        shifted = bias[bias_at / 4u][bias_at % 4u];
+    }
+#unroll i in 0..ROWS
+    if (row + #{i}u < params.m) {
+        let at = params.c_offset + (row + #{i}u) * params.ldc + col;
+        var total = sum#{i}_0;
+#unroll c in 1..CHAINS
+        total += sum#{i}_#{c};
+#end
+        var value = fma(params.alpha, total, shifted);
+        if ((params.flags & ACCUMULATE) != 0u) {
+            value += c[at];
+        }
+        c[at] = value;
     }
 #end
 }

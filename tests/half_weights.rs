@@ -27,6 +27,11 @@ fn gpu() -> &'static Gpu {
     GPU.get_or_init(common::open_gpu)
 }
 
+/// With the kernels of GPUs.
+fn as_gpu() -> Gpu {
+    Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).expect("the same adapter")
+}
+
 fn words(bytes: &[u8]) -> Vec<u32> {
     bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
 }
@@ -131,18 +136,20 @@ fn a_tensor_arrives_in_pieces_of_any_size() {
 
 #[test]
 fn a_tensor_is_converted_while_it_arrives() {
-    // More than one chunk of 8 Mi elements, and an odd number of them.
+    // More than one chunk of 8 Mi elements, and an odd number of them. The host's processor converts by itself.
     let shape = [4099, 4097];
     let values = Random::new(3).values(shape[0] * shape[1]);
-    for (from, to) in [(Dtype::F32, Dtype::Bf16), (Dtype::Bf16, Dtype::F32), (Dtype::F16, Dtype::Bf16)] {
-        let bytes = from.narrow(&values);
-        let mut upload = cast::Upload::new(gpu(), from, to, &shape);
-        assert_eq!(upload.missing(), bytes.len());
-        push_in_pieces(&bytes, |piece| upload.push(piece));
-        assert_eq!(upload.missing(), 0);
-        let y = upload.finish();
-        assert_eq!((y.dtype(), y.shape()), (to, &shape[..]));
-        assert!(y.to_bytes().unwrap() == to.narrow(&from.widen(&bytes)), "{from:?} to {to:?}");
+    for gpu in [gpu(), &as_gpu()] {
+        for (from, to) in [(Dtype::F32, Dtype::Bf16), (Dtype::Bf16, Dtype::F32), (Dtype::F16, Dtype::Bf16)] {
+            let bytes = from.narrow(&values);
+            let mut upload = cast::Upload::new(gpu, from, to, &shape);
+            assert_eq!(upload.missing(), bytes.len());
+            push_in_pieces(&bytes, |piece| upload.push(piece));
+            assert_eq!(upload.missing(), 0);
+            let y = upload.finish();
+            assert_eq!((y.dtype(), y.shape()), (to, &shape[..]));
+            assert!(y.to_bytes().unwrap() == to.narrow(&from.widen(&bytes)), "{from:?} to {to:?}");
+        }
     }
     let upload = cast::Upload::new(gpu(), Dtype::Bf16, Dtype::Bf16, &[3]);
     assert_eq!(upload.missing(), 6);
@@ -199,7 +206,7 @@ fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
 
 #[test]
 fn linear_layers_on_packed_weights_are_those_on_widened_ones() {
-    let as_gpu = Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).unwrap();
+    let as_gpu = as_gpu();
     for (device, tokens) in [(gpu(), 70), (gpu(), 5), (gpu(), 3), (&as_gpu, 70), (&as_gpu, 3)] {
         for dtype in PACKED {
             for [n, k] in [[67, 129], [130, 64]] {
@@ -210,8 +217,8 @@ fn linear_layers_on_packed_weights_are_those_on_widened_ones() {
                     let (got, want) = (linear(device, &packed, tokens, rank), linear(device, &wide, tokens, rank));
                     for (what, (got, want)) in ["y", "dx", "dA", "dB"].iter().zip(got.iter().zip(&want)) {
                         let what = format!("{what} of {tokens} tokens, {dtype:?} [{n}, {k}], rank {rank:?}");
-                        // The same kernels on the same values, but for a few rows of A, whose lanes share K otherwise.
-                        assert_close(&what, got, want, if tokens <= 4 { 1e-6 } else { 0.0 });
+                        // GPUs' tiles sum in the same order; elsewhere lanes share K otherwise.
+                        assert_close(&what, got, want, if tokens > 4 && !device.is_cpu() { 0.0 } else { 1e-6 });
                     }
                 }
             }
@@ -245,7 +252,7 @@ fn a_packed_head_tied_to_the_embedding_gives_the_same_losses() {
         ids[17] = u32::MAX;
         let (got, want) = (tied_head(&packed, &ids), tied_head(&cast(&packed, Dtype::F32), &ids));
         for (what, (got, want)) in ["embedding", "losses", "dx"].iter().zip(got.iter().zip(&want)) {
-            assert_close(&format!("{what} with {dtype:?}"), got, want, 0.0);
+            assert_close(&format!("{what} with {dtype:?}"), got, want, 1e-6);
         }
     }
 }

@@ -15,6 +15,15 @@ fn widen(word: u32) -> vec2<f32> {
 fn widen_one(word: u32, at: u32) -> f32 {
     return widen(word >> (16u * (at & 1u))).x;
 }
+
+// Of eight elements in a row, those at even places, and those at odd ones.
+fn widen_even(words: vec4<u32>) -> vec4<f32> {
+    return vec4<f32>(widen(words.x).x, widen(words.y).x, widen(words.z).x, widen(words.w).x);
+}
+
+fn widen_odd(words: vec4<u32>) -> vec4<f32> {
+    return vec4<f32>(widen(words.x).y, widen(words.y).y, widen(words.z).y, widen(words.w).y);
+}
 #else
 fn widen(word: u32) -> vec2<f32> {
     return bitcast<vec2<f32>>(vec2<u32>(word << 16u, word & 0xffff0000u));
@@ -23,5 +32,14 @@ fn widen(word: u32) -> vec2<f32> {
 // The half of a word that the element at `at` is.
 fn widen_one(word: u32, at: u32) -> f32 {
     return bitcast<f32>((word << (16u - 16u * (at & 1u))) & 0xffff0000u);
+}
+
+// Of eight elements in a row, those at even places, and those at odd ones.
+fn widen_even(words: vec4<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(words << vec4<u32>(16u));
+}
+
+fn widen_odd(words: vec4<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(words & vec4<u32>(0xffff0000u));
 }
 #endif

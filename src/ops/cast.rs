@@ -51,67 +51,96 @@ fn bind(tensor: &Tensor, start: usize, count: usize) -> (Binding<'_>, usize) {
     if tensor.dtype().is_packed() { tensor.packed_range(start, count) } else { tensor.range_from(start, count) }
 }
 
-/// Elements that are converted at once: what a conversion holds on the device beside the tensor.
+/// Elements that a device converts at once: what a conversion holds there beside the tensor.
 const CHUNK: usize = 8 << 20;
+/// Bytes that the host converts at once.
+const HOST_CHUNK: usize = 1 << 20;
 
 /// A tensor that arrives as one type and is kept as another.
 pub struct Upload {
     from: Dtype,
-    /// The tensor, and how many of its elements are there; `None` where nothing is converted.
-    converted: Option<(Tensor, usize)>,
-    /// What arrives: a chunk, or all of the tensor.
-    arriving: tensor::Upload,
+    missing: usize,
+    to: Target,
+}
+
+enum Target {
+    /// Converted by the host, or not at all; with the bytes of an element that has arrived in part.
+    Host(tensor::Upload, Vec<u8>),
+    /// Converted by the device, chunk by chunk: the tensor, how many elements of it are there, and the next chunk.
+    Device(Tensor, usize, tensor::Upload),
 }
 
 impl Upload {
     /// For elements of type `from` that are to be kept as `to`.
     pub fn new(gpu: &Gpu, from: Dtype, to: Dtype, shape: &[usize]) -> Self {
-        if from == to {
-            return Self { from, converted: None, arriving: Tensor::upload(gpu, to, shape) };
-        }
-        let y = Tensor::empty_of(gpu, to, shape);
-        let arriving = Tensor::upload(gpu, from, &[CHUNK.min(y.len())]);
-        Self { from, converted: Some((y, 0)), arriving }
+        let elements: usize = shape.iter().product();
+        // Where kernels run on the host's processor, its own code is faster than they are.
+        let target = if from == to || gpu.is_cpu() {
+            Target::Host(Tensor::upload(gpu, to, shape), Vec::new())
+        } else {
+            Target::Device(Tensor::empty_of(gpu, to, shape), 0, Tensor::upload(gpu, from, &[CHUNK.min(elements)]))
+        };
+        Self { from, missing: elements * from.bytes(), to: target }
     }
 
     /// Bytes (of the type that arrives) that are still to come.
     pub fn missing(&self) -> usize {
-        let later = self.converted.as_ref().map_or(0, |(y, done)| y.len() - done - self.arriving.len());
-        later * self.from.bytes() + self.arriving.missing()
+        self.missing
     }
 
     /// As [`tensor::Upload::push`].
-    pub fn push(&mut self, mut bytes: &[u8]) {
-        assert!(bytes.len() <= self.missing(), "{} bytes where {} are missing", bytes.len(), self.missing());
-        while !bytes.is_empty() {
-            let (now, rest) = bytes.split_at(bytes.len().min(self.arriving.missing()));
-            self.arriving.push(now);
-            bytes = rest;
-            if self.arriving.missing() == 0 && self.missing() > 0 {
-                self.convert();
+    pub fn push(&mut self, bytes: &[u8]) {
+        assert!(bytes.len() <= self.missing, "{} bytes where {} are missing", bytes.len(), self.missing);
+        self.missing -= bytes.len();
+        match &mut self.to {
+            Target::Host(upload, _) if upload.dtype() == self.from => upload.push(bytes),
+            Target::Host(upload, partial) => push_converted(upload, partial, self.from, bytes),
+            Target::Device(y, done, arriving) => {
+                let mut bytes = bytes;
+                while !bytes.is_empty() {
+                    let (now, rest) = bytes.split_at(bytes.len().min(arriving.missing()));
+                    arriving.push(now);
+                    bytes = rest;
+                    if arriving.missing() == 0 {
+                        let left = y.len() - *done - arriving.len();
+                        let next = Tensor::upload(y.gpu(), self.from, &[left.min(CHUNK)]);
+                        let chunk = std::mem::replace(arriving, next).finish();
+                        cast_into(&chunk, 0, y, *done, chunk.len());
+                        *done += chunk.len();
+                    }
+                }
             }
         }
     }
 
     /// As [`tensor::Upload::finish`].
-    pub fn finish(mut self) -> Tensor {
-        assert_eq!(self.missing(), 0, "bytes that are still missing");
-        self.convert();
-        match self.converted {
-            Some((y, _)) => y,
-            None => self.arriving.finish(),
+    pub fn finish(self) -> Tensor {
+        assert_eq!(self.missing, 0, "bytes that are still missing");
+        match self.to {
+            Target::Host(upload, _) => upload.finish(),
+            Target::Device(y, ..) => y,
         }
     }
+}
 
-    /// Converts the chunk that has arrived, and waits for the next.
-    fn convert(&mut self) {
-        let Some((y, done)) = &mut self.converted else { return };
-        let left = y.len() - *done - self.arriving.len();
-        let next = Tensor::upload(y.gpu(), self.from, &[left.min(CHUNK)]);
-        let chunk = std::mem::replace(&mut self.arriving, next).finish();
-        cast_into(&chunk, 0, y, *done, chunk.len());
-        *done += chunk.len();
+/// Converts bytes, the first of which may complete an element.
+fn push_converted(upload: &mut tensor::Upload, partial: &mut Vec<u8>, from: Dtype, mut bytes: &[u8]) {
+    let to = upload.dtype();
+    if !partial.is_empty() {
+        let (now, rest) = bytes.split_at(bytes.len().min(from.bytes() - partial.len()));
+        partial.extend_from_slice(now);
+        bytes = rest;
+        if partial.len() < from.bytes() {
+            return;
+        }
+        upload.push(&to.narrow(&from.widen(partial)));
+        partial.clear();
     }
+    let (whole, rest) = bytes.split_at(bytes.len() / from.bytes() * from.bytes());
+    for chunk in whole.chunks(HOST_CHUNK) {
+        upload.push(&to.narrow(&from.widen(chunk)));
+    }
+    partial.extend_from_slice(rest);
 }
 
 fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {

@@ -27,7 +27,7 @@ pub use testing::{Comparison, Random};
 use crate::{
     error::Result,
     gpu::{Gpu, UNIFORM_BYTES},
-    tensor::ALIGNMENT,
+    tensor::Dtype,
 };
 
 /// Operations and memory traffic of one launch at the size that `check` uses for `n`.
@@ -101,13 +101,13 @@ fn bindable_rows(gpu: &Gpu, rows: usize, row_words: usize) -> impl Iterator<Item
 /// On host processors, rows of whole vec4s in windows that fit a uniform: `(first, count)`. `None` where the kernels
 /// for storage must serve: on GPUs, for odd or very long rows, and where the outputs cannot be bound whole.
 fn uniform_windows(gpu: &Gpu, rows: usize, cols: usize) -> Option<impl Iterator<Item = (usize, usize)>> {
-    let most = uniform_rows(cols);
+    let most = uniform_rows(cols, Dtype::F32);
     let fits = gpu.is_cpu() && cols.is_multiple_of(4) && most >= 8 && (rows * cols * 4) as u64 <= gpu.max_binding();
     fits.then(|| (0..rows).step_by(most).map(move |first| (first, most.min(rows - first))))
 }
 
 /// How many rows of `cols` elements one uniform holds, wherever the first begins.
-fn uniform_rows(cols: usize) -> usize {
-    let slack = if cols.is_multiple_of(ALIGNMENT) { 0 } else { ALIGNMENT };
-    (UNIFORM_BYTES as usize / 4 - slack) / cols.max(1)
+fn uniform_rows(cols: usize, dtype: Dtype) -> usize {
+    let slack = if cols.is_multiple_of(dtype.alignment()) { 0 } else { dtype.alignment() };
+    (UNIFORM_BYTES as usize / dtype.bytes() - slack) / cols.max(1)
 }

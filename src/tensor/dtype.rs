@@ -1,6 +1,8 @@
 //! What an element is on the device.
 
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+use super::ALIGNMENT;
 
 /// The type of a tensor's elements. 16-bit elements are packed, two to a word of the device, the first in the low
 /// half: the bytes are those of a little-endian file. They are storage alone; arithmetic is f32.
@@ -23,6 +25,11 @@ impl Dtype {
         matches!(self, Self::F16 | Self::Bf16)
     }
 
+    /// Bindings begin at multiples of this many elements.
+    pub fn alignment(self) -> usize {
+        ALIGNMENT * 4 / self.bytes()
+    }
+
     /// Bytes that `elements` elements take on the device: whole words.
     pub(super) fn padded_bytes(self, elements: usize) -> u64 {
         (elements * self.bytes()).next_multiple_of(4) as u64
@@ -34,7 +41,12 @@ impl Dtype {
         match self {
             // Not `bf16::to_f32`, which makes signalling NaNs quiet.
             Self::Bf16 => halves().map(|bits| f32::from_bits(u32::from(bits) << 16)).collect(),
-            Self::F16 => halves().map(|bits| f16::from_bits(bits).to_f32()).collect(),
+            Self::F16 => {
+                let halves: Vec<f16> = halves().map(f16::from_bits).collect();
+                let mut wide = vec![0.0; halves.len()];
+                halves.convert_to_f32_slice(&mut wide);
+                wide
+            }
             Self::F32 | Self::U32 => {
                 bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
             }
@@ -44,9 +56,16 @@ impl Dtype {
     /// The bytes of f32 values in this type, rounded to nearest, ties to even. A `U32` takes the bits.
     pub fn narrow(self, values: &[f32]) -> Vec<u8> {
         match self {
-            Self::Bf16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-            Self::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-            Self::F32 | Self::U32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Self::Bf16 => {
+                let halves: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+                bytemuck::cast_slice(&halves).to_vec()
+            }
+            Self::F16 => {
+                let mut halves = vec![f16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                bytemuck::cast_slice(&halves).to_vec()
+            }
+            Self::F32 | Self::U32 => bytemuck::cast_slice(values).to_vec(),
         }
     }
 }

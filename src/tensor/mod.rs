@@ -33,8 +33,6 @@ pub struct Tensor {
 
 /// Parts of an arena start at multiples of this many elements, so that they can be bound on every device.
 pub const ALIGNMENT: usize = 64;
-/// The same for packed elements; their bindings may begin earlier than what is asked for.
-const PACKED_ALIGNMENT: usize = 2 * ALIGNMENT;
 
 impl Tensor {
     /// An f32 (or u32) tensor with unspecified content.
@@ -200,7 +198,7 @@ impl Tensor {
     pub fn packed_range(&self, start: usize, count: usize) -> (Binding<'_>, usize) {
         assert!(self.dtype.is_packed(), "{self:?} goes to a kernel that takes 16-bit elements");
         let at = self.offset + start;
-        let before = at % PACKED_ALIGNMENT;
+        let before = at % self.dtype.alignment();
         let offset = ((at - before) * 2) as u64;
         let size = ((before + count.max(1)) * 2).next_multiple_of(16) as u64;
         (Binding { buffer: &self.buffer, offset, size, uniform: false }, before)
@@ -210,9 +208,18 @@ impl Tensor {
     /// begins (offsets of uniforms are aligned). For devices that run on the host's processor.
     pub fn uniform(&self, start: usize) -> (Binding<'_>, usize) {
         assert!(!self.dtype.is_packed(), "{self:?} goes to a kernel that takes four-byte elements");
-        let at = self.offset + start;
-        let before = at % ALIGNMENT;
-        let offset = (at - before) as u64 * 4;
+        self.any_uniform(start)
+    }
+
+    /// The same of packed elements.
+    pub fn packed_uniform(&self, start: usize) -> (Binding<'_>, usize) {
+        assert!(self.dtype.is_packed(), "{self:?} goes to a kernel that takes 16-bit elements");
+        self.any_uniform(start)
+    }
+
+    fn any_uniform(&self, start: usize) -> (Binding<'_>, usize) {
+        let before = (self.offset + start) % self.dtype.alignment();
+        let offset = ((self.offset + start - before) * self.dtype.bytes()) as u64;
         (Binding { buffer: &self.buffer, offset, size: UNIFORM_BYTES, uniform: true }, before)
     }
 

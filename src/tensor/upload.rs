@@ -1,6 +1,6 @@
 //! A tensor's content in pieces, as a file gives it.
 
-use super::Tensor;
+use super::{Dtype, Tensor};
 
 /// Smaller pieces are gathered up to this many bytes, so that each is not a submission of its own.
 const GATHERED: usize = 1 << 20;
@@ -22,6 +22,10 @@ impl Upload {
     /// Bytes that are still to come.
     pub fn missing(&self) -> usize {
         self.tensor.len() * self.tensor.dtype.bytes() - self.sent - self.pending.len()
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.tensor.dtype
     }
 
     /// Elements of the tensor.

@@ -1,0 +1,115 @@
+//! Figures of the paths that memory bounds: uploads, casts, and the products of decoding. Run by hand, on an idle
+//! machine: `cargo test --release --test throughput -- --ignored --nocapture --test-threads 1`
+
+mod common;
+
+use std::{
+    fs,
+    hint::black_box,
+    io::{Read, Write},
+    time::Instant,
+};
+
+use wgpu_llava::{
+    gpu::Gpu,
+    ops::{
+        Random,
+        cast::{self, cast},
+        matmul::{Layout, product},
+    },
+    tensor::{Dtype, Tensor},
+};
+
+/// The best of several seconds, each of at least one call.
+fn seconds(mut call: impl FnMut()) -> f64 {
+    call();
+    (0..2).map(|_| timed(&mut call)).fold(f64::INFINITY, f64::min)
+}
+
+fn timed(call: &mut impl FnMut()) -> f64 {
+    let begun = Instant::now();
+    call();
+    begun.elapsed().as_secs_f64()
+}
+
+fn report(what: &str, bytes: usize, seconds: f64) {
+    println!("{what:<58} {:>7.2} GB/s {:>10.3} ms", bytes as f64 / seconds / 1e9, seconds * 1e3);
+}
+
+fn open() -> Gpu {
+    let gpu = common::open_gpu();
+    println!("{} ({})", gpu.facts().name, gpu.facts().driver);
+    gpu
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn uploads() {
+    let gpu = open();
+    let count = 64 << 20;
+    let bytes: Vec<u8> = (0..4 * count).map(|at: usize| (at >> 9) as u8 & 0x3f).collect();
+    let mut copy = vec![0u8; bytes.len()];
+    report("memcpy in the host", bytes.len(), seconds(|| black_box(&mut copy).copy_from_slice(black_box(&bytes))));
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&bytes).unwrap();
+    let read = || fs::File::open(file.path()).unwrap().read_exact(&mut copy).unwrap();
+    report("read of a warm file", bytes.len(), seconds(read));
+    // SAFETY: nothing else has the file.
+    let mapped = unsafe { memmap2::Mmap::map(&fs::File::open(file.path()).unwrap()).unwrap() };
+
+    let tensor = Tensor::empty(&gpu, &[count]);
+    let other = Tensor::empty(&gpu, &[count]);
+    let device_copy = || {
+        tensor.copy_from(&other);
+        gpu.sync().unwrap();
+    };
+    report("copy on the device", bytes.len(), seconds(device_copy));
+    drop((tensor, other));
+    for (from, to, elements) in [
+        (Dtype::F32, Dtype::F32, count),
+        (Dtype::Bf16, Dtype::Bf16, 2 * count),
+        (Dtype::Bf16, Dtype::F32, 2 * count),
+        (Dtype::F16, Dtype::F32, 2 * count),
+        (Dtype::F32, Dtype::Bf16, count),
+    ] {
+        for (source, data) in [("memory", &bytes[..]), ("a mapped warm file", &mapped[..])] {
+            let upload = || {
+                let mut upload = cast::Upload::new(&gpu, from, to, &[elements]);
+                data.chunks(8 << 20).for_each(|piece| upload.push(piece));
+                drop(upload.finish());
+                gpu.sync().unwrap();
+            };
+            report(&format!("upload of {from:?}, kept as {to:?}, from {source}"), bytes.len(), seconds(upload));
+        }
+    }
+    for (from, to) in [(Dtype::Bf16, Dtype::F32), (Dtype::F16, Dtype::F32), (Dtype::F32, Dtype::Bf16)] {
+        let x = Tensor::empty_of(&gpu, from, &[count / 4]);
+        let call = || {
+            drop(cast(&x, to));
+            gpu.sync().unwrap();
+        };
+        let moved = count / 4 * (from.bytes() + to.bytes());
+        report(&format!("cast of {from:?} to {to:?}, bytes read and written"), moved, seconds(call));
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn decoding() {
+    let gpu = open();
+    for [n, k] in [[1536, 576], [576, 1536], [49152, 576]] {
+        for m in [1, 4, 8, 64] {
+            let (_, x) = Random::new(1).tensor(&gpu, &[m, k]);
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                let bytes = dtype.narrow(&Random::new(2).values(n * k));
+                let w = Tensor::from_bytes(&gpu, dtype, &bytes, &[n, k]);
+                let times = (8_000_000 / (n * k)).clamp(1, 50);
+                let call = || {
+                    (0..times).for_each(|_| drop(product(Layout::Nt, &x, &w)));
+                    gpu.sync().unwrap();
+                };
+                report(&format!("x [{m}, {k}] W [{n}, {k}]^T, {dtype:?}"), bytes.len(), seconds(call) / times as f64);
+            }
+        }
+    }
+}
