@@ -26,7 +26,7 @@ struct Talk<'a> {
 }
 
 fn opened(gpu: &Gpu, name: &str) -> Opened {
-    open(gpu, Place::Folder(&golden("parity").join(name).join("model")), None).unwrap()
+    open(gpu, Place::Folder(&golden("parity").join(name).join("model"), None), None).unwrap()
 }
 
 impl<'a> Talk<'a> {

@@ -149,6 +149,9 @@ pub struct ModelArgs {
     /// A PEFT adapter on top of it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// The vision tower's folder, for a model of the original LLaVA authors that names one elsewhere
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
 }
 
 impl ModelArgs {
@@ -337,6 +340,9 @@ pub struct ConvertArgs {
     /// The vision tower's folder, for a model of the original authors' layout that names one elsewhere
     #[arg(long, value_name = "DIR")]
     pub vision_tower: Option<PathBuf>,
+    /// The conversation template to write for a model without one [default: v1 for the original authors' LLaVA]
+    #[arg(long, value_name = "T")]
+    pub version: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

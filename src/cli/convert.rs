@@ -8,6 +8,7 @@ use super::{
     ui::Ui,
 };
 use crate::{
+    data::Template,
     embedded,
     error::{Error, Result},
     formats::{
@@ -42,7 +43,13 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
     match args.to {
         Layout::Hf => {
             let folder = folder.with_image_token(SEED)?;
-            write_model(&args.out, &folder, folder.config(), Changes::none(), dtype)?;
+            // Nothing in an original checkpoint says how it is asked; most are asked as Vicuna is.
+            let template = match (&args.version, folder.is_original()) {
+                (Some(version), _) => Template::named(version)?.jinja(),
+                (None, true) => Template::named("v1")?.jinja(),
+                (None, false) => None,
+            };
+            write_model(&args.out, &folder, folder.config(), Changes::none(), dtype, template)?;
         }
         Layout::Llava | Layout::Gguf => {
             let name = if args.to == Layout::Gguf { "gguf" } else { "llava" };

@@ -38,7 +38,7 @@ pub fn run(args: &MergeArgs, global: &GlobalArgs) -> Result<()> {
     };
     let dtype = args.dtype.map(|dtype| dtype.stored());
     let changes = Changes::of(|name| merge.borrow().touches(name), fetch, None);
-    write_model(&args.out, &folder, &config, changes, dtype)?;
+    write_model(&args.out, &folder, &config, changes, dtype, None)?;
     let report = merge.into_inner().finish()?;
     ui.line(&format!("wrote {}", args.out.display()));
     if let Some((name, change)) = report.largest {

@@ -112,9 +112,10 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
     let source = hub::local(args.source(&working_dir), Wanted::Model, ui)?;
     let adapter = args.adapter.as_ref().map(|path| hub::local_path(path, Wanted::Adapter, ui)).transpose()?;
+    let tower = args.vision_tower.as_ref().map(|path| hub::local_path(path, Wanted::Tower, ui)).transpose()?;
     let place = match &source {
         Source::Embedded(name) => Place::Embedded(name),
-        Source::Local(path) => Place::Folder(path),
+        Source::Local(path) => Place::Folder(path, tower.as_deref()),
         Source::Hub(name) => return Err(no_folder(name)),
     };
     // Files that are wrong are told before a device is opened.

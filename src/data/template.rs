@@ -3,7 +3,10 @@
 //! A template gives [`Part`]s, not a string: what is supervised is known where it is written, so no mask is ever
 //! found again by searching or by counting tokens. Layouts follow LLaVA's conversation templates.
 
-use super::record::{Role, Turn};
+use super::{
+    IMAGE_PLACEHOLDER,
+    record::{Role, Turn},
+};
 use crate::error::{Error, Result, nearest};
 
 /// Which tokens of a text are supervised.
@@ -159,6 +162,21 @@ impl Template {
     /// Turns for asking: the last one is a human's, and the assistant's is left open after it.
     pub fn prompt(&self, turns: &[Turn], system: Option<&str>) -> Vec<Part> {
         self.layout(turns, system, false)
+    }
+
+    /// The same as a chat template for transformers, so that a model trained with this one is asked alike there; none
+    /// for `plain` and for `v0`, which is trained on another text than it is asked with.
+    pub fn jinja(&self) -> Option<String> {
+        let (form, between) = match self.layout {
+            Layout::Plain | Layout::Single => return None,
+            Layout::Two => (include_str!("chat_templates/two.jinja"), ""),
+            Layout::Llama2 { between } => (include_str!("chat_templates/llama_2.jinja"), between),
+            Layout::Chatml => (include_str!("chat_templates/chatml.jinja"), ""),
+        };
+        let picture = if self.tagged { "<Image><image></Image>" } else { IMAGE_PLACEHOLDER };
+        let system = serde_json::Value::from(self.system).to_string();
+        let said = include_str!("chat_templates/said.jinja").replace("SYSTEM", &system).replace("PICTURE", picture);
+        Some(said + &form.replace("BETWEEN", between))
     }
 
     fn layout(&self, turns: &[Turn], system: Option<&str>, training: bool) -> Vec<Part> {
@@ -399,6 +417,33 @@ mod tests {
     fn an_empty_answer_is_only_its_end() {
         let parts = Template::named("v1").unwrap().training(&[Turn::human("q", 0), Turn::assistant("")], Some(""));
         assert_eq!(shown(&parts), "USER: q ASSISTANT:{</s>}");
+    }
+
+    /// As text, `<image>` for a picture.
+    fn text(parts: &[Part]) -> String {
+        let text = |part: &Part| match part {
+            Part::Image => IMAGE_PLACEHOLDER.to_owned(),
+            Part::Text { text, .. } => text.clone(),
+        };
+        parts.iter().map(text).collect()
+    }
+
+    #[test]
+    fn chat_templates_ask_and_answer_alike() {
+        let config = serde_json::Map::new();
+        let mut written = 0;
+        for template in &TEMPLATES {
+            let Some(source) = template.jinja() else { continue };
+            let jinja = super::super::chat_template::ChatTemplate::new(template.name, &source, &config).unwrap();
+            for system in [None, Some("Be \"brief\".")] {
+                let asked = text(&template.prompt(&talk()[..3], system));
+                assert_eq!(text(&jinja.prompt(&talk()[..3], system).unwrap()), asked, "{}", template.name);
+                let trained = text(&template.training(&talk(), system));
+                assert_eq!(text(&jinja.training(&talk(), system).unwrap()), trained, "{}", template.name);
+            }
+            written += 1;
+        }
+        assert_eq!(written, 8);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A prompt is encoded in chunks, parted at the pictures, as LLaVA's `tokenizer_image_token` does: each chunk is
 //! tokenised from its own start, and only the first keeps the BOS. Labels come from the byte offsets of the tokens.
 
-use std::{borrow::Cow, fmt, path::Path};
+use std::{fmt, path::Path};
 
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
@@ -11,11 +11,9 @@ use tokenizers::AddedToken;
 use super::{
     IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX,
     template::{Labels, Part},
+    version::FileReader,
 };
 use crate::error::{Error, Result};
-
-/// Gives the bytes of a model's file by name; none where there is no such file.
-pub type ReadFile<'a> = &'a dyn Fn(&str) -> Result<Option<Cow<'static, [u8]>>>;
 
 /// The added token `<image>` under a name that no text has.
 const HIDDEN: &str = "\u{0}picture\u{0}";
@@ -63,7 +61,7 @@ impl Tokenizer {
     }
 
     /// As [`Self::from_folder`], of files that `read` gives by name. `model` is what messages call the model.
-    pub fn from_files(model: &str, read: ReadFile<'_>) -> Result<Self> {
+    pub fn from_files(model: &str, read: FileReader<'_>) -> Result<Self> {
         let Some(bytes) = read("tokenizer.json")? else {
             return Err(Error::data(format!("{model} holds no tokenizer.json"))
                 .hint("a model folder holds its tokenizer as tokenizer.json, or as sentencepiece's tokenizer.model"));

@@ -59,7 +59,7 @@ impl<'a> Changes<'a> {
 ///
 /// What has not changed comes from `source`, byte for byte unless `dtype` asks for one dtype throughout: weights,
 /// tokenizer and processor files, and the vision tensors behind the selected layer (zeros, and ones for norm weights,
-/// where `source` lacks them: nothing computes with them).
+/// where `source` lacks them: nothing computes with them). `chat_template` is written where the model brings none.
 ///
 /// # Errors
 /// `Data`: a value that the dtype cannot hold. `Failed`: what the disk refuses.
@@ -69,6 +69,7 @@ pub fn write_model(
     config: &ModelConfig,
     changes: Changes<'_>,
     dtype: Option<Dtype>,
+    chat_template: Option<String>,
 ) -> Result<()> {
     let folder = NewFolder::create(out)?;
     let kept = write_weights(folder.path(), source, config, SHARD_BYTES, changes, dtype)?;
@@ -79,6 +80,11 @@ pub fn write_model(
         if let Some(bytes) = source.file(name)? {
             write_file(&folder.path().join(name), &bytes)?;
         }
+    }
+    if let Some(template) = chat_template
+        && !has_chat_template(source)?
+    {
+        write_file(&folder.path().join("chat_template.jinja"), template.as_bytes())?;
     }
     let generation = processor_files::generation_config(source.json("generation_config.json")?, config.text());
     write_json("generation_config.json", generation)?;
@@ -94,6 +100,11 @@ pub fn write_model(
         write_json("processor_config.json", processor)?;
     }
     folder.commit()
+}
+
+fn has_chat_template(source: &ModelFolder) -> Result<bool> {
+    let within = source.json("tokenizer_config.json")?.is_some_and(|config| config.contains_key("chat_template"));
+    Ok(within || source.file("chat_template.jinja")?.is_some() || source.file("chat_template.json")?.is_some())
 }
 
 /// As config.json calls it.

@@ -19,21 +19,22 @@ use crate::{
 pub enum Place<'a> {
     /// In the program, by its name.
     Embedded(&'a str),
-    /// A folder of one of the layouts that are read, or a GGUF file.
-    Folder(&'a Path),
+    /// A folder of one of the layouts that are read, or a GGUF file; and the folder of its vision tower, where that is
+    /// elsewhere.
+    Folder(&'a Path, Option<&'a Path>),
 }
 
 impl<'a> Place<'a> {
     /// `embedded:NAME`, or a path.
     pub fn parse(text: &'a str) -> Self {
-        if text.starts_with(embedded::PREFIX) { Self::Embedded(text) } else { Self::Folder(Path::new(text)) }
+        if text.starts_with(embedded::PREFIX) { Self::Embedded(text) } else { Self::Folder(Path::new(text), None) }
     }
 
     /// Opens the folder; a LLaVA may lack its projector.
     pub fn folder(self) -> Result<ModelFolder> {
         let folder = match self {
             Self::Embedded(name) => embedded::model(name),
-            Self::Folder(path) => ModelFolder::open_base(path),
+            Self::Folder(path, tower) => ModelFolder::open_with_tower(path, tower),
         };
         sized(folder?, None)
     }

@@ -26,6 +26,7 @@ use crate::{
         image::ImageSource,
         sample::Sample,
         sampler::{Duration, Order, Plan},
+        template::Template,
     },
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
@@ -289,7 +290,8 @@ impl<'a> Trainer<'a> {
             Ok(HostTensor::new(shape.clone(), values))
         };
         let changes = hf_write::Changes::of(is_changed, fetch, Some(Dtype::F32));
-        hf_write::write_model(folder, source, &model.config, changes, None)
+        let template = Template::named(&self.stage.version).ok().and_then(Template::jinja);
+        hf_write::write_model(folder, source, &model.config, changes, None, template)
     }
 
     /// Writes the stage's output and marks it finished.

@@ -60,7 +60,11 @@ impl ModelFolder {
         if let Some(named) = ModelConfig::original_tower(&config) {
             return original::open(name, files, &file, &config, &named, tower);
         }
-        Self::new(name, files, ModelConfig::parse(&file, &config)?, Weights::open(path)?)
+        let config = ModelConfig::parse(&file, &config)?;
+        if config.llava().is_some() && tower.is_some() {
+            return Err(Error::usage(format!("{name} has its vision tower inside")).hint("leave the vision tower out"));
+        }
+        Self::new(name, files, config, Weights::open(path)?)
     }
 
     /// A model whose files (`config.json`, `model.safetensors`, …) are in memory, opened as [`ModelFolder::open_base`]

@@ -37,7 +37,7 @@ pub(super) fn open(
         None => ClipVisionConfig::released(named).filter(|_| inside).ok_or_else(|| {
             let leaf = named.rsplit('/').next().unwrap_or(named);
             Error::data(format!("{file}: mm_vision_tower is `{named}`, and there is no such folder"))
-                .hint(format!("put the tower's folder beside the model's, as {leaf}, or name it with vision_tower"))
+                .hint(format!("put the tower's folder beside the model's, as {leaf}, or name it with --vision-tower (in a config: vision_tower)"))
         })?,
     };
     let mut folder = ModelFolder::empty(name, files, ModelConfig::parse_original(file, config, vision)?);
