@@ -190,6 +190,7 @@ fn tokenizer(name: &str, tokens: &Value) -> Tokenizer {
         add_eos_token: None,
         add_space_prefix: Some(false),
         chat_template: None,
+        legacy: None,
     };
     vocabulary.tokenizer().unwrap()
 }

@@ -1,7 +1,7 @@
 //! GGUF files made by the gguf package (tools/golden_gguf.py): read, converted, written, and broken on purpose.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -21,6 +21,7 @@ use wgpu_llava::{
         },
         safetensors::Checkpoint,
         safetensors_writer::TensorData,
+        stored::StoredTensor,
     },
     models::config::{LlavaConfig, ModelConfig},
 };
@@ -233,12 +234,16 @@ fn llama3_scaling_is_written_as_factors_and_found_again() {
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.gguf");
-    let zeros = |head: &GgufHead| HostTensor::zeros(head.shape.clone());
     let round_trip = |config: &ModelConfig| {
         let plan = llama_plan(config.text(), FileType::F32).unwrap();
-        let mut heads = plan.iter().filter(|planned| !matches!(planned.source, Source::Values(_)));
+        let heads = plan.iter().filter(|planned| !matches!(planned.source, Source::Values(_)));
+        let zeros: Vec<HostTensor> = heads.map(|planned| HostTensor::zeros(planned.head.shape.clone())).collect();
+        let mut zeros = zeros.iter();
         let metadata = llama_metadata(config.text(), "m", FileType::F32).unwrap();
-        write_planned(&path, &metadata, &plan, &mut |_| Ok(zeros(&heads.next().unwrap().head))).unwrap();
+        write_planned(&path, &metadata, &plan, &mut |_| {
+            Ok(StoredTensor::host("zeros", "memory", zeros.next().unwrap()))
+        })
+        .unwrap();
         llama_config::config_json(&GgufFile::open(&path).unwrap()).unwrap()["rope_scaling"].clone()
     };
     for (low, high) in [(1.0, 4.0), (1.5, 6.0)] {
@@ -270,7 +275,7 @@ fn a_llama_written_and_read_again_has_the_same_rows() {
         let plan = llama_plan(parsed.text(), file_type).unwrap();
         let metadata = llama_metadata(parsed.text(), "tiny", file_type).unwrap();
         let mut fetch =
-            |canonical: &str| checkpoint.require(canonical.strip_prefix("language_model.").unwrap())?.to_f32();
+            |canonical: &str| Ok(checkpoint.require(canonical.strip_prefix("language_model.").unwrap())?.into());
         write_planned(&path, &metadata, &plan, &mut fetch).unwrap();
         let file = GgufFile::open(&path).unwrap();
         let mut again = llama_config::config_json(&file).unwrap();
@@ -323,10 +328,10 @@ fn an_mmproj_file_holds_what_clip_cpp_reads() {
         let metadata = mmproj_metadata(&config, "m", file_type, [0.1, 0.2, 0.3], [0.5; 3]).unwrap();
         let plan = mmproj_plan(&config, file_type).unwrap();
         let shapes = wgpu_llava::models::names::expected_tensors(&ModelConfig::Llava(config.clone()));
-        write_planned(&path, &metadata, &plan, &mut |name| {
-            Ok(made_up(&shapes.iter().find(|(known, _)| known == name).unwrap().1))
-        })
-        .unwrap();
+        let tensors: BTreeMap<String, HostTensor> =
+            shapes.into_iter().map(|(name, shape)| (name, made_up(&shape))).collect();
+        write_planned(&path, &metadata, &plan, &mut |name| Ok(StoredTensor::host("made up", "memory", &tensors[name])))
+            .unwrap();
         let file = GgufFile::open(&path).unwrap();
         assert_eq!(file.tensor_names().count(), 5 + 2 * 16 + 4);
         assert_eq!(file.text("clip.projector_type").unwrap(), Some("mlp"));
@@ -560,7 +565,7 @@ fn models_that_are_not_read_are_named() {
     let layers = Value::Array(Array::I32(vec![2, 2]));
     assert_eq!(changed("llama.attention.head_count_kv", layers).unwrap()["num_key_value_heads"], 2);
     let rows = [
-        (config(&base("qwen2")), "`qwen2`, which is not built yet"),
+        (config(&base("gemma")), "`gemma`, which is not built yet"),
         (changed("llama.expert_count", Value::U32(8)), "a mixture of 8 experts"),
         (changed("llama.attention.head_count_kv", vec![1, 2].into()), "differs from layer to layer"),
         (changed("llama.block_count", Value::U32(0)), "llama.block_count is 0"),

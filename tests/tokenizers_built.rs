@@ -164,6 +164,7 @@ fn vocabulary(value: &Value) -> GgufVocabulary {
         add_eos_token: None,
         add_space_prefix: get(&value["add_space_prefix"]),
         chat_template: get(&value["chat_template"]),
+        legacy: None,
     }
 }
 

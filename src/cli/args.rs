@@ -334,7 +334,8 @@ pub struct ConvertArgs {
     /// The layout to write
     #[arg(long, value_enum, value_name = "LAYOUT", default_value_t = Layout::Hf)]
     pub to: Layout,
-    /// The dtype of all weights [default: each as it is; f32 where they are quantised]
+    /// The dtype of all weights [default: each as it is, f32 where they are quantised; in GGUF float16, or bfloat16
+    /// where they are]
     #[arg(long, value_enum, value_name = "DTYPE")]
     pub dtype: Option<WrittenDtype>,
     /// The vision tower's folder, for a model of the original authors' layout that names one elsewhere

@@ -12,7 +12,10 @@ use crate::{
     embedded,
     error::{Error, Result},
     formats::{
+        gguf::export::FileType,
+        gguf_write::write_gguf_model,
         hf_write::{Changes, write_model},
+        llava_write::write_llava_model,
         model_folder::ModelFolder,
         safetensors::Dtype,
     },
@@ -51,13 +54,45 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
             };
             write_model(&args.out, &folder, folder.config(), Changes::none(), dtype, template)?;
         }
-        Layout::Llava | Layout::Gguf => {
-            let name = if args.to == Layout::Gguf { "gguf" } else { "llava" };
-            return Err(Error::usage(format!("--to {name} is known, but not built yet")).hint("use --to hf"));
+        Layout::Gguf => {
+            let name = model_name(&args.from);
+            let mut progress = |line: &str| ui.line(line);
+            let report = write_gguf_model(&args.out, &folder, &name, args.dtype.map(file_type), &mut progress)?;
+            for note in report.notes {
+                ui.line(&format!("  note: {note}"));
+            }
         }
+        Layout::Llava => write_llava_model(&args.out, &folder, dtype)?,
     }
     ui.line(&format!("wrote {}", args.out.display()));
     Ok(())
+}
+
+fn file_type(dtype: WrittenDtype) -> FileType {
+    match dtype {
+        WrittenDtype::Float32 => FileType::F32,
+        WrittenDtype::Float16 => FileType::F16,
+        WrittenDtype::Bfloat16 => FileType::Bf16,
+        WrittenDtype::Q8_0 => FileType::Q8_0,
+    }
+}
+
+/// What a model is called in the names of files: the last part of where it comes from, without the ending and the type
+/// of a GGUF file.
+fn model_name(from: &str) -> String {
+    let leaf = from.trim_end_matches(['/', '\\']).rsplit(['/', '\\', ':']).next().unwrap_or_default();
+    let Some(stem) = leaf.strip_suffix(".gguf") else {
+        return if leaf.trim_matches('.').is_empty() { "model".to_owned() } else { leaf.to_owned() };
+    };
+    let is_type = |part: &str| {
+        let part = part.to_ascii_uppercase();
+        ["F16", "F32", "BF16"].contains(&part.as_str())
+            || (part.starts_with('Q') || part.starts_with("IQ")) && part.contains('_')
+    };
+    match stem.rsplit_once(['-', '.']) {
+        Some((name, part)) if is_type(part) && !name.is_empty() => name.to_owned(),
+        _ => stem.to_owned(),
+    }
 }
 
 /// A model of any layout, for its files alone.
@@ -68,5 +103,24 @@ pub(super) fn open(from: &str, tower: Option<&Path>, ui: &mut Ui) -> Result<Mode
         Source::Embedded(name) => embedded::model(&name),
         Source::Local(path) => ModelFolder::open_with_tower(&path, tower),
         Source::Hub(name) => Err(no_folder(&name)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_called_by_where_it_comes_from() {
+        for (from, name) in [
+            ("models/llava-1.5-7b/", "llava-1.5-7b"),
+            ("embedded:tiny", "tiny"),
+            ("a/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+            ("vicuna-7b-F16.gguf", "vicuna-7b"),
+            ("vicuna-7b.gguf", "vicuna-7b"),
+            ("..", "model"),
+        ] {
+            assert_eq!(model_name(from), name);
+        }
     }
 }

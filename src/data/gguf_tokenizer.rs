@@ -43,21 +43,42 @@ pub struct GgufVocabulary {
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
+    /// Whether the space in front (`llama`) comes again after every special token, as llama.cpp has it: the key
+    /// [`LEGACY_KEY`], which only files written here may have.
+    pub legacy: Option<bool>,
 }
+
+/// `legacy` of tokenizer_config.json in files written here, where it is false. llama.cpp passes over such keys.
+pub const LEGACY_KEY: &str = "wgpu_llava.tokenizer.legacy";
 
 /// How a byte-level vocabulary parts a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pre {
+pub(super) enum Pre {
     /// llama.cpp's fallback.
     Default,
     Gpt2,
     /// Digits one by one, then as GPT-2.
     SingleDigits,
+    /// As [`Self::Llama3`], and words that are tokens are merged like any other.
+    Dbrx,
+    /// Words that are tokens are left whole.
     Llama3,
     Qwen2,
 }
 
-const PRE_TOKENIZERS: [(&str, Pre); 25] = [
+impl Pre {
+    /// The first name of [`PRE_TOKENIZERS`] for each, which is what files get.
+    pub(super) const WRITTEN: [(&'static str, Self); 6] = [
+        ("gpt-2", Self::Gpt2),
+        ("smollm", Self::SingleDigits),
+        ("llama-bpe", Self::Llama3),
+        ("dbrx", Self::Dbrx),
+        ("qwen2", Self::Qwen2),
+        ("default", Self::Default),
+    ];
+}
+
+const PRE_TOKENIZERS: [(&str, Pre); 27] = [
     ("default", Pre::Default),
     ("gpt-2", Pre::Gpt2),
     ("gpt2", Pre::Gpt2),
@@ -79,6 +100,8 @@ const PRE_TOKENIZERS: [(&str, Pre); 25] = [
     ("falcon-h1", Pre::Llama3),
     ("pixtral", Pre::Llama3),
     ("lfm2", Pre::Llama3),
+    ("dbrx", Pre::Dbrx),
+    ("smaug-bpe", Pre::Dbrx),
     ("qwen2", Pre::Qwen2),
     ("deepseek-r1-qwen", Pre::Qwen2),
     ("megrez", Pre::Qwen2),
@@ -117,7 +140,7 @@ impl GgufVocabulary {
         config.insert("tokenizer_class".to_owned(), json!(class));
         if self.model == "llama" {
             // llama.cpp puts the space after every special token.
-            config.insert("legacy".to_owned(), json!(true));
+            config.insert("legacy".to_owned(), json!(self.legacy.unwrap_or(true)));
         }
         for (key, id) in self.special_ids() {
             if let Some(token) = id.and_then(|id| self.tokens.get(id as usize)) {
@@ -125,7 +148,12 @@ impl GgufVocabulary {
             }
         }
         config.insert("add_bos_token".to_owned(), json!(self.adds_bos()?));
-        config.insert("add_eos_token".to_owned(), json!(self.add_eos_token.unwrap_or(false)));
+        if let Some(adds) = self.add_eos_token {
+            config.insert("add_eos_token".to_owned(), json!(adds));
+        }
+        if let (Some(adds), "gpt2") = (self.add_space_prefix, self.model.as_str()) {
+            config.insert("add_prefix_space".to_owned(), json!(adds));
+        }
         if let Some(template) = &self.chat_template {
             config.insert("chat_template".to_owned(), json!(template));
         }
@@ -201,8 +229,37 @@ impl GgufVocabulary {
             eos_id: id(eos),
             pieces,
         };
-        let prefix = if adds_prefix { PrefixSpace::Always } else { PrefixSpace::Never };
-        model.tokenizer_json(prefix, &[])
+        let prefix = match (adds_prefix, self.legacy) {
+            (false, _) => PrefixSpace::Never,
+            (true, Some(false)) => PrefixSpace::First,
+            (true, _) => PrefixSpace::Always,
+        };
+        let mut json = model.tokenizer_json(prefix, &[])?;
+        // Some files list the merges as well, which say more than the scores.
+        if !self.merges.is_empty()
+            && let Some(vocabulary) = json["model"]["vocab"].as_object()
+            && let Ok(merges) = self.parted_merges(vocabulary)
+        {
+            json["model"]["merges"] = json!(merges);
+        }
+        Ok(json)
+    }
+
+    /// Left and right part of every merge, all of them tokens and the whole, too.
+    fn parted_merges(&self, vocabulary: &Map<String, Value>) -> Result<Vec<[&str; 2]>> {
+        let mut merges = Vec::with_capacity(self.merges.len());
+        for merge in &self.merges {
+            // The space that parts the two is never their first character.
+            let space = merge.char_indices().skip(1).find(|&(_, c)| c == ' ');
+            let parts = space.map(|(at, _)| [&merge[..at], &merge[at + 1..]]).filter(|[left, right]| {
+                let joined = [*left, *right].concat();
+                [left, right, joined.as_str()].iter().all(|part| vocabulary.contains_key(*part))
+            });
+            merges.push(parts.ok_or_else(|| {
+                Error::data(format!("{}: the merge {merge:?} does not join two tokens to a third", self.name))
+            })?);
+        }
+        Ok(merges)
     }
 
     fn pre(&self) -> Result<Pre> {
@@ -241,20 +298,7 @@ impl GgufVocabulary {
                 return Err(Error::data(format!("{}: the token {token:?} is there twice", self.name)));
             }
         }
-        let mut merges = Vec::with_capacity(self.merges.len());
-        for merge in &self.merges {
-            // The space that parts the two is never their first character.
-            let parts = merge.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| merge.split_at(at));
-            let parts = parts.map(|(left, right)| [left, &right[1..]]);
-            let parts = parts.filter(|[left, right]| {
-                let joined = [*left, *right].concat();
-                [left, right, joined.as_str()].iter().all(|part| vocabulary.contains_key(*part))
-            });
-            let parts = parts.ok_or_else(|| {
-                Error::data(format!("{}: the merge {merge:?} does not join two tokens to a third", self.name))
-            })?;
-            merges.push(parts);
-        }
+        let merges = self.parted_merges(&vocabulary)?;
         let model = json!({
             "type": "BPE",
             "dropout": null,
@@ -299,13 +343,14 @@ impl GgufVocabulary {
     }
 }
 
-fn pre_tokenizers(pre: Pre) -> Vec<Value> {
+/// The steps of tokenizer.json that part a text.
+pub(super) fn pre_tokenizers(pre: Pre) -> Vec<Value> {
     let split =
         |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
     match pre {
         Pre::Gpt2 => vec![byte_level(true)],
         Pre::SingleDigits => vec![json!({"type": "Digits", "individual_digits": true}), byte_level(true)],
-        Pre::Llama3 => vec![split(LLAMA_3), byte_level(false)],
+        Pre::Llama3 | Pre::Dbrx => vec![split(LLAMA_3), byte_level(false)],
         Pre::Qwen2 => vec![split(QWEN_2), byte_level(false)],
         Pre::Default => {
             let steps = [r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"];

@@ -270,6 +270,11 @@ impl ImageProcessor {
         self
     }
 
+    /// Mean and deviation of each channel, of values in 0 to 1.
+    pub fn mean_and_std(&self) -> [[f64; 3]; 2] {
+        [self.mean, self.std]
+    }
+
     /// Mode `pad` (true) or `square` (false) of `image_aspect_ratio`.
     pub fn with_pad(mut self, pad: bool) -> Self {
         self.pad_to_square = pad;

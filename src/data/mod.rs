@@ -6,6 +6,7 @@ mod chat_python;
 pub mod chat_template;
 pub mod dataset;
 pub mod gguf_tokenizer;
+pub mod gguf_vocabulary;
 pub mod image;
 pub mod record;
 pub mod resize;

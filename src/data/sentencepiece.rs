@@ -36,6 +36,18 @@ impl PieceKind {
             _ => Self::Normal,
         }
     }
+
+    /// The reverse of [`Self::from_number`].
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Normal => 1,
+            Self::Unknown => 2,
+            Self::Control => 3,
+            Self::UserDefined => 4,
+            Self::Unused => 5,
+            Self::Byte => 6,
+        }
+    }
 }
 
 /// One piece; its id is its place.

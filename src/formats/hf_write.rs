@@ -175,7 +175,8 @@ fn write_weights(
     Ok(most)
 }
 
-fn most_bytes(heads: &[TensorHead]) -> Dtype {
+/// The dtype of most bytes.
+pub(super) fn most_bytes(heads: &[TensorHead]) -> Dtype {
     let bytes_in = |dtype| heads.iter().filter(|head| head.dtype == dtype).map(TensorHead::bytes).sum::<u64>();
     [Dtype::F16, Dtype::BF16, Dtype::F32].into_iter().max_by_key(|&dtype| bytes_in(dtype)).unwrap_or(Dtype::F32)
 }
@@ -188,7 +189,8 @@ pub(super) fn identity_layer(shape: &[usize]) -> HostTensor {
     }
 }
 
-fn unused_default(name: &str, shape: &[usize]) -> HostTensor {
+/// What stands for a vision tensor that nothing computes with.
+pub(super) fn unused_default(name: &str, shape: &[usize]) -> HostTensor {
     let norm_weight = shape.len() == 1 && name.ends_with(".weight");
     HostTensor::filled(shape, if norm_weight { 1.0 } else { 0.0 })
 }

@@ -2,8 +2,10 @@
 
 pub mod atomic;
 pub mod gguf;
+pub mod gguf_write;
 pub mod hf_write;
 pub mod host_tensor;
+pub mod llava_write;
 mod mapped;
 pub mod model_folder;
 pub mod peft;

@@ -63,7 +63,8 @@ impl<'a> StoredTensor<'a> {
         Self { name, file, shape, values: Values::Random(tensor) }
     }
 
-    pub(super) fn host(name: &'a str, file: &'a str, tensor: &'a HostTensor) -> Self {
+    /// A tensor in memory.
+    pub fn host(name: &'a str, file: &'a str, tensor: &'a HostTensor) -> Self {
         Self { name, file, shape: tensor.shape.clone(), values: Values::Host(tensor) }
     }
 
@@ -72,6 +73,14 @@ impl<'a> StoredTensor<'a> {
         let mut shape = self.shape.clone();
         shape[0] += rows.shape[0];
         Self { name: self.name, file: self.file, shape, values: Values::Grown(Box::new(self), rows) }
+    }
+
+    /// The tensor without the rows behind the first `rows`; a vector is left as it is.
+    pub(super) fn first_rows(mut self, rows: usize) -> Self {
+        if self.shape.len() > 1 {
+            self.shape[0] = self.shape[0].min(rows);
+        }
+        self
     }
 
     /// The dtype that holds its values exactly: that of the file, F32 for blocks of a few bits.

@@ -16,6 +16,8 @@ pub enum Weights {
     Safetensors(Checkpoint),
     Torch(TorchFile),
     Gguf(Box<GgufFile>),
+    /// The vision tower and the projector of a GGUF pair, by canonical name.
+    Mmproj(Box<GgufFile>),
     Random(RandomWeights),
 }
 
@@ -59,6 +61,7 @@ impl Weights {
             Self::Safetensors(checkpoint) => checkpoint.names().map(str::to_owned).collect(),
             Self::Torch(file) => file.names().map(str::to_owned).collect(),
             Self::Gguf(file) => gguf::llama::tensor_names(file)?,
+            Self::Mmproj(file) => gguf::mmproj_read::tensor_names(file)?,
             Self::Random(weights) => weights.names().map(str::to_owned).collect(),
         })
     }
@@ -72,6 +75,7 @@ impl Weights {
             Self::Safetensors(checkpoint) => checkpoint.require(name)?.into(),
             Self::Torch(file) => file.require(name)?.into(),
             Self::Gguf(file) => gguf::llama::tensor(file, name)?.into(),
+            Self::Mmproj(file) => gguf::mmproj_read::tensor(file, name)?.into(),
             Self::Random(weights) => {
                 weights.get(name).ok_or_else(|| Error::data(format!("the random weights have no tensor {name}")))?
             }

@@ -1,4 +1,4 @@
-//! A language model as a GGUF file of architecture `llama`: keys, names and types of llama.cpp's own converter.
+//! A language model as a GGUF file of architecture `llama` or `qwen2`: keys, names and types of llama.cpp's own converter.
 
 use std::path::Path;
 
@@ -7,12 +7,15 @@ use serde_json::Value as Json;
 use super::{
     GgmlType, Metadata, Value, llama,
     llama_config::llama3_factors,
-    write::{GgufHead, write_gguf},
+    write::{CHUNK_BYTES, GgufHead, Piece, Sink, write_gguf_pieces},
 };
 use crate::{
     error::{Error, Result},
-    formats::{HostTensor, safetensors_writer::TensorData},
-    models::{config::LlamaConfig, names},
+    formats::stored::StoredTensor,
+    models::{
+        config::{Family, LlamaConfig},
+        names,
+    },
 };
 
 /// How the matrices of a file are stored; vectors are F32 in every file.
@@ -32,6 +35,16 @@ impl FileType {
             Self::F16 => 1,
             Self::Q8_0 => 7,
             Self::Bf16 => 32,
+        }
+    }
+
+    /// As llama.cpp spells it in the names of files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Q8_0 => "Q8_0",
         }
     }
 
@@ -73,65 +86,123 @@ pub enum Source {
     Values(Vec<f32>),
 }
 
-/// Writes what was planned, whole or not at all. `fetch` gives each tensor by canonical name, in the order of the plan.
-pub fn write_planned(
+/// Writes what was planned, whole or not at all, a few megabytes at a time. `fetch` gives each tensor by canonical
+/// name, in the order of the plan.
+pub fn write_planned<'a>(
     path: &Path,
     metadata: &[(String, Value)],
     plan: &[Planned],
-    fetch: &mut dyn FnMut(&str) -> Result<HostTensor>,
+    fetch: &mut dyn FnMut(&str) -> Result<StoredTensor<'a>>,
 ) -> Result<()> {
     let heads: Vec<GgufHead> = plan.iter().map(|planned| planned.head.clone()).collect();
     let mut sources = plan.iter().map(|planned| &planned.source);
-    write_gguf(path, metadata, &heads, &mut |head| {
-        let values = match sources.next() {
-            Some(Source::Tensor(name)) => fetch(name)?.data,
-            Some(Source::Rotary { name, head_dim }) => rotary(fetch(name)?, *head_dim),
-            Some(Source::Mirrored(name)) => {
-                let mut values = fetch(name)?.data;
-                values.extend_from_within(..);
-                let half = values.len() / 2;
-                values[half..].iter_mut().for_each(|value| *value = -*value);
-                values
+    write_gguf_pieces(path, metadata, &heads, &mut |head, sink| {
+        let mut fitting = |name: &str, shape: &[usize]| {
+            let tensor = fetch(name)?;
+            if tensor.shape == shape {
+                return Ok(tensor);
             }
-            Some(Source::Difference) => difference(head.shape.first().copied().unwrap_or(0)),
-            Some(Source::Values(values)) => values.clone(),
-            None => Vec::new(),
+            Err(Error::failed(format!("{}: {name}: {:?} for {shape:?}", path.display(), tensor.shape)))
         };
-        Ok(TensorData::F32(values.into()))
+        match sources.next() {
+            Some(Source::Tensor(name)) => copy(&fitting(name, &head.shape)?, 1.0, sink),
+            Some(Source::Rotary { name, head_dim }) => rotary(&fitting(name, &head.shape)?, *head_dim, sink),
+            Some(Source::Mirrored(name)) => {
+                let mut half = head.shape.clone();
+                half[0] /= 2;
+                let tensor = fitting(name, &half)?;
+                copy(&tensor, 1.0, sink)?;
+                copy(&tensor, -1.0, sink)
+            }
+            Some(Source::Difference) => difference(head.shape.first().copied().unwrap_or(0), sink),
+            Some(Source::Values(values)) => sink(Piece::Values(values)),
+            None => Ok(()),
+        }
     })
 }
 
-fn rotary(tensor: HostTensor, head_dim: usize) -> Vec<f32> {
-    let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
-    let columns = tensor.data.len() / rows;
-    let row = |row: usize| &tensor.data[row * columns..(row + 1) * columns];
-    (0..rows).flat_map(|number| row(llama::hf_row(number, head_dim))).copied().collect()
-}
-
-fn difference(size: usize) -> Vec<f32> {
-    let mut values = vec![0.0; size * size * 2];
-    for (row, values) in values.chunks_exact_mut(size * 2).enumerate() {
-        (values[row], values[row + size]) = (1.0, -1.0);
+fn copy(tensor: &StoredTensor, sign: f32, sink: Sink) -> Result<()> {
+    for rows in tensor.row_chunks(CHUNK_BYTES) {
+        let mut values = tensor.rows_f32(rows)?;
+        if sign < 0.0 {
+            values.iter_mut().for_each(|value| *value = -*value);
+        }
+        sink(Piece::Values(&values))?;
     }
-    values
+    Ok(())
 }
 
-/// Keys of architecture `llama` for this config, without those of the tokenizer. `name` is shown to people.
+/// Whole heads at a time; a bias is one row whose values are reordered.
+fn rotary(tensor: &StoredTensor, head_dim: usize, sink: Sink) -> Result<()> {
+    let is_bias = tensor.shape.len() < 2;
+    let columns = if is_bias { 1 } else { tensor.columns() };
+    let heads = tensor.len() / (columns * head_dim).max(1);
+    let step = if is_bias { heads } else { CHUNK_BYTES / (4 * columns * head_dim).max(1) }.max(1);
+    for first in (0..heads).step_by(step) {
+        let rows = first * head_dim..(first + step).min(heads) * head_dim;
+        let values = tensor.rows_f32(if is_bias { 0..1 } else { rows.clone() })?;
+        let row = |row: usize| &values[row * columns..(row + 1) * columns];
+        let ordered: Vec<f32> =
+            (0..rows.len()).flat_map(|number| row(llama::hf_row(number, head_dim))).copied().collect();
+        sink(Piece::Values(&ordered))?;
+    }
+    Ok(())
+}
+
+fn difference(size: usize, sink: Sink) -> Result<()> {
+    let step = (CHUNK_BYTES / (8 * size).max(1)).max(1);
+    for first in (0..size).step_by(step) {
+        let mut values = vec![0.0; size * 2 * step.min(size - first)];
+        for (row, values) in (first..).zip(values.chunks_exact_mut(size * 2)) {
+            (values[row], values[row + size]) = (1.0, -1.0);
+        }
+        sink(Piece::Values(&values))?;
+    }
+    Ok(())
+}
+
+/// The architecture that llama.cpp computes such a model as, which is also what its keys begin with.
 ///
-/// Errors: scaling of rotary positions that GGUF has no keys for.
+/// Errors: a sliding window, which llama.cpp has for neither `llama` nor `qwen2`.
+pub fn architecture(config: &LlamaConfig, name: &str) -> Result<&'static str> {
+    if let Some(window) = config.sliding_window.filter(|&window| window < config.max_position_embeddings) {
+        let message = format!(
+            "{name}: sliding_window is {window} of {} positions, and llama.cpp would attend to all of them",
+            config.max_position_embeddings
+        );
+        return Err(Error::data(message).hint(format!(
+            "max_position_embeddings = {window} in config.json gives a file that is right up to there"
+        )));
+    }
+    Ok(match config.family {
+        Family::Llama | Family::Mistral => llama::ARCHITECTURE,
+        Family::Qwen2 => llama::QWEN2,
+    })
+}
+
+/// Keys of [`architecture`] for this config, without those of the tokenizer. `name` is shown to people.
+///
+/// Errors: those of [`architecture`], and scaling of rotary positions that GGUF has no keys for.
 pub fn llama_metadata(config: &LlamaConfig, name: &str, file_type: FileType) -> Result<Metadata> {
     let size = |value: usize| Value::U32(u32::try_from(value).unwrap_or(u32::MAX));
     let mut metadata: Metadata = Vec::new();
-    let mut put = |key: &str, value: Value| metadata.push((key.to_owned(), value));
-    put("general.architecture", llama::ARCHITECTURE.into());
+    let architecture = architecture(config, name)?;
+    let mut put = |key: &str, value: Value| {
+        let key = match key.starts_with("general.") {
+            true => key.to_owned(),
+            false => format!("{architecture}.{key}"),
+        };
+        metadata.push((key, value));
+    };
+    put("general.architecture", architecture.into());
     put("general.type", "model".into());
     put("general.name", name.into());
-    put("llama.block_count", size(config.num_hidden_layers));
-    put("llama.context_length", size(config.max_position_embeddings));
-    put("llama.embedding_length", size(config.hidden_size));
-    put("llama.feed_forward_length", size(config.intermediate_size));
-    put("llama.attention.head_count", size(config.num_attention_heads));
-    put("llama.attention.head_count_kv", size(config.num_key_value_heads));
+    put("block_count", size(config.num_hidden_layers));
+    put("context_length", size(config.max_position_embeddings));
+    put("embedding_length", size(config.hidden_size));
+    put("feed_forward_length", size(config.intermediate_size));
+    put("attention.head_count", size(config.num_attention_heads));
+    put("attention.head_count_kv", size(config.num_key_value_heads));
     if let Some((kind, rope)) = rope_scaling(config) {
         let number = |key: &str| rope.get(key).and_then(Json::as_f64).map(|value| value as f32);
         let needed = |key: &str| {
@@ -139,13 +210,17 @@ pub fn llama_metadata(config: &LlamaConfig, name: &str, file_type: FileType) -> 
         };
         match kind {
             // llama3: in a tensor. dynamic: beyond the context that the file names, where llama.cpp does not go.
+            "llama3" if architecture != llama::ARCHITECTURE => {
+                let message = format!("{name}: llama.cpp has no rotary scaling of type `llama3` for `{architecture}`");
+                return Err(Error::data(message).hint("write a Hugging Face folder instead"));
+            }
             "llama3" | "dynamic" => {}
             "linear" | "yarn" => {
-                put("llama.rope.scaling.type", kind.into());
-                put("llama.rope.scaling.factor", needed("factor")?.into());
+                put("rope.scaling.type", kind.into());
+                put("rope.scaling.factor", needed("factor")?.into());
                 if kind == "yarn" {
                     let context = needed("original_max_position_embeddings")? as usize;
-                    put("llama.rope.scaling.original_context_length", size(context));
+                    put("rope.scaling.original_context_length", size(context));
                 }
                 for (hf, key) in [
                     ("attention_factor", "yarn_attn_factor"),
@@ -153,7 +228,7 @@ pub fn llama_metadata(config: &LlamaConfig, name: &str, file_type: FileType) -> 
                     ("beta_slow", "yarn_beta_slow"),
                 ] {
                     if let Some(value) = number(hf).filter(|_| kind == "yarn") {
-                        put(&format!("llama.rope.scaling.{key}"), value.into());
+                        put(&format!("rope.scaling.{key}"), value.into());
                     }
                 }
             }
@@ -163,15 +238,15 @@ pub fn llama_metadata(config: &LlamaConfig, name: &str, file_type: FileType) -> 
             }
         }
     }
-    put("llama.rope.freq_base", (config.rope_theta as f32).into());
-    put("llama.attention.layer_norm_rms_epsilon", (config.rms_norm_eps as f32).into());
+    put("rope.freq_base", (config.rope_theta as f32).into());
+    put("attention.layer_norm_rms_epsilon", (config.rms_norm_eps as f32).into());
     if config.head_dim * config.num_attention_heads != config.hidden_size {
-        put("llama.attention.key_length", size(config.head_dim));
-        put("llama.attention.value_length", size(config.head_dim));
+        put("attention.key_length", size(config.head_dim));
+        put("attention.value_length", size(config.head_dim));
     }
     put("general.file_type", file_type.code().into());
-    put("llama.vocab_size", size(config.vocab_size));
-    put("llama.rope.dimension_count", size(config.head_dim));
+    put("vocab_size", size(config.vocab_size));
+    put("rope.dimension_count", size(config.head_dim));
     put("general.quantization_version", 2u32.into());
     Ok(metadata)
 }
@@ -204,11 +279,8 @@ pub fn llama_plan(config: &LlamaConfig, file_type: FileType) -> Result<Vec<Plann
             return Err(Error::failed(format!("{canonical} has no name in a GGUF file")));
         };
         let head_dim = config.head_dim;
-        let source = if name.contains(".attn_q.") || name.contains(".attn_k.") {
-            Source::Rotary { name: canonical, head_dim }
-        } else {
-            Source::Tensor(canonical)
-        };
+        let rotated = config.family != Family::Qwen2 && (name.contains(".attn_q.") || name.contains(".attn_k."));
+        let source = if rotated { Source::Rotary { name: canonical, head_dim } } else { Source::Tensor(canonical) };
         plan.push(Planned { head: GgufHead { name, ggml_type: file_type.stored(&shape), shape }, source });
     }
     Ok(plan)

@@ -1,4 +1,4 @@
-//! The tensors of a file of architecture `llama` as the ones of `LlamaForCausalLM`: names, and the order of rows.
+//! The tensors of a file of architecture `llama` (or `qwen2`) as the ones of `LlamaForCausalLM`: names, and the order of rows.
 //!
 //! llama.cpp rotates pairs of neighbouring channels, Hugging Face channel j with channel j + d/2. Its converter
 //! therefore reorders the rows of q and k within each head (`LlamaModel.permute`), and reading undoes that.
@@ -14,8 +14,10 @@ use crate::{
     formats::HostTensor,
 };
 
-/// The one architecture that this module knows.
+/// The architecture that LLaMA and most of its relatives have.
 pub const ARCHITECTURE: &str = "llama";
+/// The same tensors with the rows in Hugging Face's order, and biases on q, k and v.
+pub const QWEN2: &str = "qwen2";
 /// Factors of `llama3` rotary scaling; no weight, but read by [`super::llama_config::config_json`].
 pub const ROPE_FREQS: &str = "rope_freqs.weight";
 
@@ -87,6 +89,13 @@ pub struct LlamaTensor<'a> {
     head_dim: Option<usize>,
 }
 
+/// A tensor whose rows are as they are.
+impl<'a> From<GgufTensor<'a>> for LlamaTensor<'a> {
+    fn from(tensor: GgufTensor<'a>) -> Self {
+        Self { tensor, head_dim: None }
+    }
+}
+
 impl<'a> LlamaTensor<'a> {
     pub fn shape(&self) -> &'a [usize] {
         self.tensor.shape
@@ -96,9 +105,13 @@ impl<'a> LlamaTensor<'a> {
         self.tensor.ggml_type
     }
 
-    /// Values in a row; a bias whose values are to be reordered is a column.
+    /// Values in a row, which is all behind the first dimension; a bias whose values are to be reordered is a column.
     pub fn columns(&self) -> usize {
-        if self.head_dim.is_some() && self.tensor.shape.len() == 1 { 1 } else { self.tensor.columns() }
+        match self.tensor.shape {
+            [_] if self.head_dim.is_some() => 1,
+            [_, rest @ ..] if !rest.is_empty() => rest.iter().product(),
+            _ => self.tensor.columns(),
+        }
     }
 
     /// Rows that can be read apart from each other.
@@ -190,9 +203,15 @@ pub fn tensor<'a>(file: &'a GgufFile, hf: &str) -> Result<LlamaTensor<'a>> {
     Ok(LlamaTensor { tensor, head_dim })
 }
 
+pub(super) fn is_qwen2(file: &GgufFile) -> bool {
+    matches!(file.text("general.architecture"), Ok(Some(QWEN2)))
+}
+
 /// Heads of a tensor whose rows are in llama.cpp's order.
 fn head_count(file: &GgufFile, name: &str) -> Result<Option<usize>> {
-    if name.contains(".attn_q.") {
+    if is_qwen2(file) {
+        Ok(None)
+    } else if name.contains(".attn_q.") {
         super::llama_config::heads(file).map(Some)
     } else if name.contains(".attn_k.") {
         super::llama_config::key_value_heads(file).map(Some)

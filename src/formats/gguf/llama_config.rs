@@ -29,20 +29,21 @@ pub fn config_json(file: &GgufFile) -> Result<Json> {
         let message = format!(
             "{}: token_embd.weight has rows of {columns}, and {} is {hidden_size}",
             file.name(),
-            key("embedding_length")
+            key(file, "embedding_length")
         );
         return Err(Error::data(message));
     }
-    let epsilon = key("attention.layer_norm_rms_epsilon");
-    let theta = file.number(&key("rope.freq_base"))?.unwrap_or(DEFAULT_THETA);
+    let epsilon = key(file, "attention.layer_norm_rms_epsilon");
+    let theta = file.number(&key(file, "rope.freq_base"))?.unwrap_or(DEFAULT_THETA);
     let id = |name: &str| file.size(&format!("tokenizer.ggml.{name}_token_id"));
     let has = |tensor: &str| file.tensor(tensor).is_some();
     let mut eos = Vec::from_iter(id("eos")?);
     // What ends a turn ends an answer, too, where the file tells the two apart.
     eos.extend(id("eot")?.filter(|turn| !eos.contains(turn)));
-    Ok(json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    let is_qwen2 = llama::is_qwen2(file);
+    let mut config = json!({
+        "architectures": [if is_qwen2 { "Qwen2ForCausalLM" } else { "LlamaForCausalLM" }],
+        "model_type": if is_qwen2 { "qwen2" } else { "llama" },
         "hidden_size": hidden_size,
         "intermediate_size": required(file, "feed_forward_length")?,
         "num_hidden_layers": required(file, "block_count")?,
@@ -65,24 +66,29 @@ pub fn config_json(file: &GgufFile) -> Result<Json> {
             several => json!(several),
         },
         "pad_token_id": id("padding")?,
-    }))
+    });
+    // That family's biases are where they always are.
+    if is_qwen2 && let Some(map) = config.as_object_mut() {
+        map.retain(|key, _| !key.ends_with("_bias"));
+    }
+    Ok(config)
 }
 
 fn check_architecture(file: &GgufFile) -> Result<()> {
     let name = "general.architecture";
     match file.text(name)? {
         None => return Err(file.missing(name)),
-        Some(llama::ARCHITECTURE) => {}
+        Some(llama::ARCHITECTURE | llama::QWEN2) => {}
         Some("clip") => {
             return Err(Error::data(format!("{} holds a vision tower and a projector (mmproj)", file.name()))
                 .hint("name the GGUF file of the language model"));
         }
         Some(other) => {
             let message = format!("{}: {name} is `{other}`, which is not built yet", file.name());
-            return Err(Error::data(message).hint("`llama` is read"));
+            return Err(Error::data(message).hint("`llama` and `qwen2` are read"));
         }
     }
-    match file.size(&key("expert_count"))? {
+    match file.size(&key(file, "expert_count"))? {
         Some(experts) if experts > 0 => {
             let message = format!("{}: a mixture of {experts} experts, which is not built yet", file.name());
             Err(Error::data(message).hint("models of one MLP a layer are read"))
@@ -91,8 +97,10 @@ fn check_architecture(file: &GgufFile) -> Result<()> {
     }
 }
 
-fn key(name: &str) -> String {
-    format!("{}.{name}", llama::ARCHITECTURE)
+/// The key of this name of the file's architecture.
+fn key(file: &GgufFile, name: &str) -> String {
+    let architecture = file.text("general.architecture").ok().flatten();
+    format!("{}.{name}", architecture.unwrap_or(llama::ARCHITECTURE))
 }
 
 /// Query heads, `llama.attention.head_count`.
@@ -109,12 +117,12 @@ pub fn key_value_heads(file: &GgufFile) -> Result<usize> {
 }
 
 fn required(file: &GgufFile, name: &str) -> Result<usize> {
-    uniform(file, name)?.ok_or_else(|| file.missing(&key(name)))
+    uniform(file, name)?.ok_or_else(|| file.missing(&key(file, name)))
 }
 
 /// A size above zero, or an array that gives each layer the same one.
 fn uniform(file: &GgufFile, name: &str) -> Result<Option<usize>> {
-    let name = key(name);
+    let name = key(file, name);
     let size = match file.value(&name) {
         Some(Value::Array(array @ (Array::U32(_) | Array::I32(_) | Array::U64(_) | Array::I64(_)))) => {
             let sizes = array.as_integers().unwrap_or_default();
@@ -134,7 +142,7 @@ fn uniform(file: &GgufFile, name: &str) -> Result<Option<usize>> {
 
 fn head_dim(file: &GgufFile, hidden_size: usize, heads: usize) -> Result<usize> {
     let [keys, values, rotated] = ["attention.key_length", "attention.value_length", "rope.dimension_count"]
-        .map(|name| file.size(&key(name)).map(|size| size.map(|size| (name, size))));
+        .map(|name| file.size(&key(file, name)).map(|size| size.map(|size| (name, size))));
     let (keys, values, rotated) = (keys?, values?, rotated?);
     let head_dim = match keys.or(rotated) {
         Some((_, size)) => size,
@@ -143,7 +151,7 @@ fn head_dim(file: &GgufFile, hidden_size: usize, heads: usize) -> Result<usize> 
             let message = format!(
                 "{}: {} is {hidden_size}, which {heads} heads do not divide",
                 file.name(),
-                key("embedding_length")
+                key(file, "embedding_length")
             );
             return Err(Error::data(message));
         }
@@ -153,7 +161,7 @@ fn head_dim(file: &GgufFile, hidden_size: usize, heads: usize) -> Result<usize> 
             let message = format!(
                 "{}: {} is {size} and a head is {head_dim} wide, which is not built yet",
                 file.name(),
-                key(name)
+                key(file, name)
             );
             return Err(Error::data(message));
         }
@@ -163,11 +171,11 @@ fn head_dim(file: &GgufFile, hidden_size: usize, heads: usize) -> Result<usize> 
 
 /// `rope_scaling`, null where there is none.
 fn rope_scaling(file: &GgufFile, theta: f64, head_dim: usize) -> Result<Json> {
-    let scaling = |name: &str| key(&format!("rope.scaling.{name}"));
+    let scaling = |name: &str| key(file, &format!("rope.scaling.{name}"));
     let factor = match file.number(&scaling("factor"))? {
         Some(factor) => Some(factor),
         // The key of files of 2023.
-        None => file.number(&key("rope.scale_linear"))?,
+        None => file.number(&key(file, "rope.scale_linear"))?,
     };
     let kind = file.text(&scaling("type"))?.unwrap_or(if factor.is_some() { "linear" } else { "none" });
     let needed = || factor.ok_or_else(|| file.missing(&scaling("factor")));
@@ -237,8 +245,11 @@ fn llama3_scaling(file: &GgufFile, theta: f64, head_dim: usize) -> Result<Json> 
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= LLAMA3_TOLERANCE * b.abs();
         factors.iter().zip(&expected).all(near)
     };
-    let mut candidates = vec![[factor, LLAMA3_LOW_HIGH[0], LLAMA3_LOW_HIGH[1], LLAMA3_ORIGINAL]];
-    candidates.extend(fitted_llama3(theta, head_dim, factor, &factors));
+    let table = Llama3Table::new(theta, head_dim, factor, &factors);
+    let [low, high] = LLAMA3_LOW_HIGH;
+    let mut candidates = vec![[factor, low, high, LLAMA3_ORIGINAL]];
+    candidates.extend(table.original(low, high).map(|original| [factor, low, high, original]));
+    candidates.extend(table.line().or(table.steep_line()));
     match candidates.into_iter().find(|&parameters| fits(parameters)) {
         Some([factor, low, high, original]) => Ok(json!({
             "rope_type": "llama3",
@@ -256,23 +267,54 @@ fn llama3_scaling(file: &GgufFile, theta: f64, head_dim: usize) -> Result<Json> 
     }
 }
 
-/// Interpolated factors lie on a line over 1 / wavelength, whose slope and intercept give two of the three parameters.
-/// The third, the original context, only scales the other two.
-fn fitted_llama3(theta: f64, head_dim: usize, factor: f64, factors: &[f32]) -> Option<[f64; 4]> {
-    let points: Vec<(f64, f64)> = factors
-        .iter()
-        .enumerate()
-        .map(|(pair, &value)| (pair, f64::from(value)))
-        .filter(|&(_, value)| value > 1.0 && value < factor)
-        .map(|(pair, value)| {
+/// A table of factors as points: over 1 / wavelength, descending, what `llama3` scaling interpolates with, from 1
+/// (wavelengths that are kept) to 0 (divided by the whole factor). The points between lie on a line.
+struct Llama3Table {
+    factor: f64,
+    points: Vec<(f64, f64)>,
+}
+
+impl Llama3Table {
+    fn new(theta: f64, head_dim: usize, factor: f64, factors: &[f32]) -> Self {
+        let point = |(pair, &value): (usize, &f32)| {
             let frequency = theta.powf(-2.0 * pair as f64 / head_dim as f64);
-            (frequency / std::f64::consts::TAU, (1.0 / value - 1.0 / factor) / (1.0 - 1.0 / factor))
-        })
-        .collect();
-    let (&(x0, y0), &(x1, y1)) = (points.first()?, points.last()?);
-    let slope = (y1 - y0) / (x1 - x0);
-    let span = LLAMA3_ORIGINAL / slope;
-    let low = -(y0 - slope * x0) * span;
-    let rounded = |value: f64| (value * 1e4).round() / 1e4;
-    (span.is_finite() && span > 0.0 && low > 0.0).then(|| [factor, rounded(low), rounded(low + span), LLAMA3_ORIGINAL])
+            (frequency / std::f64::consts::TAU, (1.0 / f64::from(value) - 1.0 / factor) / (1.0 - 1.0 / factor))
+        };
+        Self { factor, points: factors.iter().enumerate().map(point).collect() }
+    }
+
+    fn between(&self) -> impl DoubleEndedIterator<Item = (usize, &(f64, f64))> {
+        self.points.iter().enumerate().filter(|(_, (_, smooth))| *smooth > 1e-7 && *smooth < 1.0 - 1e-7)
+    }
+
+    /// The original context that goes with these two, a whole number, from the first point between.
+    fn original(&self, low: f64, high: f64) -> Option<f64> {
+        let (_, &(x, smooth)) = self.between().next()?;
+        Some((((high - low) * smooth + low) / x).round())
+    }
+
+    /// The line through the first and the last point between. The original context only scales the other two.
+    fn line(&self) -> Option<[f64; 4]> {
+        let ((_, &(x0, y0)), (_, &(x1, y1))) = (self.between().next()?, self.between().next_back()?);
+        let span = LLAMA3_ORIGINAL * (x1 - x0) / (y1 - y0);
+        let low = -(y0 - (y1 - y0) / (x1 - x0) * x0) * span;
+        let rounded = |value: f64| (value * 1e4).round() / 1e4;
+        (span.is_finite() && span > 0.0 && low > 0.0)
+            .then(|| [self.factor, rounded(low), rounded(low + span), LLAMA3_ORIGINAL])
+    }
+
+    /// With one point between or none, lines of many slopes give the table: one that is steep enough.
+    fn steep_line(&self) -> Option<[f64; 4]> {
+        let kept = self.points.iter().take_while(|(_, smooth)| *smooth >= 1.0 - 1e-7).count();
+        let x = |place: usize| self.points.get(place).map(|&(x, _)| x);
+        let above = if kept > 0 { x(kept - 1)? } else { 4.0 * x(0)? };
+        let (at, smooth, below) = match self.between().next() {
+            Some((place, &(at, smooth))) => (at, smooth, x(place + 1).unwrap_or(at / 4.0)),
+            None => ((above + x(kept)?) / 2.0, 0.5, x(kept)?),
+        };
+        let slope = 1.01 * ((1.0 - smooth) / (above - at)).max(smooth / (at - below));
+        let span = LLAMA3_ORIGINAL / slope;
+        let low = (slope * at - smooth) * span;
+        (span.is_finite() && span > 0.0 && low > 0.0).then(|| [self.factor, low, low + span, LLAMA3_ORIGINAL])
+    }
 }

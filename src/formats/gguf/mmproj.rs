@@ -18,13 +18,14 @@ use crate::{
 };
 
 /// Parts of a tower's names behind `vision_tower.vision_model.` and their names in the file.
-const TOWER: [(&str, &str); 4] = [
+pub(super) const TOWER: [(&str, &str); 5] = [
     ("embeddings.class_embedding", "v.class_embd"),
     ("embeddings.patch_embedding.", "v.patch_embd."),
     ("embeddings.position_embedding.", "v.position_embd."),
     ("pre_layrnorm.", "v.pre_ln."),
+    ("post_layernorm.", "v.post_ln."),
 ];
-const LAYER: [(&str, &str); 8] = [
+pub(super) const LAYER: [(&str, &str); 8] = [
     ("layer_norm1.", "ln1."),
     ("layer_norm2.", "ln2."),
     ("self_attn.q_proj.", "attn_q."),
@@ -55,6 +56,10 @@ pub fn mmproj_name(canonical: &str) -> Option<String> {
         None => replaced(&TOWER, rest),
     }
 }
+
+/// `pad` or `square`, how the model's pictures were made square in training. llama.cpp pads them all, and passes over
+/// this key, which only files written here have.
+pub const ASPECT_RATIO_KEY: &str = "wgpu_llava.image_aspect_ratio";
 
 /// Keys of an `mmproj` file. `mean` and `std` are those of the picture processor, `name` is shown to people.
 ///

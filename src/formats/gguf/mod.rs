@@ -8,6 +8,7 @@ pub mod export;
 pub mod llama;
 pub mod llama_config;
 pub mod mmproj;
+pub mod mmproj_read;
 pub mod quantize;
 pub mod read;
 pub mod vocabulary;

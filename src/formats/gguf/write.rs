@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, io::Write, path::Path};
 
+use rayon::prelude::*;
+
 use super::{
     Array, DEFAULT_ALIGNMENT, GgmlType, MAGIC, MAX_DIMENSIONS, Value,
     quantize::{Unfit, WRITTEN, quantize},
@@ -15,6 +17,8 @@ use crate::{
 const MAX_NAME: usize = 63;
 /// Values rounded at a time; a whole number of blocks of every written type.
 const CHUNK: usize = 1 << 16;
+/// Bytes of a stored tensor that are read at a time.
+pub(super) const CHUNK_BYTES: usize = 16 << 20;
 
 /// What the file says of a tensor before its data comes.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,39 +41,73 @@ impl GgufHead {
 /// Gives the data of the tensor asked for, f32 values or raw bytes of the head's type; called once for each, in order.
 pub type Fetch<'a, 'b> = &'a mut dyn FnMut(&GgufHead) -> Result<TensorData<'b>>;
 
+/// A part of a tensor's data; the parts follow each other.
+pub enum Piece<'a> {
+    /// Values to be rounded to the head's type: whole rows, or as many as there are.
+    Values(&'a [f32]),
+    /// Bytes of the head's type.
+    Raw(&'a [u8]),
+}
+
+/// Takes a tensor's data piece by piece.
+pub type Sink<'a> = &'a mut dyn FnMut(Piece<'_>) -> Result<()>;
+
 /// Writes one file, whole or not at all: metadata and tensors in the given order, each tensor at a multiple of 32.
 ///
 /// Errors: a name that is there twice or too long for ggml, data that does not fill its shape, a value that the type
 /// cannot hold (named with the tensor), and what the disk refuses.
 pub fn write_gguf(path: &Path, metadata: &[(String, Value)], heads: &[GgufHead], fetch: Fetch) -> Result<()> {
+    write_gguf_pieces(path, metadata, heads, &mut |head, sink| {
+        let wrong = |what: String| Error::failed(format!("{}: {}: {what}", path.display(), head.name));
+        match fetch(head)? {
+            TensorData::Raw(bytes) => sink(Piece::Raw(&bytes)),
+            TensorData::F32(values) if values.len() == head.shape.iter().product::<usize>() => {
+                sink(Piece::Values(&values))
+            }
+            TensorData::F32(values) => Err(wrong(format!("{} values for {:?}", values.len(), head.shape))),
+            TensorData::Stored(tensor) if tensor.shape == head.shape => {
+                tensor.row_chunks(CHUNK_BYTES).try_for_each(|rows| sink(Piece::Values(&tensor.rows_f32(rows)?)))
+            }
+            TensorData::Stored(tensor) => Err(wrong(format!("{:?} for {:?}", tensor.shape, head.shape))),
+        }
+    })
+}
+
+/// As [`write_gguf`], with tensors that are never whole in memory: `fill` hands the data of each to the sink in pieces.
+pub fn write_gguf_pieces(
+    path: &Path,
+    metadata: &[(String, Value)],
+    heads: &[GgufHead],
+    fill: &mut dyn FnMut(&GgufHead, Sink) -> Result<()>,
+) -> Result<()> {
     let header = header(path, metadata, heads)?;
     let failed = |source| Error::writing(path, source);
     let mut file = NewFile::create(path)?;
     file.write_all(&header).map_err(failed)?;
-    let mut rounded = Vec::new();
     for head in heads {
-        let wrong = |what: String| Error::failed(format!("{}: {}: {what}", path.display(), head.name));
-        let wanted = head.bytes().unwrap_or(0);
-        match fetch(head)? {
-            TensorData::Raw(bytes) if bytes.len() == wanted => file.write_all(&bytes).map_err(failed)?,
-            TensorData::F32(values) if values.len() == head.shape.iter().product::<usize>() => {
-                for values in values.chunks(CHUNK) {
-                    rounded.clear();
-                    quantize(head.ggml_type, values, &mut rounded).map_err(|unfit| refusal(path, head, unfit))?;
+        let (wanted, mut given) = (head.bytes().unwrap_or(0), 0);
+        fill(head, &mut |piece| match piece {
+            Piece::Raw(bytes) => {
+                given += bytes.len();
+                file.write_all(bytes).map_err(failed)
+            }
+            Piece::Values(values) => {
+                let parts: Result<Vec<Vec<u8>>, Unfit> = values
+                    .par_chunks(CHUNK)
+                    .map(|values| {
+                        let mut rounded = Vec::new();
+                        quantize(head.ggml_type, values, &mut rounded).map(|()| rounded)
+                    })
+                    .collect();
+                for rounded in parts.map_err(|unfit| refusal(path, head, unfit))? {
+                    given += rounded.len();
                     file.write_all(&rounded).map_err(failed)?;
                 }
+                Ok(())
             }
-            TensorData::Stored(tensor) if tensor.shape == head.shape => {
-                for rows in tensor.row_chunks(CHUNK * 4) {
-                    rounded.clear();
-                    let values = tensor.rows_f32(rows)?;
-                    quantize(head.ggml_type, &values, &mut rounded).map_err(|unfit| refusal(path, head, unfit))?;
-                    file.write_all(&rounded).map_err(failed)?;
-                }
-            }
-            TensorData::Stored(tensor) => return Err(wrong(format!("{:?} for {:?}", tensor.shape, head.shape))),
-            TensorData::Raw(bytes) => return Err(wrong(format!("{} bytes for {wanted}", bytes.len()))),
-            TensorData::F32(values) => return Err(wrong(format!("{} values for {:?}", values.len(), head.shape))),
+        })?;
+        if given != wanted {
+            return Err(Error::failed(format!("{}: {}: {given} bytes for {wanted}", path.display(), head.name)));
         }
         file.write_all(&vec![0; wanted.next_multiple_of(DEFAULT_ALIGNMENT) - wanted]).map_err(failed)?;
     }

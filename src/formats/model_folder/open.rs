@@ -9,7 +9,10 @@ use serde_json::{Value, json};
 
 use super::{FileBytes, Files, ModelFolder, canonical_of_model, original};
 use crate::{
-    data::sentencepiece::{SentencePieceModel, TokenizerFiles},
+    data::{
+        IMAGE_PLACEHOLDER,
+        sentencepiece::{SentencePieceModel, TokenizerFiles},
+    },
     error::{Error, Result},
     formats::{
         gguf::{self, GgufFile},
@@ -38,7 +41,7 @@ impl ModelFolder {
         let name = path.display().to_string();
         if path.is_file() {
             return match Weights::open(path)? {
-                Weights::Gguf(file) => Self::from_gguf(*file),
+                Weights::Gguf(file) => Self::from_gguf(*file, None),
                 _ => Err(Error::data(format!("{name} is a file of weights without a config.json"))
                     .hint("name the folder that it is in, or a .gguf file, which says all of a model")),
             };
@@ -49,11 +52,17 @@ impl ModelFolder {
         }
         let files = Files::on_disk(path);
         let Some(config) = files.read("config.json")? else {
-            return match gguf_files(path)?.as_slice() {
-                [one] => Self::from_gguf(GgufFile::open(one)?),
-                [] => Err(Error::data(format!("{name} holds no config.json")).hint("name the folder of a model")),
-                several => Err(Error::data(format!("{name} holds no config.json, and {} GGUF files", several.len()))
-                    .hint("name one of the GGUF files")),
+            let (seeing, language): (Vec<PathBuf>, Vec<PathBuf>) = gguf_files(path)?.into_iter().partition(is_mmproj);
+            return match (language.as_slice(), seeing.as_slice()) {
+                ([one], []) => Self::from_gguf(GgufFile::open(one)?, None),
+                ([one], [mmproj]) => Self::from_gguf(GgufFile::open(one)?, Some(GgufFile::open(mmproj)?)),
+                ([], []) => Err(Error::data(format!("{name} holds no config.json")).hint("name the folder of a model")),
+                ([_], several) => Err(Error::data(format!("{name} holds {} mmproj files", several.len()))
+                    .hint("leave one of them beside the language model")),
+                (several, _) => {
+                    Err(Error::data(format!("{name} holds no config.json, and {} GGUF files", several.len()))
+                        .hint("name one of the GGUF files"))
+                }
             };
         };
         let file = format!("{name}/config.json");
@@ -85,18 +94,32 @@ impl ModelFolder {
         Self::new("random weights".to_owned(), Files::default(), config.clone(), weights)
     }
 
-    fn from_gguf(file: GgufFile) -> Result<Self> {
+    /// A language model, and what sees where it is in a file of its own.
+    fn from_gguf(file: GgufFile, mmproj: Option<GgufFile>) -> Result<Self> {
         let name = file.name().to_owned();
-        let config = gguf::llama_config::config_json(&file)?;
-        let config = ModelConfig::parse(&name, config.to_string().as_bytes())?;
+        let mut json = gguf::llama_config::config_json(&file)?;
+        let vocabulary = gguf::vocabulary::read(&file)?;
+        if let Some(mmproj) = &mmproj {
+            let tokens = vocabulary.as_ref().map(|vocabulary| vocabulary.tokens.as_slice()).unwrap_or_default();
+            let image = tokens.iter().position(|token| token == IMAGE_PLACEHOLDER);
+            json = gguf::mmproj_read::config_json(mmproj, json, image)?;
+        }
+        let config = ModelConfig::parse(&name, json.to_string().as_bytes())?;
         let mut files = Files::default();
-        if let Some(vocabulary) = gguf::vocabulary::read(&file)? {
+        if let Some(vocabulary) = vocabulary {
             files.put_json("tokenizer.json", &vocabulary.tokenizer_json()?);
             let mut tokenizer = vocabulary.tokenizer_config()?;
             tokenizer["model_max_length"] = json!(config.text().max_position_embeddings);
             files.put_json("tokenizer_config.json", &tokenizer);
         }
-        Self::new(name, files, config, Weights::Gguf(Box::new(file)))
+        let mut folder = Self::empty(name, files, config);
+        folder.add_part(Weights::Gguf(Box::new(file)), canonical_of_model)?;
+        if let Some(mmproj) = mmproj {
+            folder.files.put_json("preprocessor_config.json", &gguf::mmproj_read::preprocessor_json(&mmproj)?);
+            folder.replaced.extend(gguf::mmproj_read::linear_projector(&mmproj)?.into_iter().flatten());
+            folder.add_part(Weights::Mmproj(Box::new(mmproj)), |name| Some(name.to_owned()))?;
+        }
+        folder.checked()
     }
 
     fn new(name: String, files: Files, config: ModelConfig, weights: Weights) -> Result<Self> {
@@ -181,14 +204,19 @@ impl ModelFolder {
     }
 }
 
-/// The GGUF files of a folder that hold a language model, not a tower.
+/// The GGUF files of a folder, sorted.
 fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).map_err(|source| Error::reading(folder, source))?;
     let mut found: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf")))
-        .filter(|path| !path.file_name().is_some_and(|name| name.to_string_lossy().contains("mmproj")))
         .collect();
     found.sort();
     Ok(found)
+}
+
+/// Whether a file is, by its name, a tower and a projector.
+#[expect(clippy::ptr_arg, reason = "partition hands it so")]
+fn is_mmproj(path: &PathBuf) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().to_ascii_lowercase().contains("mmproj"))
 }
