@@ -42,7 +42,7 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
             );
         }
     };
-    let folder = open(&args.from, args.vision_tower.as_deref(), &mut ui)?;
+    let folder = open(&args.from, args.vision_tower.as_deref(), &mut ui)?.with_projector()?;
     match args.to {
         Layout::Hf => {
             let folder = folder.with_image_token(SEED)?;

@@ -198,8 +198,6 @@ fn what_is_known_but_not_built_says_so() {
         "zero_stage=2",
         "offload=true",
         "devices=[0, 1]",
-        "precision=float16",
-        "precision=bfloat16",
     ] {
         let message = message(MINIMAL, &[setting]);
         assert!(message.contains("not built yet"), "{message}");
