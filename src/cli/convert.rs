@@ -40,7 +40,7 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
             );
         }
     };
-    let folder = open(&args.from, args.vision_tower.as_deref())?;
+    let folder = open(&args.from, args.vision_tower.as_deref())?.with_projector()?;
     match args.to {
         Layout::Hf => {
             let folder = folder.with_image_token(SEED)?;

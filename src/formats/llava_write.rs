@@ -11,7 +11,6 @@ use serde_json::{Map, Value, json};
 use super::{
     atomic::{NewFolder, write_file},
     hf_write::{dtype_name, most_bytes, unused_default},
-    host_tensor::HostTensor,
     model_folder::ModelFolder,
     processor_files,
     safetensors::Dtype,
@@ -260,7 +259,8 @@ fn write_weights(
     write_tensors(folder, source, tensors.collect(), dtype)
 }
 
-/// Writes tensors given as (name in the file, canonical name, shape). One that the source lacks is not computed with.
+/// Writes tensors given as (name in the file, canonical name, shape). Biases and parts of
+/// the tower that the source lacks are filled in: nothing computes with them.
 fn write_tensors(
     folder: &Path,
     source: &ModelFolder,
@@ -277,18 +277,18 @@ fn write_tensors(
     let most = most_bytes(&heads);
     write_sharded(folder, heads, SHARD_BYTES, &mut |head| {
         let canonical = origins.get(&head.name).map_or(head.name.as_str(), String::as_str);
-        if !source.has(canonical) {
-            let filled = match canonical.starts_with(names::PROJECTOR) {
-                true => HostTensor::zeros(head.shape.clone()),
-                false => unused_default(canonical, &head.shape),
-            };
-            return Ok(TensorData::F32(filled.data.into()));
+        if !source.has(canonical) && (canonical.starts_with(names::VISION_TOWER) || is_projector_bias(canonical)) {
+            return Ok(TensorData::F32(unused_default(canonical, &head.shape).data.into()));
         }
         let stored = source.stored(canonical)?;
         let rows = if head.shape.len() > 1 { head.shape[0] } else { 1 };
         Ok(TensorData::Stored(stored.first_rows(rows)))
     })?;
     Ok(most)
+}
+
+fn is_projector_bias(canonical: &str) -> bool {
+    canonical.starts_with(names::PROJECTOR) && canonical.ends_with(".bias")
 }
 
 /// A `CLIPVisionModel` folder.
