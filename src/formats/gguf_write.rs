@@ -100,8 +100,8 @@ fn tokenizer_metadata(source: &ModelFolder, notes: &mut Vec<String>) -> Result<M
     vocabulary.chat_template = chat_template(source)?;
     if foreign_merges > 0 {
         notes.push(format!(
-            "{foreign_merges} merges of tokenizer.json are not those that scores can tell: llama.cpp may cut a few \
-             texts into other tokens"
+            "{foreign_merges} merges stand in tokenizer.json or follow from the scores, not both: llama.cpp may cut a \
+             few texts into other tokens"
         ));
     }
     if vocabulary.legacy == Some(false) {

@@ -304,8 +304,8 @@ impl Llama3Table {
         let span = LLAMA3_ORIGINAL * (x1 - x0) / (y1 - y0);
         let low = -(y0 - (y1 - y0) / (x1 - x0) * x0) * span;
         let rounded = |value: f64| (value * 1e4).round() / 1e4;
-        (span.is_finite() && span > 0.0 && low > 0.0)
-            .then(|| [self.factor, rounded(low), rounded(low + span), LLAMA3_ORIGINAL])
+        let parameters = [self.factor, rounded(low), rounded(low + span), LLAMA3_ORIGINAL];
+        (span.is_finite() && span > 0.0 && low > 0.0).then_some(parameters)
     }
 
     /// With one point between or none, lines of many slopes give the table: one that is steep enough.
@@ -320,7 +320,7 @@ impl Llama3Table {
         let slope = 1.01 * ((1.0 - smooth) / (above - at)).max(smooth / (at - below));
         let span = LLAMA3_ORIGINAL / slope;
         let low = (slope * at - smooth) * span;
-        (span.is_finite() && span > 0.0 && low > 0.0).then(|| [self.factor, low, low + span, LLAMA3_ORIGINAL])
+        (span.is_finite() && span > 0.0 && low > 0.0).then_some([self.factor, low, low + span, LLAMA3_ORIGINAL])
     }
 }
 
