@@ -11,7 +11,7 @@ use wgpu_llava::{
     error::{ErrorKind, Result},
     formats::{
         HostTensor,
-        hf_write::{Changes, write_model},
+        hf_write::{Changes, Writing, write_model},
         model_folder::ModelFolder,
         peft::{Adapter, LoraWeights},
         safetensors::{Checkpoint, Dtype},
@@ -120,7 +120,7 @@ fn a_tied_sharded_bf16_llama_is_read_and_written() {
     }
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model");
-    write_model(&out, &folder, folder.config(), all(|name| Ok(tensors[name].clone())), None, None).unwrap();
+    write_model(&out, &folder, folder.config(), all(|name| Ok(tensors[name].clone())), &Writing::default()).unwrap();
     let stored = Checkpoint::open(&out).unwrap();
     assert!(stored.get("model.embed_tokens.weight").is_some() && stored.get("lm_head.weight").is_none());
     let again = ModelFolder::open(&out).unwrap();
@@ -135,7 +135,7 @@ fn a_written_llava_is_whole_and_reads_back_equal() {
     let out = dir.path().join("run/model");
     for layout in LAYOUTS {
         let folder = ModelFolder::open(&golden(layout)).unwrap();
-        write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), None, None).unwrap();
+        write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), &Writing::default()).unwrap();
         let again = ModelFolder::open(&out).unwrap();
         assert_eq!(all_tensors(&again), all_tensors(&folder), "{layout}");
         let stored = Checkpoint::open(&out).unwrap();
@@ -156,8 +156,8 @@ fn a_failure_while_writing_leaves_the_old_folder() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model");
     let folder = ModelFolder::open(&golden("llava_old")).unwrap();
-    write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), None, None).unwrap();
-    let wrong = write_model(&out, &folder, folder.config(), all(|_| Ok(HostTensor::zeros([1]))), None, None);
+    write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), &Writing::default()).unwrap();
+    let wrong = write_model(&out, &folder, folder.config(), all(|_| Ok(HostTensor::zeros([1]))), &Writing::default());
     assert!(wrong.unwrap_err().message.contains("to be written is [1]"));
     assert!(ModelFolder::open(&out).is_ok());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -171,7 +171,7 @@ fn a_linear_projector_is_written_with_an_identity_and_recognised() {
     let ModelConfig::Llava(mut llava) = folder.config().clone() else { panic!("not a LLaVA") };
     llava.projector = ProjectorType::Linear;
     let config = ModelConfig::Llava(llava);
-    write_model(&out, &folder, &config, all(|name| folder.tensor(name)), None, None).unwrap();
+    write_model(&out, &folder, &config, all(|name| folder.tensor(name)), &Writing::default()).unwrap();
 
     let again = ModelFolder::open(&out).unwrap();
     assert_eq!(again.config().llava().unwrap().projector, ProjectorType::Linear);
@@ -225,7 +225,7 @@ fn vision_layers_behind_the_selected_one_may_be_absent_and_are_written_all_the_s
     });
     let folder = ModelFolder::open(dir.path()).unwrap();
     let out = dir.path().join("out");
-    write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), None, None).unwrap();
+    write_model(&out, &folder, folder.config(), all(|name| folder.tensor(name)), &Writing::default()).unwrap();
     let again = ModelFolder::open(&out).unwrap();
     let norm = again.tensor("vision_tower.vision_model.post_layernorm.weight").unwrap();
     assert_eq!(norm, HostTensor::filled([8], 1.0));

@@ -240,10 +240,8 @@ fn llama3_scaling_is_written_as_factors_and_found_again() {
         let zeros: Vec<HostTensor> = heads.map(|planned| HostTensor::zeros(planned.head.shape.clone())).collect();
         let mut zeros = zeros.iter();
         let metadata = llama_metadata(config.text(), "m", FileType::F32).unwrap();
-        write_planned(&path, &metadata, &plan, &mut |_| {
-            Ok(StoredTensor::host("zeros", "memory", zeros.next().unwrap()))
-        })
-        .unwrap();
+        let mut fetch = |_: &str| Ok(StoredTensor::host("zeros", "memory", zeros.next().unwrap()));
+        write_planned(&path, &metadata, &plan, &mut fetch).unwrap();
         llama_config::config_json(&GgufFile::open(&path).unwrap()).unwrap()["rope_scaling"].clone()
     };
     for (low, high) in [(1.0, 4.0), (1.5, 6.0)] {
@@ -330,8 +328,8 @@ fn an_mmproj_file_holds_what_clip_cpp_reads() {
         let shapes = wgpu_llava::models::names::expected_tensors(&ModelConfig::Llava(config.clone()));
         let tensors: BTreeMap<String, HostTensor> =
             shapes.into_iter().map(|(name, shape)| (name, made_up(&shape))).collect();
-        write_planned(&path, &metadata, &plan, &mut |name| Ok(StoredTensor::host("made up", "memory", &tensors[name])))
-            .unwrap();
+        let mut fetch = |name: &str| Ok(StoredTensor::host("made up", "memory", &tensors[name]));
+        write_planned(&path, &metadata, &plan, &mut fetch).unwrap();
         let file = GgufFile::open(&path).unwrap();
         assert_eq!(file.tensor_names().count(), 5 + 2 * 16 + 4);
         assert_eq!(file.text("clip.projector_type").unwrap(), Some("mlp"));

@@ -14,7 +14,7 @@ use crate::{
     formats::{
         gguf::export::FileType,
         gguf_write::write_gguf_model,
-        hf_write::{Changes, write_model},
+        hf_write::{Changes, Writing, write_model},
         llava_write::write_llava_model,
         model_folder::ModelFolder,
         safetensors::Dtype,
@@ -42,17 +42,24 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
             );
         }
     };
-    let folder = open(&args.from, args.vision_tower.as_deref(), &mut ui)?.with_projector()?;
+    let template = args.version.as_deref().map(|version| chat_template(version, args.to)).transpose()?;
+    let tower = args.vision_tower.as_ref().map(|path| hub::local_path(path, Wanted::Tower, &mut ui)).transpose()?;
+    let folder = open(&args.from, tower.as_deref(), &mut ui)?.with_projector()?;
     match args.to {
         Layout::Hf => {
             let folder = folder.with_image_token(SEED)?;
             // Nothing in an original checkpoint says how it is asked; most are asked as Vicuna is.
-            let template = match (&args.version, folder.is_original()) {
-                (Some(version), _) => Template::named(version)?.jinja(),
-                (None, true) => Template::named("v1")?.jinja(),
-                (None, false) => None,
+            let template = match (template, folder.is_original()) {
+                (None, true) => Some(chat_template("v1", Layout::Hf)?),
+                (template, _) => template,
             };
-            write_model(&args.out, &folder, folder.config(), Changes::none(), dtype, template)?;
+            write_model(
+                &args.out,
+                &folder,
+                folder.config(),
+                Changes::none(),
+                &Writing { dtype, template, pad: false },
+            )?;
         }
         Layout::Gguf => {
             let name = model_name(&args.from);
@@ -66,6 +73,22 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
     }
     ui.line(&format!("wrote {}", args.out.display()));
     Ok(())
+}
+
+/// The template of a name, to be written beside a model for transformers.
+fn chat_template(version: &str, to: Layout) -> Result<&'static Template> {
+    if to != Layout::Hf {
+        return Err(Error::usage(
+            "--version is for --to hf: other layouts have no place for a template of another name",
+        )
+        .hint("leave --version out"));
+    }
+    let template = Template::named(version)?;
+    if template.jinja(false).is_none() {
+        return Err(Error::usage(format!("--version: `{version}` cannot be written as a chat template"))
+            .hint("v1, llava_llama_2, mistral_instruct and mpt can"));
+    }
+    Ok(template)
 }
 
 fn file_type(dtype: WrittenDtype) -> FileType {

@@ -1,6 +1,6 @@
 //! `wgpu-llava merge`: folds an adapter into the weights.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use super::{
     args::{GlobalArgs, MergeArgs},
@@ -11,8 +11,8 @@ use super::{
 use crate::{
     error::Result,
     formats::{
-        hf_write::{Changes, write_model},
-        peft::{Adapter, Merge},
+        hf_write::{Changes, Writing, unused_default, write_model},
+        peft::{Adapter, Merge, MergeReport},
     },
     hub::Wanted,
     models::names,
@@ -25,24 +25,35 @@ pub fn run(args: &MergeArgs, global: &GlobalArgs) -> Result<()> {
     let adapter = Adapter::read(&hub::local_path(&args.adapter, Wanted::Adapter, &mut ui)?, folder.config())?;
     let merge = Merge::new(&adapter, folder.config())?;
     let config = merge.config().clone();
-    let merge = RefCell::new(merge);
+    let (merge, report) = (RefCell::new(Some(merge)), Cell::new(None));
+    let unused = names::unused_vision_tensors(&config);
     let fetch = |name: &str| {
         // Tensors that come with the adapter may be in no file of the model: a new projector, a head that was tied.
         let mut tensor = match (folder.has(name), adapter.saved.get(name)) {
             (false, Some(saved)) => saved.clone(),
             (false, None) if name == names::LM_HEAD => folder.tensor(names::EMBED_TOKENS)?,
-            _ => folder.tensor(name)?,
+            (false, None) => match unused.iter().find(|(unused, _)| unused == name) {
+                Some((_, shape)) => unused_default(name, shape),
+                None => folder.tensor(name)?,
+            },
+            (true, _) => folder.tensor(name)?,
         };
-        merge.borrow_mut().apply(name, 0, &mut tensor.data)?;
+        if let Some(merge) = merge.borrow_mut().as_mut() {
+            merge.apply(name, 0, &mut tensor.data)?;
+        }
         Ok(tensor)
     };
+    let touches = |name: &str| merge.borrow().as_ref().is_some_and(|merge| merge.touches(name));
+    let finish = || {
+        report.set(merge.take().map(Merge::finish).transpose()?);
+        Ok(())
+    };
     let dtype = args.dtype.map(|dtype| dtype.stored());
-    let changes = Changes::of(|name| merge.borrow().touches(name), fetch, None);
-    write_model(&args.out, &folder, &config, changes, dtype, None)?;
-    let report = merge.into_inner().finish()?;
+    let changes = Changes::of(touches, fetch, None).checked_by(finish);
+    write_model(&args.out, &folder, &config, changes, &Writing { dtype, ..Writing::default() })?;
     ui.line(&format!("wrote {}", args.out.display()));
-    if let Some((name, change)) = report.largest {
-        ui.line(&format!("  {} tensors changed, the largest change is {change:.3e} in {name}", report.tensors));
+    if let Some(MergeReport { tensors, largest: Some((name, change)) }) = report.take() {
+        ui.line(&format!("  {tensors} tensors changed, the largest change is {change:.3e} in {name}"));
     }
     Ok(())
 }

@@ -101,6 +101,20 @@ impl ChatTemplate {
     /// # Errors
     /// Data: a file that cannot be read, or a template that does not parse.
     pub fn from_files(model: &str, read: FileReader<'_>) -> Result<Option<Self>> {
+        let Some((name, source, config)) = Self::found(model, read)? else { return Ok(None) };
+        Self::new(&name, &source, &config).map(Some)
+    }
+
+    /// The text of that template, as it stands in the files.
+    ///
+    /// # Errors
+    /// Data: a file that cannot be read.
+    pub fn source(model: &str, read: FileReader<'_>) -> Result<Option<String>> {
+        Ok(Self::found(model, read)?.map(|(_, source, _)| source))
+    }
+
+    /// What messages call it, its text, and the special tokens.
+    fn found(model: &str, read: FileReader<'_>) -> Result<Option<(String, String, Map<String, Value>)>> {
         let object = |file: &str| -> Result<Map<String, Value>> {
             let Some(bytes) = read(file)? else { return Ok(Map::new()) };
             serde_json::from_slice(&bytes)
@@ -114,37 +128,21 @@ impl ChatTemplate {
             let name = format!("{model}/chat_template.jinja");
             let source = std::str::from_utf8(&source)
                 .map_err(|source| Error::data(format!("{name} is not UTF-8")).caused_by(source))?;
-            return Self::new(&name, source, &config).map(Some);
+            return Ok(Some((name, source.to_owned(), config)));
         }
         for file in ["chat_template.json", "tokenizer_config.json"] {
             if let Some(template) = object(file)?.get("chat_template").filter(|template| !template.is_null()) {
-                return Self::from_config(&format!("{model}/{file}"), template, &config).map(Some);
+                let name = format!("{model}/{file}");
+                let source = default_of(&name, template)?;
+                return Ok(Some((name, source, config)));
             }
         }
         Ok(None)
     }
 
-    /// From the value of `chat_template`: a string, or a list of named ones, of which `default` is taken.
+    /// From the value of `chat_template` in a config: a string, or a list of named ones, of which `default` is taken.
     pub fn from_config(name: &str, template: &Value, config: &Map<String, Value>) -> Result<Self> {
-        let named = |entry: &Value| {
-            Some((entry.get("name")?.as_str()?.to_owned(), entry.get("template")?.as_str()?.to_owned()))
-        };
-        let list: Vec<(String, String)> = match template {
-            Value::String(source) => return Self::new(name, source, config),
-            Value::Array(entries) => entries.iter().filter_map(named).collect(),
-            Value::Object(entries) => {
-                let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
-                entries.iter().filter_map(text).collect()
-            }
-            _ => Vec::new(),
-        };
-        match list.iter().find(|(name, _)| name == "default") {
-            Some((_, source)) => Self::new(name, source, config),
-            None => {
-                let names: Vec<&str> = list.iter().map(|(name, _)| name.as_str()).collect();
-                Err(Error::data(format!("{name}: chat_template names no `default` (it has: {})", names.join(", "))))
-            }
-        }
+        Self::new(name, &default_of(name, template)?, config)
     }
 
     /// What messages call it.
@@ -326,6 +324,28 @@ fn parts(rendered: &Rendered) -> Vec<Part> {
     }
     push(at..rendered.text.len(), Labels::Ignore);
     parts
+}
+
+/// The text in a config's `chat_template`: a string, or the one called `default` in a list or an object of named ones.
+fn default_of(name: &str, template: &Value) -> Result<String> {
+    let named =
+        |entry: &Value| Some((entry.get("name")?.as_str()?.to_owned(), entry.get("template")?.as_str()?.to_owned()));
+    let list: Vec<(String, String)> = match template {
+        Value::String(source) => return Ok(source.clone()),
+        Value::Array(entries) => entries.iter().filter_map(named).collect(),
+        Value::Object(entries) => {
+            let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
+            entries.iter().filter_map(text).collect()
+        }
+        _ => Vec::new(),
+    };
+    match list.iter().find(|(name, _)| name == "default") {
+        Some((_, source)) => Ok(source.clone()),
+        None => {
+            let names: Vec<&str> = list.iter().map(|(name, _)| name.as_str()).collect();
+            Err(Error::data(format!("{name}: chat_template names no `default` (it has: {})", names.join(", "))))
+        }
+    }
 }
 
 /// transformers has a tag `generation` round what the assistant says; here it only has to leave its content be.

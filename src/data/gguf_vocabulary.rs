@@ -94,7 +94,9 @@ impl Parts<'_> {
         }
         self.score(&mut vocabulary);
         let foreign_merges = self.foreign_merges(&vocabulary)?;
-        if foreign_merges > 0 {
+        // A list of merges has no way to tell a space within a piece from the one between two.
+        let spaced = merges(&self.json["model"]).any(|pair| pair.iter().any(|part| part.contains(' ')));
+        if foreign_merges > 0 && !spaced {
             vocabulary.merges = merges(&self.json["model"]).map(|[left, right]| format!("{left} {right}")).collect();
         }
         Ok(Written { vocabulary, foreign_merges })

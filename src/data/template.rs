@@ -166,7 +166,8 @@ impl Template {
 
     /// The same as a chat template for transformers, so that a model trained with this one is asked alike there; none
     /// for `plain` and for `v0`, which is trained on another text than it is asked with.
-    pub fn jinja(&self) -> Option<String> {
+    /// `with_bos`: the template writes the BOS itself.
+    pub fn jinja(&self, with_bos: bool) -> Option<String> {
         let (form, between) = match self.layout {
             Layout::Plain | Layout::Single => return None,
             Layout::Two => (include_str!("chat_templates/two.jinja"), ""),
@@ -176,7 +177,8 @@ impl Template {
         let picture = if self.tagged { "<Image><image></Image>" } else { IMAGE_PLACEHOLDER };
         let system = serde_json::Value::from(self.system).to_string();
         let said = include_str!("chat_templates/said.jinja").replace("SYSTEM", &system).replace("PICTURE", picture);
-        Some(said + &form.replace("BETWEEN", between))
+        let bos = if with_bos { "{{- bos_token -}}\n" } else { "" };
+        Some(said + bos + &form.replace("BETWEEN", between))
     }
 
     fn layout(&self, turns: &[Turn], system: Option<&str>, training: bool) -> Vec<Part> {
@@ -352,6 +354,7 @@ impl Parts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::chat_template::ChatTemplate;
 
     /// Parts as one string: `{...}` round what is learned, `@` for a picture.
     fn shown(parts: &[Part]) -> String {
@@ -433,8 +436,12 @@ mod tests {
         let config = serde_json::Map::new();
         let mut written = 0;
         for template in &TEMPLATES {
-            let Some(source) = template.jinja() else { continue };
-            let jinja = super::super::chat_template::ChatTemplate::new(template.name, &source, &config).unwrap();
+            let Some(source) = template.jinja(false) else { continue };
+            let chat = |source: &str, config| ChatTemplate::new(template.name, source, config).unwrap();
+            let jinja = chat(&source, &config);
+            let bos = serde_json::Map::from_iter([("bos_token".to_owned(), "<s>".into())]);
+            let with_bos = text(&chat(&template.jinja(true).unwrap(), &bos).prompt(&talk()[..3], None).unwrap());
+            assert_eq!(with_bos, format!("<s>{}", text(&template.prompt(&talk()[..3], None))));
             for system in [None, Some("Be \"brief\".")] {
                 let asked = text(&template.prompt(&talk()[..3], system));
                 assert_eq!(text(&jinja.prompt(&talk()[..3], system).unwrap()), asked, "{}", template.name);

@@ -81,6 +81,9 @@ impl Tokenizer {
 
     fn build(bytes: &[u8], file: &str, config: &Value, special: &Value) -> Result<Self> {
         let mut json = parse_json(bytes, file)?;
+        if !json.is_object() {
+            return Err(Error::data(format!("{file} does not hold a JSON object")));
+        }
         let legacy = config.get("legacy").and_then(Value::as_bool);
         let class = config.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default();
         if let (Some(legacy), "LlamaTokenizer" | "LlamaTokenizerFast") = (legacy, class) {

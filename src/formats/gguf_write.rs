@@ -18,6 +18,7 @@ use super::{
 use crate::{
     data::{
         ImageProcessor, Tokenizer,
+        chat_template::ChatTemplate,
         gguf_vocabulary::{Parts, Written},
         sentencepiece::SentencePieceModel,
     },
@@ -97,11 +98,11 @@ fn tokenizer_metadata(source: &ModelFolder, notes: &mut Vec<String>) -> Result<M
     let ends = source.eos_token_ids()?;
     vocabulary.eos_token_id = vocabulary.eos_token_id.or(ends.first().copied());
     vocabulary.padding_token_id = vocabulary.padding_token_id.or(config.pad_token_id);
-    vocabulary.chat_template = chat_template(source)?;
+    vocabulary.chat_template = ChatTemplate::source(source.name(), &|name| source.file(name))?;
     if foreign_merges > 0 {
         notes.push(format!(
-            "{foreign_merges} merges of tokenizer.json are not those that scores can tell: llama.cpp may cut a few \
-             texts into other tokens"
+            "{foreign_merges} merges stand in tokenizer.json or follow from the scores, not both: llama.cpp may cut a \
+             few texts into other tokens"
         ));
     }
     if vocabulary.legacy == Some(false) {
@@ -112,27 +113,6 @@ fn tokenizer_metadata(source: &ModelFolder, notes: &mut Vec<String>) -> Result<M
         metadata.push(("tokenizer.ggml.eot_token_id".to_owned(), Value::U32(end)));
     }
     Ok(metadata)
-}
-
-/// The model's own template: the one called `default` where there are several.
-fn chat_template(source: &ModelFolder) -> Result<Option<String>> {
-    let of = |json: Option<serde_json::Map<String, Json>>| -> Option<String> {
-        match json?.remove("chat_template")? {
-            Json::String(text) => Some(text),
-            Json::Array(several) => {
-                let default = several.iter().find(|entry| entry["name"] == "default").or(several.first());
-                default.and_then(|entry| entry["template"].as_str()).map(str::to_owned)
-            }
-            _ => None,
-        }
-    };
-    if let Some(template) = of(source.json("tokenizer_config.json")?) {
-        return Ok(Some(template));
-    }
-    if let Some(bytes) = source.file("chat_template.jinja")? {
-        return Ok(Some(String::from_utf8_lossy(&bytes).into_owned()));
-    }
-    Ok(of(source.json("chat_template.json")?))
 }
 
 fn seeing_metadata(

@@ -13,6 +13,7 @@ use super::{
     safetensors_writer::{SHARD_BYTES, TensorData, TensorHead, write_sharded},
 };
 use crate::{
+    data::{Template, Tokenizer, chat_template::ChatTemplate},
     error::{Error, Result},
     models::{config::ModelConfig, names},
 };
@@ -36,6 +37,8 @@ pub struct Changes<'a> {
     fetch: Box<dyn FnMut(&str) -> Result<HostTensor> + 'a>,
     /// Of the changed ones; none: as the source keeps each.
     dtype: Option<Dtype>,
+    /// Has the last word, once every tensor is written.
+    finish: Box<dyn FnOnce() -> Result<()> + 'a>,
 }
 
 impl<'a> Changes<'a> {
@@ -51,15 +54,31 @@ impl<'a> Changes<'a> {
         fetch: impl FnMut(&str) -> Result<HostTensor> + 'a,
         dtype: Option<Dtype>,
     ) -> Self {
-        Self { is_changed: Box::new(is_changed), fetch: Box::new(fetch), dtype }
+        Self { is_changed: Box::new(is_changed), fetch: Box::new(fetch), dtype, finish: Box::new(|| Ok(())) }
     }
+
+    /// With a last check: where it fails, no folder is left.
+    pub fn checked_by(self, finish: impl FnOnce() -> Result<()> + 'a) -> Self {
+        Self { finish: Box::new(finish), ..self }
+    }
+}
+
+/// How a model is written.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Writing {
+    /// Of all weights; none: each as it is.
+    pub dtype: Option<Dtype>,
+    /// Written as a chat template where the model brings none.
+    pub template: Option<&'static Template>,
+    /// Pictures are squared with the mean colour before anything else.
+    pub pad: bool,
 }
 
 /// Writes `config`'s model into the folder `out`, which appears whole or not at all and replaces an older one.
 ///
-/// What has not changed comes from `source`, byte for byte unless `dtype` asks for one dtype throughout: weights,
+/// What has not changed comes from `source`, byte for byte unless `writing` asks for one dtype throughout: weights,
 /// tokenizer and processor files, and the vision tensors behind the selected layer (zeros, and ones for norm weights,
-/// where `source` lacks them: nothing computes with them). `chat_template` is written where the model brings none.
+/// where `source` lacks them: nothing computes with them).
 ///
 /// # Errors
 /// `Data`: a value that the dtype cannot hold. `Failed`: what the disk refuses.
@@ -68,11 +87,10 @@ pub fn write_model(
     source: &ModelFolder,
     config: &ModelConfig,
     changes: Changes<'_>,
-    dtype: Option<Dtype>,
-    chat_template: Option<String>,
+    writing: &Writing,
 ) -> Result<()> {
     let folder = NewFolder::create(out)?;
-    let kept = write_weights(folder.path(), source, config, SHARD_BYTES, changes, dtype)?;
+    let kept = write_weights(folder.path(), source, config, SHARD_BYTES, changes, writing.dtype)?;
     let write_json =
         |name: &str, value: Value| write_file(&folder.path().join(name), format!("{value:#}\n").as_bytes());
     write_json("config.json", config.to_json(dtype_name(kept)))?;
@@ -81,8 +99,9 @@ pub fn write_model(
             write_file(&folder.path().join(name), &bytes)?;
         }
     }
-    if let Some(template) = chat_template
-        && !has_chat_template(source)?
+    if let Some(template) = writing.template
+        && ChatTemplate::source(source.name(), &|name| source.file(name))?.is_none()
+        && let Some(template) = template.jinja(writes_bos(source, config)?)
     {
         write_file(&folder.path().join("chat_template.jinja"), template.as_bytes())?;
     }
@@ -95,6 +114,7 @@ pub fn write_model(
     }
     if let Some(llava) = config.llava() {
         let preprocessor = processor_files::preprocessor_config(source.preprocessor_config()?, &llava.vision_config);
+        let preprocessor = if writing.pad { processor_files::padded(preprocessor) } else { preprocessor };
         write_json("preprocessor_config.json", preprocessor)?;
         let processor = processor_files::processor_config(source.json("processor_config.json")?, llava);
         write_json("processor_config.json", processor)?;
@@ -102,9 +122,14 @@ pub fn write_model(
     folder.commit()
 }
 
-fn has_chat_template(source: &ModelFolder) -> Result<bool> {
-    let within = source.json("tokenizer_config.json")?.is_some_and(|config| config.contains_key("chat_template"));
-    Ok(within || source.file("chat_template.jinja")?.is_some() || source.file("chat_template.json")?.is_some())
+/// Whether a chat template must write the BOS itself: transformers adds none to what a template rendered, but for a
+/// LLaVA, whose processor tokenises it like any text.
+fn writes_bos(source: &ModelFolder, config: &ModelConfig) -> Result<bool> {
+    if config.llava().is_some() || source.file("tokenizer.json")?.is_none() {
+        return Ok(false);
+    }
+    let tokenizer = Tokenizer::from_files(source.name(), &|name| source.file(name))?;
+    Ok(!tokenizer.prefix().is_empty())
 }
 
 /// As config.json calls it.
@@ -136,6 +161,12 @@ fn write_weights(
     let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
     let (mut heads, kept) = (Vec::new(), source.dtype()?);
     let mut plan = |name: String, shape: Vec<usize>, origin: Origin| -> Result<()> {
+        if matches!(origin, Origin::Source) && !source.has(&name) {
+            return Err(Error::data(format!(
+                "{} has no tensor {name}, and a whole model is to be written",
+                source.name()
+            )));
+        }
         let own = match &origin {
             Origin::Changed if changes.dtype.is_some() => changes.dtype.unwrap_or(kept),
             Origin::Source | Origin::Changed if source.has(&name) => source.stored(&name)?.dtype(),
@@ -155,7 +186,11 @@ fn write_weights(
         plan(name, shape, Origin::Filled(filled))?;
     }
     for (name, shape) in names::unused_vision_tensors(config) {
-        let origin = if source.has(&name) { Origin::Source } else { Origin::Filled(unused_default(&name, &shape)) };
+        let origin = match (changes.is_changed)(&name) {
+            true => Origin::Changed,
+            false if source.has(&name) => Origin::Source,
+            false => Origin::Filled(unused_default(&name, &shape)),
+        };
         plan(name, shape, origin)?;
     }
     let most = most_bytes(&heads);
@@ -172,6 +207,7 @@ fn write_weights(
         }
         Ok(TensorData::F32(tensor.data.into()))
     })?;
+    (changes.finish)()?;
     Ok(most)
 }
 
@@ -190,7 +226,7 @@ pub(super) fn identity_layer(shape: &[usize]) -> HostTensor {
 }
 
 /// What stands for a vision tensor that nothing computes with.
-pub(super) fn unused_default(name: &str, shape: &[usize]) -> HostTensor {
+pub fn unused_default(name: &str, shape: &[usize]) -> HostTensor {
     let norm_weight = shape.len() == 1 && name.ends_with(".weight");
     HostTensor::filled(shape, if norm_weight { 1.0 } else { 0.0 })
 }

@@ -11,8 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{
     atomic::{NewFolder, write_file},
     hf_write::{dtype_name, most_bytes, unused_default},
-    host_tensor::HostTensor,
-    model_folder::ModelFolder,
+    model_folder::{ModelFolder, joined::PAD},
     processor_files,
     safetensors::Dtype,
     safetensors_writer::{SHARD_BYTES, TensorData, TensorHead, write_sharded},
@@ -28,7 +27,6 @@ use crate::{
 
 /// The tower's folder, and its name in config.json.
 const TOWER: &str = "vision_tower";
-const PAD: &str = "<pad>";
 /// Files that do not name tokens by their ids.
 const CARRIED: [&str; 5] = ["tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"];
 
@@ -115,7 +113,8 @@ impl Tokens {
         let id_of =
             |text: &str| ids.iter().find(|(_, known)| *known == text).and_then(|(&id, _)| u32::try_from(id).ok());
         let pad = unknown.as_deref().and_then(id_of).or(source.config().text().eos_token_ids.first().copied());
-        Ok(Self { rows: rows.min(highest + 1), dropped, pad, unknown })
+        let listed = model["vocab"].as_array().map_or(0, Vec::len);
+        Ok(Self { rows: rows.min((highest + 1).max(listed)), dropped, pad, unknown })
     }
 
     fn is_dropped(&self, id: usize) -> bool {
@@ -260,7 +259,8 @@ fn write_weights(
     write_tensors(folder, source, tensors.collect(), dtype)
 }
 
-/// Writes tensors given as (name in the file, canonical name, shape). One that the source lacks is not computed with.
+/// Writes tensors given as (name in the file, canonical name, shape). Biases and parts of
+/// the tower that the source lacks are filled in: nothing computes with them.
 fn write_tensors(
     folder: &Path,
     source: &ModelFolder,
@@ -277,18 +277,18 @@ fn write_tensors(
     let most = most_bytes(&heads);
     write_sharded(folder, heads, SHARD_BYTES, &mut |head| {
         let canonical = origins.get(&head.name).map_or(head.name.as_str(), String::as_str);
-        if !source.has(canonical) {
-            let filled = match canonical.starts_with(names::PROJECTOR) {
-                true => HostTensor::zeros(head.shape.clone()),
-                false => unused_default(canonical, &head.shape),
-            };
-            return Ok(TensorData::F32(filled.data.into()));
+        if !source.has(canonical) && (canonical.starts_with(names::VISION_TOWER) || is_projector_bias(canonical)) {
+            return Ok(TensorData::F32(unused_default(canonical, &head.shape).data.into()));
         }
         let stored = source.stored(canonical)?;
         let rows = if head.shape.len() > 1 { head.shape[0] } else { 1 };
         Ok(TensorData::Stored(stored.first_rows(rows)))
     })?;
     Ok(most)
+}
+
+fn is_projector_bias(canonical: &str) -> bool {
+    canonical.starts_with(names::PROJECTOR) && canonical.ends_with(".bias")
 }
 
 /// A `CLIPVisionModel` folder.

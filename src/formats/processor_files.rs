@@ -43,9 +43,35 @@ pub fn preprocessor_config(present: Option<Map<String, Value>>, vision: &ClipVis
         );
         map
     });
+    // A tower for another size than the processor was made for.
+    let made = map.get("crop_size").or(map.get("size")).cloned().unwrap_or(json!(size));
+    if resized(&made, size) != made {
+        for key in ["size", "crop_size"] {
+            if let Some(value) = map.get_mut(key) {
+                *value = resized(value, size);
+            }
+        }
+    }
     complete(&mut map, [("image_processor_type", json!("CLIPImageProcessor"))]);
     map.insert("processor_class".into(), json!("LlavaProcessor"));
     Value::Object(map)
+}
+
+/// A size in the form that it has: a number, the shortest edge, or both sides.
+fn resized(value: &Value, size: usize) -> Value {
+    match value {
+        Value::Number(_) => json!(size),
+        Value::Object(form) if form.contains_key("shortest_edge") => json!({"shortest_edge": size}),
+        Value::Object(form) if form.contains_key("height") => json!({"height": size, "width": size}),
+        other => other.clone(),
+    }
+}
+
+/// The same, with pictures squared with the mean colour first, in transformers' words.
+pub fn padded(mut preprocessor: Value) -> Value {
+    preprocessor["do_pad"] = json!(true);
+    preprocessor["image_processor_type"] = json!("LlavaImageProcessor");
+    preprocessor
 }
 
 /// processor_config.json: how many placeholder tokens a picture takes. Without it, old releases expand each picture to one.

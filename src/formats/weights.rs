@@ -21,7 +21,16 @@ pub enum Weights {
     Random(RandomWeights),
 }
 
+/// What a folder's weights are in; safetensors first.
+const FOLDER_FILES: [&str; 4] =
+    [safetensors::SINGLE_FILE, safetensors::INDEX_FILE, torch_bin::SINGLE_FILE, torch_bin::INDEX_FILE];
+
 impl Weights {
+    /// Whether a folder holds safetensors or `.bin` files.
+    pub fn is_in(folder: &Path) -> bool {
+        FOLDER_FILES.iter().any(|name| folder.join(name).exists())
+    }
+
     /// A folder with weights in it, or a file, whose kind is seen from its first bytes.
     ///
     /// # Errors
@@ -40,15 +49,14 @@ impl Weights {
                 _ => Ok(Self::Safetensors(Checkpoint::open(path)?)),
             };
         }
-        let has = |names: [&str; 2]| names.iter().any(|name| path.join(name).exists());
-        if has([safetensors::SINGLE_FILE, safetensors::INDEX_FILE]) {
+        let has = |names: &[&str]| names.iter().any(|name| path.join(name).exists());
+        if has(&FOLDER_FILES[..2]) {
             return Ok(Self::Safetensors(Checkpoint::open(path)?));
         }
-        if has([torch_bin::SINGLE_FILE, torch_bin::INDEX_FILE]) {
+        if has(&FOLDER_FILES[2..]) {
             return Ok(Self::Torch(TorchFile::open(path)?));
         }
-        let wanted = [safetensors::SINGLE_FILE, safetensors::INDEX_FILE, torch_bin::SINGLE_FILE, torch_bin::INDEX_FILE];
-        Err(Error::data(format!("{} holds no weights: none of {}", path.display(), wanted.join(", ")))
+        Err(Error::data(format!("{} holds no weights: none of {}", path.display(), FOLDER_FILES.join(", ")))
             .hint("name the folder that holds the model's weights, or the weights file itself"))
     }
 

@@ -59,6 +59,7 @@ impl Llava {
         let mut parameters = Parameters::default();
         let shapes = config.llava().map(names::projector_tensors).unwrap_or_default();
         let wanted = names::expected_tensors(&config).into_iter().map(|(name, _)| name);
+        let wanted = wanted.filter(|name| !(replace && name.starts_with(names::PROJECTOR)));
         let mut loader = Loader::new(gpu, folder, wanted, loading)?;
         let mut load = |name: &str| {
             let tensor = match shapes.iter().find(|(known, _)| known == name) {

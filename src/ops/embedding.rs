@@ -35,6 +35,7 @@ pub fn gather_into(table: &Tensor, ids: &Tensor, y: &Tensor) {
 
 /// table[ids[i]] = y[i] for ids inside the table [V, D]. No such id may occur twice.
 pub fn scatter(y: &Tensor, ids: &Tensor, table: &Tensor) {
+    assert!(!table.dtype().is_packed(), "rows of f32 into {table:?}");
     move_rows("embedding.scatter", table, ids, y);
 }
 

@@ -124,7 +124,11 @@ impl Call<'_> {
             region.cut_m(halved(region.m))
         } else if bytes(a_rows, self.a) > most && length(a_rows) > 64 {
             if self.layout == Layout::Tn { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
-        } else if gpu.is_cpu() && self.layout == Layout::Nt && (self.b.dtype().is_packed() || length(region.m) <= 32) {
+        } else if gpu.is_cpu()
+            && self.layout == Layout::Nt
+            && (self.b.dtype().is_packed() || length(region.m) <= 32)
+            && host::rows_fit(self.a, self.b)
+        {
             return self.by_lanes(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }

@@ -117,11 +117,18 @@ impl Prepared {
             (None, Some(before)) => before.clone(),
             (None, None) => return Err(Error::usage("model_name_or_path is required in the first stage")),
         };
+        if let Some(half) = stage.precision.filter(|&half| stage.method == Method::Full && half != Precision::Float32) {
+            return Err(Error::usage(format!("precision {half} with method full is known, but not built yet"))
+                .hint("leave precision out: what trains is kept in float32"));
+        }
         let folder = open_seeing(&origin.model, stage)?;
         let mut config = folder.config().clone();
         let projector = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
         if let ModelConfig::Llava(llava) = &mut config {
             adjust(llava, stage, folder.has_projector() && projector.is_none())?;
+        }
+        if stage.method == Method::Lora {
+            check_adapter_suffices(stage, &folder, &config)?;
         }
         let named_adapter = match &stage.adapter_name_or_path {
             Some(Source::Local(path)) => Some(path.clone()),
@@ -183,7 +190,7 @@ impl Prepared {
     /// Brings the weights to the device; what is new (projector, adapter) gets its first values.
     ///
     /// # Errors
-    /// `Usage`: half precision for weights that train, or an adapter that does not fit. Whatever fails on the device.
+    /// An adapter that does not fit; whatever fails on the device.
     pub fn load(self, stage: &StageConfig, gpu: &Gpu, observer: &mut dyn Observer) -> Result<Start> {
         let Self { folder, config, projector: given, adapter: read } = self;
         let named = config.clone();
@@ -192,10 +199,6 @@ impl Prepared {
             None => Ok(trainable::fresh_projector(stage.seed, &named, name, shape)),
         };
         let precision = stage.precision.map(Precision::dtype);
-        if let Some(half) = stage.precision.filter(|&half| stage.method == Method::Full && half != Precision::Float32) {
-            return Err(Error::usage(format!("precision {half} with method full is known, but not built yet"))
-                .hint("leave precision out: what trains is kept in float32"));
-        }
         let mut loading = Loading {
             precision,
             trains: &|name| trainable::trains(stage, name).is_some(),
@@ -213,6 +216,7 @@ impl Prepared {
                 let parts = ["weight", "bias"];
                 changed.extend(read.modules.keys().flat_map(|module| parts.map(|part| format!("{module}.{part}"))));
                 changed.extend(read.saved.keys().cloned());
+                changed.extend(read.unties_head.then(|| names::LM_HEAD.to_owned()));
                 adapter::attach(&mut model, &read, 0.0)?;
                 adapter::fold(&mut model)?;
                 None
@@ -223,6 +227,29 @@ impl Prepared {
             adapter::attach(&mut model, adapter, stage.lora_dropout)?;
         }
         Ok(Start { model, folder, adapter, changed })
+    }
+}
+
+/// Refuses what an adapter could not tell whoever loads it: it holds tensors, and no config of the model under it.
+fn check_adapter_suffices(stage: &StageConfig, folder: &ModelFolder, config: &ModelConfig) -> Result<()> {
+    let refuse = |key: &str| {
+        Err(Error::usage(format!(
+            "{key} with method lora: the adapter alone would not say so, and the base is another"
+        ))
+        .hint("train the projector with it first (method = \"projector\" writes a whole model), then the adapter"))
+    };
+    if stage.vision_tower.is_some() && !folder.is_original() {
+        return refuse("vision_tower");
+    }
+    let (Some(base), Some(wanted)) = (folder.config().llava(), config.llava()) else { return Ok(()) };
+    if (base.vision_feature_layer, base.vision_feature_select_strategy)
+        != (wanted.vision_feature_layer, wanted.vision_feature_select_strategy)
+    {
+        return refuse("mm_vision_select_layer or mm_vision_select_feature");
+    }
+    match stage.image_size {
+        Some(_) if folder.is_resized() => refuse("image_size"),
+        _ => Ok(()),
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     checkpoint::{self, TrainerState},
-    config::{LossNorm, Method, StageConfig},
+    config::{ImageAspectRatio, LossNorm, Method, StageConfig},
     events::{Event, Observer, StageHeader, StepMetrics},
     metrics::{self, MetricsWriter},
     optimizer::{AdamW, Optimizer, Updates},
@@ -280,7 +280,7 @@ impl<'a> Trainer<'a> {
         let parameter = |name: &str| model.parameters.find(name).map(|id| model.parameters.get(id));
         // What has not changed is in the source, whatever dtype it has there.
         let is_changed = |name: &str| {
-            self.start.changed.contains(name) || parameter(name).is_some_and(|parameter| parameter.grad.is_some())
+            parameter(name).is_some_and(|parameter| parameter.grad.is_some() || self.start.changed.contains(name))
         };
         let fetch = |name: &str| {
             let missing = || Error::failed(format!("{name} is not in the model"));
@@ -290,8 +290,12 @@ impl<'a> Trainer<'a> {
             Ok(HostTensor::new(shape.clone(), values))
         };
         let changes = hf_write::Changes::of(is_changed, fetch, Some(Dtype::F32));
-        let template = Template::named(&self.stage.version).ok().and_then(Template::jinja);
-        hf_write::write_model(folder, source, &model.config, changes, None, template)
+        let writing = hf_write::Writing {
+            dtype: None,
+            template: Template::named(&self.stage.version).ok(),
+            pad: self.stage.image_aspect_ratio == ImageAspectRatio::Pad,
+        };
+        hf_write::write_model(folder, source, &model.config, changes, &writing)
     }
 
     /// Writes the stage's output and marks it finished.

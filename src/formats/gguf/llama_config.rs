@@ -239,18 +239,7 @@ fn llama3_scaling(file: &GgufFile, theta: f64, head_dim: usize) -> Result<Json> 
     if factors.iter().all(|&factor| factor == 1.0) {
         return Ok(Json::Null);
     }
-    let factor = f64::from(factors.last().copied().unwrap_or(1.0));
-    let fits = |parameters: [f64; 4]| {
-        let expected = llama3_factors(theta, head_dim, parameters);
-        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= LLAMA3_TOLERANCE * b.abs();
-        factors.iter().zip(&expected).all(near)
-    };
-    let table = Llama3Table::new(theta, head_dim, factor, &factors);
-    let [low, high] = LLAMA3_LOW_HIGH;
-    let mut candidates = vec![[factor, low, high, LLAMA3_ORIGINAL]];
-    candidates.extend(table.original(low, high).map(|original| [factor, low, high, original]));
-    candidates.extend(table.line().or(table.steep_line()));
-    match candidates.into_iter().find(|&parameters| fits(parameters)) {
+    match llama3_parameters(theta, head_dim, &factors) {
         Some([factor, low, high, original]) => Ok(json!({
             "rope_type": "llama3",
             "factor": factor,
@@ -265,6 +254,22 @@ fn llama3_scaling(file: &GgufFile, theta: f64, head_dim: usize) -> Result<Json> 
         ))
         .hint("only that kind of scaling by a table is read")),
     }
+}
+
+/// Parameters that give these factors: factor, low, high and original context. Several do; the usual ones come first.
+fn llama3_parameters(theta: f64, head_dim: usize, factors: &[f32]) -> Option<[f64; 4]> {
+    let factor = f64::from(factors.last().copied()?);
+    let table = Llama3Table::new(theta, head_dim, factor, factors);
+    let [low, high] = LLAMA3_LOW_HIGH;
+    let mut candidates = vec![[factor, low, high, LLAMA3_ORIGINAL]];
+    candidates.extend(table.original(low, high).map(|original| [factor, low, high, original]));
+    candidates.extend(table.line());
+    candidates.extend(table.steep_line());
+    candidates.into_iter().find(|&parameters| {
+        let expected = llama3_factors(theta, head_dim, parameters);
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= LLAMA3_TOLERANCE * b.abs();
+        factors.iter().zip(&expected).all(near)
+    })
 }
 
 /// A table of factors as points: over 1 / wavelength, descending, what `llama3` scaling interpolates with, from 1
@@ -299,8 +304,8 @@ impl Llama3Table {
         let span = LLAMA3_ORIGINAL * (x1 - x0) / (y1 - y0);
         let low = -(y0 - (y1 - y0) / (x1 - x0) * x0) * span;
         let rounded = |value: f64| (value * 1e4).round() / 1e4;
-        (span.is_finite() && span > 0.0 && low > 0.0)
-            .then(|| [self.factor, rounded(low), rounded(low + span), LLAMA3_ORIGINAL])
+        let parameters = [self.factor, rounded(low), rounded(low + span), LLAMA3_ORIGINAL];
+        (span.is_finite() && span > 0.0 && low > 0.0).then_some(parameters)
     }
 
     /// With one point between or none, lines of many slopes give the table: one that is steep enough.
@@ -315,6 +320,33 @@ impl Llama3Table {
         let slope = 1.01 * ((1.0 - smooth) / (above - at)).max(smooth / (at - below));
         let span = LLAMA3_ORIGINAL / slope;
         let low = (slope * at - smooth) * span;
-        (span.is_finite() && span > 0.0 && low > 0.0).then(|| [self.factor, low, low + span, LLAMA3_ORIGINAL])
+        (span.is_finite() && span > 0.0 && low > 0.0).then_some([self.factor, low, low + span, LLAMA3_ORIGINAL])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_found_for_any_number_of_factors_between() {
+        let usual = [8.0, 1.0, 4.0, 64.0];
+        assert_eq!(llama3_parameters(500_000.0, 12, &llama3_factors(500_000.0, 12, usual)), Some(usual));
+        for (theta, head_dim, parameters) in [
+            (500_000.0, 128, [8.0, 1.0, 4.0, 8192.0]),
+            (10_000.0, 64, [4.0, 2.0, 6.0, 4096.0]),
+            (10_000.0, 8, [4.0, 1.0, 1.5, 100.0]),
+            (10_000.0, 8, [4.0, 1.5, 7.0, 700.0]),
+            (10_000.0, 6, [2.0, 1.0, 1.2, 1000.0]),
+            (10_000.0, 64, [3.0, 1.0, 2.5, 20000.0]),
+            (10_000.0, 4, [2.0, 1.0, 2.0, 0.5]),
+        ] {
+            let factors = llama3_factors(theta, head_dim, parameters);
+            let found = llama3_parameters(theta, head_dim, &factors);
+            let again = llama3_factors(theta, head_dim, found.unwrap_or_else(|| panic!("{parameters:?}: {factors:?}")));
+            for (again, factor) in again.iter().zip(&factors) {
+                assert!((again - factor).abs() <= 2e-5 * factor, "{parameters:?}: {again} for {factor}");
+            }
+        }
     }
 }

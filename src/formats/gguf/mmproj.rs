@@ -2,7 +2,9 @@
 //!
 //! clip.cpp knows the projector `mlp`: two linears with a GELU between them. A single linear y = Wx + b is written as
 //! such a pair without an error, because gelu(y) - gelu(-y) = y: the first linear gives y and -y, the second subtracts.
-//! llama.cpp computes the GELU by its tanh formula, so answers differ a little from the exact one used here.
+//! llama.cpp computes the GELU by its tanh formula, so answers differ a little from the exact one used here. Its releases
+//! of 2025 and 2026 put the class token behind the patches, so that position embeddings are off by one; the file holds
+//! what the model was trained with (tools/check_gguf.py tells the two apart).
 
 use super::{
     GgmlType, Metadata, Value,

@@ -95,9 +95,10 @@ pub fn config_json(file: &GgufFile, text: Json, image: Option<usize>) -> Result<
         file.size(&key)?.ok_or_else(|| file.missing(&key))
     };
     let layers = size("block_count")?;
-    // llama.cpp leaves one layer out where the file does not say.
+    // Converters leave the layers behind the selected one out. (Some releases of llama.cpp leave out another one where
+    // the file does not say which, which no model was trained with.)
     let selected = match file.value("clip.vision.feature_layer") {
-        None => layers.saturating_sub(1) as i64,
+        None => layers as i64,
         Some(Value::Array(array)) => match array.as_integers().as_deref() {
             Some(&[one]) => i64::try_from(one).unwrap_or(i64::MAX),
             _ => return Err(wrong("features of several layers together are not built yet".to_owned())),

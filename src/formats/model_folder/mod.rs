@@ -4,7 +4,7 @@
 mod files;
 mod fit;
 mod growth;
-mod joined;
+pub(super) mod joined;
 mod open;
 mod original;
 mod position_embeddings;
@@ -71,6 +71,11 @@ impl ModelFolder {
     /// Whether it is in the layout of the original LLaVA authors.
     pub fn is_original(&self) -> bool {
         self.original
+    }
+
+    /// Whether it takes pictures of another size than its tower's weights were made for.
+    pub fn is_resized(&self) -> bool {
+        self.replaced.contains_key(names::POSITION_EMBEDDING)
     }
 
     pub fn has_projector(&self) -> bool {

@@ -51,7 +51,8 @@ impl ModelFolder {
                 .hint("a folder with config.json is expected, or a .gguf file"));
         }
         let files = Files::on_disk(path);
-        let Some(config) = files.read("config.json")? else {
+        // Repositories of GGUF files often have a config.json beside them.
+        let Some(config) = files.read("config.json")?.filter(|_| Weights::is_in(path) || !has_gguf(path)) else {
             let (seeing, language): (Vec<PathBuf>, Vec<PathBuf>) = gguf_files(path)?.into_iter().partition(is_mmproj);
             return match (language.as_slice(), seeing.as_slice()) {
                 ([one], []) => Self::from_gguf(GgufFile::open(one)?, None),
@@ -202,6 +203,10 @@ impl ModelFolder {
         }
         Ok(())
     }
+}
+
+fn has_gguf(folder: &Path) -> bool {
+    gguf_files(folder).is_ok_and(|files| !files.is_empty())
 }
 
 /// The GGUF files of a folder, sorted.

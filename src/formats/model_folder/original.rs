@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{Files, ModelFolder, Tower, canonical_of_model};
 use crate::{
     error::{Error, Result},
-    formats::weights::Weights,
+    formats::{processor_files, weights::Weights},
     models::{
         config::{ClipVisionConfig, ModelConfig},
         names,
@@ -71,10 +71,8 @@ impl ModelFolder {
             return Ok(());
         }
         let Some(llava) = self.config.llava() else { return Ok(()) };
-        let mut processing =
-            crate::formats::processor_files::preprocessor_config(self.preprocessor_config()?, &llava.vision_config);
-        processing["do_pad"] = json!(true);
-        self.files.put_json("preprocessor_config.json", &processing);
+        let processing = processor_files::preprocessor_config(self.preprocessor_config()?, &llava.vision_config);
+        self.files.put_json("preprocessor_config.json", &processor_files::padded(processing));
         Ok(())
     }
 

@@ -11,6 +11,9 @@ use crate::{
 /// PyTorch's sharpness of the cubic; Pillow's is -0.5.
 const A: f32 = -0.75;
 
+/// Pixels a side, at most.
+const MAX_SIZE: usize = 1 << 12;
+
 impl ModelFolder {
     /// The same model for pictures of `size` x `size` pixels. A plain LLaMA, and a size that is the tower's, are left
     /// as they are.
@@ -22,6 +25,11 @@ impl ModelFolder {
         let vision = &mut llava.vision_config;
         if vision.image_size == size {
             return Ok(self);
+        }
+        if size > MAX_SIZE {
+            return Err(Error::usage(format!(
+                "pictures of {size} pixels are larger than {MAX_SIZE}, the largest taken"
+            )));
         }
         if size == 0 || !size.is_multiple_of(vision.patch_size) {
             let message = format!("pictures of {size} pixels are not whole patches of {}", vision.patch_size);

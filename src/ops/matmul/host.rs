@@ -8,6 +8,11 @@ use crate::{
     tensor::{Dtype, Tensor},
 };
 
+/// Whether a row of A, and one of W, is a uniform; longer ones are for the kernels of GPUs.
+pub(super) fn rows_fit(a: &Tensor, b: &Tensor) -> bool {
+    uniform_rows(a.cols(), Dtype::F32) > 0 && uniform_rows(b.cols(), b.dtype()) > 0
+}
+
 impl Call<'_> {
     /// Cuts a region until the rows of A and of B are uniforms of 64 KiB at most; rows longer than that, or so long
     /// that few fit, are served by the tiled kernel.
@@ -127,9 +132,6 @@ impl Call<'_> {
     /// NT: rows of W are spread over lanes, as many as fit into LANE_WINDOWS uniforms a dispatch.
     pub(super) fn by_lanes(&self, region: Region) {
         let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
-        if fit_a == 0 || fit_b == 0 {
-            return self.launch(region);
-        }
         // Whole vectors of lanes; and few enough columns that their bias is one uniform.
         let window = (if fit_b >= LANES { fit_b / LANES * LANES } else { fit_b }).min(1024);
         for m in parts(region.m, fit_a) {
