@@ -56,13 +56,24 @@ fn opened(name: &str) -> (Value, ModelFolder, Adapter) {
     (expected, folder, adapter)
 }
 
+/// The model that a form was made for, as a folder.
+fn base(name: &str) -> PathBuf {
+    golden("parity").join(expected(name)["model"].as_str().unwrap()).join("model")
+}
+
 fn check_score(name: &str) {
+    let adapter = form(name);
+    assert_score(name, &base(name), &["--adapter".as_ref(), adapter.as_os_str()]);
+}
+
+/// `score` of a model, with more arguments, against PEFT's.
+fn assert_score(name: &str, model: &Path, more: &[&std::ffi::OsStr]) {
     let expected = expected(name);
     let case = golden("parity").join(expected["model"].as_str().unwrap());
-    let path = |file: &str| case.join(file).display().to_string();
-    let (model, data, images, adapter) =
-        (path("model"), path("score.json"), path("images"), form(name).display().to_string());
-    let output = run(["score", "--model", &model, "--data", &data, "--image-folder", &images, "--adapter", &adapter]);
+    let (data, images) = (case.join("score.json"), case.join("images"));
+    let arguments =
+        ["score".as_ref(), "--model".as_ref(), model, "--data".as_ref(), &data, "--image-folder".as_ref(), &images];
+    let output = run(arguments.iter().map(|argument: &&Path| argument.as_os_str()).chain(more.iter().copied()));
     let lines = String::from_utf8(output.stdout).unwrap();
     let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let records = expected["score"].as_array().unwrap();
@@ -79,6 +90,52 @@ fn check_score(name: &str) {
 }
 
 /// In two halves, which run beside each other.
+/// `merge` writes a model that answers as the model with the adapter does.
+#[test]
+fn merged_folders_answer_as_peft_does() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in forms() {
+        let out = dir.path().join(&name);
+        let (model, adapter) = (base(&name), form(&name));
+        let line =
+            [Path::new("merge"), "--model".as_ref(), &model, "--adapter".as_ref(), &adapter, "--out".as_ref(), &out];
+        let output = common::program(line).output().unwrap();
+        let told = common::stderr(&output);
+        // An adapter's bias where the model has none has no place in the weights.
+        if !output.status.success() {
+            assert!(told.contains("without a bias cannot be merged"), "{name}: {told}");
+            assert!(!out.exists());
+            continue;
+        }
+        assert!(told.contains("the largest change is"), "{told}");
+        assert_score(&name, &out, &[]);
+    }
+}
+
+#[test]
+fn a_broken_adapter_leaves_no_merged_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let (adapter, out) = (dir.path().join("adapter"), dir.path().join("out"));
+    common::copy_folder(&form("all_linear"), &adapter);
+    let weights = Checkpoint::open(&form("all_linear").join("adapter_model.safetensors")).unwrap();
+    let heads = weights.names().map(|name| TensorHead::f32(name, weights.require(name).unwrap().shape)).collect();
+    write_safetensors(&adapter.join("adapter_model.safetensors"), heads, &mut |head| {
+        let mut values = weights.require(&head.name)?.to_f32()?.data;
+        if head.name.contains("lora_A") {
+            values[0] = f32::NAN;
+        }
+        Ok(TensorData::F32(values.into()))
+    })
+    .unwrap();
+    let model = base("all_linear");
+    let line = [Path::new("merge"), "--model".as_ref(), &model, "--adapter".as_ref(), &adapter, "--out".as_ref(), &out];
+    let output = common::program(line).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", common::stderr(&output));
+    assert!(common::stderr(&output).contains("infinite or not a number"), "{}", common::stderr(&output));
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["adapter"]);
+}
+
 #[test]
 fn scores_are_those_of_peft() {
     forms().iter().step_by(2).for_each(|name| check_score(name));

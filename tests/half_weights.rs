@@ -241,6 +241,32 @@ fn tied_head(table: &Tensor, ids: &[u32]) -> [Vec<f32>; 3] {
     [embedded, kept, gradients.of(&x).unwrap().to_vec().unwrap()]
 }
 
+/// Rows too long for a uniform go to the kernels of GPUs, in parts that can be bound: Qwen2-7B's down_proj on a
+/// processor.
+#[test]
+fn rows_longer_than_a_uniform_are_cut_where_they_cannot_be_bound() {
+    let gpu = Gpu::open(&AdapterOptions { max_binding: Some(8 << 20), ..Default::default() }).expect("an adapter");
+    let [k, n] = [33_000, 150];
+    let mut random = Random::new(5);
+    let (weight, wide) = random.tensor(&gpu, &[n, k]);
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let weight_on_device = cast(&wide, dtype);
+        let rounded = weight_on_device.to_vec().unwrap();
+        assert!(dtype != Dtype::F32 || rounded == weight);
+        for tokens in [1, 3] {
+            let (x, tx) = random.tensor(&gpu, &[tokens, k]);
+            let mut tape = Tape::silent();
+            let tx = tape.constant(tx);
+            let y = functions::linear(&mut tape, &tx, &Weight::frozen(weight_on_device.clone()), None);
+            for (at, got) in y.value.to_vec().unwrap().into_iter().enumerate() {
+                let (row, column) = (&x[at / n * k..][..k], &rounded[at % n * k..][..k]);
+                let want: f64 = row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                assert!((f64::from(got) - want).abs() < 1e-3, "{dtype:?}, {tokens} tokens, {at}: {got} for {want}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_packed_head_tied_to_the_embedding_gives_the_same_losses() {
     let (vocab_size, d) = (301, 33);

@@ -176,6 +176,29 @@ fn a_llama_and_a_tower_named_apart_train_as_the_whole_does_in_transformers() {
     assert_eq!(written.config().llava().unwrap().image_token_index, 391);
 }
 
+/// What is trained for another size, or on padded pictures, says so to whoever loads it.
+#[test]
+fn a_written_model_takes_pictures_as_it_was_trained_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = golden("parity/mha_untied_mlp");
+    let out = dir.path().join("run");
+    let config = case.join("projector.toml");
+    let settings = ["image_size=42", "max_steps=1", "image_aspect_ratio=\"pad\""];
+    let mut arguments =
+        vec!["train".into(), config.display().to_string(), "--output-dir".into(), out.display().to_string()];
+    arguments.extend(settings.iter().flat_map(|setting| ["--set".to_owned(), (*setting).to_owned()]));
+    run(arguments);
+    let written = ModelFolder::open(&out.join("model")).unwrap();
+    assert_eq!(written.config().llava().unwrap().vision_config.image_size, 42);
+    let processing = written.preprocessor_config().unwrap().unwrap();
+    assert_eq!((&processing["crop_size"], &processing["do_pad"]), (&json!({"height": 42, "width": 42}), &json!(true)));
+    let shape = written.tensor(names::POSITION_EMBEDDING).unwrap().shape;
+    let again = wgpu_llava::models::open::sized(written, None).unwrap();
+    assert!(shape == [10, 24] && !again.is_resized());
+    let processor = wgpu_llava::models::open::processor(&again, false).unwrap().unwrap();
+    assert_eq!(processor.output_size(), Some((42, 42)));
+}
+
 #[test]
 fn a_vocabulary_without_a_token_for_pictures_grows() {
     let dir = tempfile::tempdir().unwrap();
