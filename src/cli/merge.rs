@@ -43,7 +43,10 @@ pub fn run(args: &MergeArgs, global: &GlobalArgs) -> Result<()> {
         }
         Ok(tensor)
     };
-    let touches = |name: &str| merge.borrow().as_ref().is_some_and(|merge| merge.touches(name));
+    let touches = |name: &str| {
+        let untied = name == names::LM_HEAD && !folder.has(name);
+        untied || merge.borrow().as_ref().is_some_and(|merge| merge.touches(name))
+    };
     let finish = || {
         report.set(merge.take().map(Merge::finish).transpose()?);
         Ok(())
