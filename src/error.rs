@@ -67,7 +67,7 @@ impl Error {
     pub fn writing(path: &Path, source: std::io::Error) -> Self {
         let full = source.kind() == std::io::ErrorKind::StorageFull;
         let error = Self::failed(format!("cannot write {}", path.display())).caused_by(source);
-        if full { error.hint("the disk is full: free some space, or choose another --output-dir") } else { error }
+        if full { error.hint("the disk is full: free some space, or choose another place") } else { error }
     }
 }
 

@@ -158,6 +158,19 @@ fn a_llama_and_a_tower_named_apart_train_as_the_whole_does_in_transformers() {
     let config = dir.path().join("run.toml");
     fs::write(&config, parts + &text).unwrap();
     let out = dir.path().join("run");
+    // Two stages from such a start are told before they are run, the second without a tower of its own.
+    let stages = "\n[[stage]]\nname = \"a\"\n\n[[stage]]\nname = \"b\"\nmethod = \"lora\"\nversion = \"v1\"\n";
+    let two = dir.path().join("two.toml");
+    fs::write(&two, fs::read_to_string(&config).unwrap() + stages).unwrap();
+    run([Path::new("train"), &two, "--dry-run".as_ref()]);
+    let refused = |setting: &str| {
+        let line = [Path::new("train"), &config, "--dry-run".as_ref(), "--set".as_ref(), setting.as_ref()];
+        let output = program(line).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{setting}");
+        stderr(&output)
+    };
+    assert!(refused("mm_projector_type=linear").contains("holds a projector of type mlp2x_gelu"));
+    assert!(refused("method=lora").contains("vision_tower with method lora"));
     run([Path::new("train"), &config, Path::new("--output-dir"), &out]);
     let expected = read_json(&case.join("expected.json"));
     let metrics = read_lines(&out.join("metrics.jsonl"));

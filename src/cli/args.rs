@@ -302,6 +302,9 @@ pub struct MergeArgs {
     /// The dtype of all weights [default: each as it is; f32 where they are quantised]
     #[arg(long, value_enum, value_name = "DTYPE")]
     pub dtype: Option<FloatDtype>,
+    /// The vision tower's folder, for a model of the original LLaVA authors that names one elsewhere
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
 }
 
 /// What weights can be kept in.

@@ -43,8 +43,7 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
         }
     };
     let template = args.version.as_deref().map(|version| chat_template(version, args.to)).transpose()?;
-    let tower = args.vision_tower.as_ref().map(|path| hub::local_path(path, Wanted::Tower, &mut ui)).transpose()?;
-    let folder = open(&args.from, tower.as_deref(), &mut ui)?.with_projector()?;
+    let folder = open(&args.from, args.vision_tower.as_deref(), &mut ui)?.with_projector()?;
     match args.to {
         Layout::Hf => {
             let folder = folder.with_image_token(SEED)?;
@@ -122,9 +121,10 @@ fn model_name(from: &str) -> String {
 pub(super) fn open(from: &str, tower: Option<&Path>, ui: &mut Ui) -> Result<ModelFolder> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
+    let tower = tower.map(|path| hub::local_path(path, Wanted::Tower, ui)).transpose()?;
     match hub::local(Source::parse(from, &working_dir), Wanted::Model, ui)? {
         Source::Embedded(name) => embedded::model(&name),
-        Source::Local(path) => ModelFolder::open_with_tower(&path, tower),
+        Source::Local(path) => ModelFolder::open_with_tower(&path, tower.as_deref()),
         Source::Hub(name) => Err(no_folder(&name)),
     }
 }

@@ -21,7 +21,7 @@ use crate::{
 pub fn run(args: &MergeArgs, global: &GlobalArgs) -> Result<()> {
     let mut ui = Ui::new(global.quiet, global.verbose);
     report::check_new_folder("--out", &args.out)?;
-    let folder = open(&args.model, None, &mut ui)?.with_image_token(SEED)?;
+    let folder = open(&args.model, args.vision_tower.as_deref(), &mut ui)?.with_image_token(SEED)?;
     let adapter = Adapter::read(&hub::local_path(&args.adapter, Wanted::Adapter, &mut ui)?, folder.config())?;
     let merge = Merge::new(&adapter, folder.config())?;
     let config = merge.config().clone();

@@ -36,6 +36,9 @@ enum ContentForm {
     Parts,
 }
 
+/// A template among a model's files: what messages call it, its text, and the special tokens.
+type Found = (String, String, Map<String, Value>);
+
 /// A template ready to be rendered.
 pub struct ChatTemplate {
     name: String,
@@ -113,8 +116,7 @@ impl ChatTemplate {
         Ok(Self::found(model, read)?.map(|(_, source, _)| source))
     }
 
-    /// What messages call it, its text, and the special tokens.
-    fn found(model: &str, read: FileReader<'_>) -> Result<Option<(String, String, Map<String, Value>)>> {
+    fn found(model: &str, read: FileReader<'_>) -> Result<Option<Found>> {
         let object = |file: &str| -> Result<Map<String, Value>> {
             let Some(bytes) = read(file)? else { return Ok(Map::new()) };
             serde_json::from_slice(&bytes)

@@ -68,6 +68,8 @@ impl ImageSource {
     }
 }
 
+const READ: &str = "PNG, JPEG, WebP, GIF and BMP can be read, whatever the file is called";
+
 /// Decodes a picture, its format told by its content, as Pillow's `convert("RGB")` does: palettes are looked up, alpha
 /// is dropped (not blended), EXIF orientation is ignored, of an animation the first frame is taken. JPEGs are decoded
 /// to the same bytes.
@@ -76,16 +78,17 @@ impl ImageSource {
 /// at 255, which leaves them white.)
 pub fn decode(bytes: &[u8], name: &str) -> Result<RgbImage> {
     let unreadable = |source: ImageError| {
-        Error::data(format!("cannot read the picture {name}"))
-            .caused_by(source)
-            .hint("the file is damaged or cut off: fetch it again, or remove the record that names it")
+        let hint = match source {
+            ImageError::Unsupported(_) => READ,
+            _ => "the file is damaged or cut off: fetch it again, or remove the record that names it",
+        };
+        Error::data(format!("cannot read the picture {name}")).caused_by(source).hint(hint)
     };
     let mut reader = ImageReader::new(Cursor::new(bytes))
         .with_guessed_format()
         .map_err(|source| Error::data(format!("cannot read the picture {name}")).caused_by(source))?;
     let Some(format) = reader.format() else {
-        return Err(Error::data(format!("{name} is not a picture of a known format"))
-            .hint("PNG, JPEG, WebP, GIF and BMP can be read, whatever the file is called"));
+        return Err(Error::data(format!("{name} is not a picture of a known format")).hint(READ));
     };
     if format == ImageFormat::Jpeg && !jpeg_is_whole(bytes) {
         return Err(

@@ -31,10 +31,13 @@ const CARRIED: [&str; 9] = [
     "chat_template.json",
 ];
 
+/// Gives a tensor by canonical name.
+type FetchTensor<'a> = Box<dyn FnMut(&str) -> Result<HostTensor> + 'a>;
+
 /// The tensors that are written otherwise than the source has them.
 pub struct Changes<'a> {
     is_changed: Box<dyn Fn(&str) -> bool + 'a>,
-    fetch: Box<dyn FnMut(&str) -> Result<HostTensor> + 'a>,
+    fetch: FetchTensor<'a>,
     /// Of the changed ones; none: as the source keeps each.
     dtype: Option<Dtype>,
     /// Has the last word, once every tensor is written.

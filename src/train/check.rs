@@ -3,7 +3,7 @@
 use super::{
     config::{RunConfig, StageConfig},
     events::Observer,
-    start::{Origin, Prepared},
+    start::Prepared,
     trainer,
 };
 use crate::{
@@ -18,10 +18,13 @@ use crate::{
 /// # Errors
 /// What the run itself would fail with before its first step, less what only the device can tell.
 pub fn check(run: &RunConfig, observer: &mut dyn Observer) -> Result<Vec<String>> {
-    let mut before: Option<Origin> = None;
+    let mut before: Option<Prepared> = None;
     let mut lines = Vec::new();
     for stage in &run.stages {
-        let prepared = Prepared::open(stage, before.as_ref())?;
+        let prepared = match (&stage.model_name_or_path, before.take()) {
+            (None, Some(before)) => Prepared::after(stage, before)?,
+            _ => Prepared::open(stage, None)?,
+        };
         let dataset = prepared.dataset(stage, observer)?;
         prepared.processor(stage)?;
         // One of them read shows that the format is built.
@@ -29,9 +32,7 @@ pub fn check(run: &RunConfig, observer: &mut dyn Observer) -> Result<Vec<String>
         first.map(ImageSource::load).transpose()?;
         let plan = trainer::plan(stage, &dataset)?;
         lines.push(line(stage, prepared.folder.name(), dataset.len(), plan.total_steps()));
-        if let Some(model) = &stage.model_name_or_path {
-            before = Some(Origin { model: model.clone(), adapter: None });
-        }
+        before = Some(prepared);
     }
     Ok(lines)
 }

@@ -67,7 +67,10 @@ impl Event<'static> {
     /// Bytes of weights that are on the device, as progress in megabytes.
     pub fn loaded(done: u64, total: u64) -> Self {
         let megabytes = |bytes: u64| usize::try_from(bytes.div_ceil(1_000_000)).unwrap_or(usize::MAX);
-        Self::Progress { what: "MB of weights loaded", done: megabytes(done), total: megabytes(total) }
+        // Done is only what is done to the last byte.
+        let total_megabytes = megabytes(total);
+        let most = if done < total { total_megabytes.saturating_sub(1) } else { total_megabytes };
+        Self::Progress { what: "MB of weights loaded", done: megabytes(done).min(most), total: total_megabytes }
     }
 }
 

@@ -77,7 +77,9 @@ pub fn open_folder(source: &Source) -> Result<ModelFolder> {
 /// The model of a stage, for pictures of the size that the stage wants: with `vision_tower`, which makes a LLaVA out of
 /// a LLaMA, or tells where the tower of a model in the original authors' layout is. A LLaVA gets a token for pictures
 /// where it has none, so that what is written is one for transformers.
-fn open_seeing(model: &Source, stage: &StageConfig) -> Result<ModelFolder> {
+///
+/// A new projector has the type of the `given` one, where nobody says.
+fn open_seeing(model: &Source, stage: &StageConfig, given: Option<&Weights>) -> Result<ModelFolder> {
     let Some(tower) = &stage.vision_tower else {
         return open::sized(open_folder(model)?.with_image_token(stage.seed)?, stage.image_size);
     };
@@ -92,7 +94,11 @@ fn open_seeing(model: &Source, stage: &StageConfig) -> Result<ModelFolder> {
     let folder = match (folder.config(), folder.is_original()) {
         (ModelConfig::Llava(_), true) => folder.with_image_token(stage.seed)?,
         _ => {
-            let projector = stage.mm_projector_type.map_or(ProjectorType::Linear, projector_type);
+            let projector = match (stage.mm_projector_type, given) {
+                (Some(wanted), _) => projector_type(wanted),
+                (None, Some(given)) => type_of(given)?,
+                (None, None) => ProjectorType::Linear,
+            };
             folder.joined(Tower::open(tower)?, projector, stage.seed)?
         }
     };
@@ -121,11 +127,45 @@ impl Prepared {
             return Err(Error::usage(format!("precision {half} with method full is known, but not built yet"))
                 .hint("leave precision out: what trains is kept in float32"));
         }
-        let folder = open_seeing(&origin.model, stage)?;
-        let mut config = folder.config().clone();
         let projector = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
+        let folder = open_seeing(&origin.model, stage, projector.as_ref())?;
+        let config = folder.config().clone();
+        let keeps = folder.has_projector() && projector.is_none();
+        Self::with(stage, folder, config, projector, keeps, origin.adapter)
+    }
+
+    /// What a stage would find that goes on from where another one ends, as far as that can be told before it has run.
+    ///
+    /// # Errors
+    /// As [`Prepared::open`].
+    pub fn after(stage: &StageConfig, before: Self) -> Result<Self> {
+        let projector = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
+        let folder = open::sized(before.folder, stage.image_size)?;
+        let mut config = before.config;
+        if let (ModelConfig::Llava(config), Some(llava)) = (&mut config, folder.config().llava()) {
+            config.vision_config = llava.vision_config.clone();
+        }
+        let keeps = projector.is_none();
+        Self::with(stage, folder, config, projector, keeps, None)
+    }
+
+    /// `keeps`: the model brings the projector that will be used; `adapter` is what the stage before left.
+    fn with(
+        stage: &StageConfig,
+        folder: ModelFolder,
+        mut config: ModelConfig,
+        projector: Option<Weights>,
+        keeps: bool,
+        adapter: Option<PathBuf>,
+    ) -> Result<Self> {
         if let ModelConfig::Llava(llava) = &mut config {
-            adjust(llava, stage, folder.has_projector() && projector.is_none())?;
+            adjust(llava, stage, keeps)?;
+            if let Some(given) = &projector {
+                check_projector_type(llava.projector, given)?;
+            }
+        }
+        if stage.method == Method::Lora {
+            trainable::check_targets(stage, &config)?;
         }
         if stage.method == Method::Lora {
             check_adapter_suffices(stage, &folder, &config)?;
@@ -133,7 +173,7 @@ impl Prepared {
         let named_adapter = match &stage.adapter_name_or_path {
             Some(Source::Local(path)) => Some(path.clone()),
             Some(other) => return Err(Error::usage(format!("adapter_name_or_path: there is no folder {other}"))),
-            None => origin.adapter,
+            None => adapter,
         };
         let adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
         if let Some(what) =
@@ -314,6 +354,28 @@ fn open_projector(source: &Source) -> Result<Weights> {
         Source::Local(path) => Weights::open(path),
         other => Err(Error::usage(format!("pretrain_mm_mlp_adapter: there is no file or folder {other}"))),
     }
+}
+
+/// The type of a projector by its tensors. A second layer that is an identity, as transformers' folders have behind a
+/// single linear, is none.
+fn type_of(weights: &Weights) -> Result<ProjectorType> {
+    for stored in weights.names()? {
+        if names::canonical(&stored) == format!("{}.linear_2.weight", names::PROJECTOR) {
+            let identity = weights.require(&stored)?.to_f32()?.is_identity();
+            return Ok(if identity { ProjectorType::Linear } else { ProjectorType::Mlp2xGelu });
+        }
+    }
+    Ok(ProjectorType::Linear)
+}
+
+fn check_projector_type(wanted: ProjectorType, given: &Weights) -> Result<()> {
+    let found = type_of(given)?;
+    if found == wanted {
+        return Ok(());
+    }
+    let (found, wanted) = (found.as_str(), wanted.as_str());
+    Err(Error::usage(format!("pretrain_mm_mlp_adapter holds a projector of type {found}, and the model's is {wanted}"))
+        .hint(format!("set mm_projector_type = \"{found}\", or name another projector")))
 }
 
 fn projector_tensor(weights: &Weights, name: &str, shape: &[usize]) -> Result<HostTensor> {

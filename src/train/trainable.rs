@@ -1,7 +1,7 @@
 //! What trains under each method, and fresh adapters.
 
 use super::{
-    config::{Method, StageConfig},
+    config::{Method, StageConfig, TargetModules},
     optimizer::Trainable,
 };
 use crate::{
@@ -19,9 +19,6 @@ use crate::{
 };
 
 /// A fresh adapter on the modules that the stage asks for: A uniform in ±1/sqrt(in) (PEFT's Kaiming start), B zero.
-///
-/// # Errors
-/// `Usage` when no module matches `target_modules`.
 pub fn fresh_adapter(stage: &StageConfig, config: &ModelConfig) -> Result<Adapter> {
     let mut adapter = Adapter::new(stage.r, stage.lora_alpha, stage.lora_dropout, stage.use_rslora);
     for (name, [outputs, inputs]) in names::decoder_linears(config.text()) {
@@ -35,11 +32,28 @@ pub fn fresh_adapter(stage: &StageConfig, config: &ModelConfig) -> Result<Adapte
         let weights = LoraWeights::new(lora_a, lora_b, adapter.scale(stage.r));
         adapter.modules.insert(name, weights);
     }
-    if adapter.modules.is_empty() {
-        return Err(Error::usage("target_modules matches no linear layer of the decoder")
-            .hint("use names such as q_proj and down_proj, or \"all-linear\""));
-    }
     Ok(adapter)
+}
+
+/// Whether `target_modules` names linear layers of the decoder, each of its names at least one.
+///
+/// # Errors
+/// `Usage`, with the name that matches nothing.
+pub fn check_targets(stage: &StageConfig, config: &ModelConfig) -> Result<()> {
+    let linears = names::decoder_linears(config.text());
+    let matches = |targets: &TargetModules| linears.iter().any(|(name, _)| targets.matches(name));
+    let missing = match &stage.target_modules {
+        TargetModules::Names(listed) => {
+            let alone = |name: &&String| !matches(&TargetModules::Names(vec![(*name).clone()]));
+            listed.iter().find(alone).map(|name| format!(": `{name}`"))
+        }
+        _ => None,
+    };
+    if missing.is_none() && matches(&stage.target_modules) {
+        return Ok(());
+    }
+    Err(Error::usage(format!("target_modules matches no linear layer of the decoder{}", missing.unwrap_or_default()))
+        .hint("use names such as q_proj and down_proj, or \"all-linear\""))
 }
 
 /// A fresh projector tensor: uniform in ±1/sqrt(fan_in), weight and bias alike (PyTorch's Linear).
