@@ -15,6 +15,8 @@ use crate::{
 const PAD: &str = "<pad>";
 /// Vocabularies grow to a multiple of this, as the released models' did: 32,000 to 32,064.
 const MULTIPLE: usize = 64;
+/// Larger ids are a broken file: the embeddings would grow to hold them.
+const MAX_TOKENS: usize = 1 << 24;
 
 impl ModelFolder {
     /// Joins a language model with a tower. The token `<image>` is added, and `<pad>`, and the embeddings grow to a
@@ -53,12 +55,16 @@ impl ModelFolder {
             *id = known.unwrap_or(next);
             if known.is_none() {
                 self.add_token(text, next)?;
-                next += 1;
+                next = next.saturating_add(1);
             }
         }
         self.edit_json("tokenizer_config.json", |config| config["pad_token"] = json!(PAD))?;
         self.edit_json("special_tokens_map.json", |map| map["pad_token"] = json!(PAD))?;
-        let needed = ids.into_iter().max().unwrap_or(0) + 1;
+        let needed = ids.into_iter().max().unwrap_or(0).saturating_add(1);
+        if needed > MAX_TOKENS {
+            return Err(Error::data(format!("{}: tokenizer.json has ids up to {}", self.name, needed - 1))
+                .hint(format!("vocabularies have {MAX_TOKENS} tokens at most")));
+        }
         if needed > rows {
             self.grow(needed.next_multiple_of(MULTIPLE) - rows, seed)?;
         }
@@ -109,7 +115,7 @@ fn token_count(tokenizer: &Map<String, Value>) -> usize {
     let vocabulary = tokenizer.get("model").and_then(|model| model.get("vocab"));
     let listed = vocabulary.and_then(Value::as_array).map_or(0, Vec::len) as u64;
     let ids = vocabulary.and_then(Value::as_object).into_iter().flatten().filter_map(|(_, id)| id.as_u64());
-    let highest = added.chain(ids).map(|id| id + 1).max().unwrap_or(0).max(listed);
+    let highest = added.chain(ids).map(|id| id.saturating_add(1)).max().unwrap_or(0).max(listed);
     usize::try_from(highest).unwrap_or(0)
 }
 
