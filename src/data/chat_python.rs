@@ -6,7 +6,7 @@ use std::{
 };
 
 use minijinja::{
-    Error, ErrorKind, Value,
+    Error, ErrorKind, State, Value,
     value::{Enumerator, Kwargs, Object, ValueKind},
 };
 use serde_json::Value as Json;
@@ -50,16 +50,41 @@ pub(super) fn dict<'a>(entries: impl IntoIterator<Item = (&'a str, Value)>) -> V
 }
 
 /// `{{ value | tojson(indent=...) }}` as transformers has it: `json.dumps(value, ensure_ascii=False, indent=indent)`.
-pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
+pub(super) fn tojson(state: &State, value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let _: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     let mut json = String::new();
-    write_json(value, indent, 0, &mut json)?;
+    write_json(state, value, indent, 0, &mut json)?;
     Ok(Value::from(json))
 }
 
-fn write_json(value: &Value, indent: Option<usize>, depth: usize, json: &mut String) -> Result<(), Error> {
+/// Takes the fuel for printing all that a value holds. A few lines of a template make a list of lists whose text no
+/// memory holds, and the engine itself counts what is printed only afterwards.
+pub(super) fn pay_for(state: &State, value: &Value, depth: usize) -> Result<(), Error> {
+    state.consume_fuel(1)?;
+    if depth > MAX_DEPTH {
+        return Err(Error::new(ErrorKind::InvalidOperation, "the value is nested too deeply to be printed"));
+    }
+    let inside = |value: &Value| pay_for(state, value, depth + 1);
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => value.try_iter()?.try_for_each(|item| inside(&item)),
+        ValueKind::Map => value.try_iter()?.try_for_each(|key| inside(&value.get_item(&key)?)),
+        _ => Ok(()),
+    }
+}
+
+/// A list may hold another one many times over: what is written is paid for as it is written, one item and 64 bytes a
+/// unit of fuel, as the template's own filters do.
+fn write_json(
+    state: &State,
+    value: &Value,
+    indent: Option<usize>,
+    depth: usize,
+    json: &mut String,
+) -> Result<(), Error> {
+    let text = value.as_str().map_or(0, str::len) + indent.map_or(0, |indent| indent.min(16) * depth);
+    state.consume_fuel(1 + (text / 64) as u64)?;
     if depth > MAX_DEPTH {
         return Err(Error::new(ErrorKind::InvalidOperation, "tojson: the value is nested too deeply"));
     }
@@ -81,7 +106,7 @@ fn write_json(value: &Value, indent: Option<usize>, depth: usize, json: &mut Str
             for item in value.try_iter()? {
                 json.push_str(if is_empty { "" } else { comma });
                 line(json, depth + 1);
-                write_json(&item, indent, depth + 1, json)?;
+                write_json(state, &item, indent, depth + 1, json)?;
                 is_empty = false;
             }
             if !is_empty {
@@ -97,7 +122,7 @@ fn write_json(value: &Value, indent: Option<usize>, depth: usize, json: &mut Str
                 line(json, depth + 1);
                 json.push_str(&Json::from(key.to_string()).to_string());
                 json.push_str(": ");
-                write_json(&value.get_item(&key)?, indent, depth + 1, json)?;
+                write_json(state, &value.get_item(&key)?, indent, depth + 1, json)?;
                 is_empty = false;
             }
             if !is_empty {

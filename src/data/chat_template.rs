@@ -6,7 +6,9 @@
 
 use std::{fmt, ops::Range, time::SystemTime};
 
-use minijinja::{Environment, Error as TemplateError, ErrorKind, Value as TemplateValue, syntax::SyntaxConfig};
+use minijinja::{
+    Environment, Error as TemplateError, ErrorKind, Value as TemplateValue, escape_formatter, syntax::SyntaxConfig,
+};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use regex::Regex;
 use serde_json::{Map, Value, json};
@@ -22,6 +24,11 @@ use crate::error::{Error, Result};
 
 /// Work a template may do (minijinja's count of instructions and bytes): far more than any conversation takes.
 const FUEL: u64 = 2_000_000;
+/// Ten times what the longest known one has.
+const MAX_SOURCE: usize = 256 << 10;
+/// For each operator and for each list within a list the engine calls itself: this holds as many as there are in
+/// `MAX_SOURCE` and as `FUEL` makes.
+const STACK: usize = 512 << 20;
 /// Stands for a literal `<image>` in somebody's text while a template is rendered; private use characters.
 const LITERAL: &str = "\u{f8ff}\u{e0f5}\u{f8ff}";
 const KNOWN_TOKENS: [&str; 7] =
@@ -81,11 +88,22 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(unknown_method_callback);
         environment.set_fuel(Some(FUEL));
+        // An error would carry the template's values out of the thread whose stack can drop them.
+        environment.set_debug(false);
+        environment.set_formatter(|out, state, value| {
+            chat_python::pay_for(state, value, 0)?;
+            escape_formatter(out, state, value)
+        });
         environment.add_filter("tojson", chat_python::tojson);
         environment.add_function("raise_exception", |message: String| -> Result<String, TemplateError> {
             Err(TemplateError::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_template_owned("chat", without_generation_blocks(source)).map_err(unreadable)?;
+        if source.len() > MAX_SOURCE {
+            let message = format!("the chat template of {name} has {} bytes, and {MAX_SOURCE} are read", source.len());
+            return Err(Error::data(message));
+        }
+        let source = without_generation_blocks(source);
+        with_deep_stack(|| environment.add_template_owned("chat", source))?.map_err(unreadable)?;
         let token = |key: &str| {
             let token = config.get(key)?;
             Some((key.to_owned(), json!(token.as_str().or_else(|| token.get("content")?.as_str())?)))
@@ -194,7 +212,8 @@ impl ChatTemplate {
             ("add_generation_prompt", TemplateValue::from(add_generation_prompt)),
             ("strftime_now", strftime_now),
         ]));
-        self.environment.get_template("chat").and_then(|template| template.render(context)).map_err(failed)
+        with_deep_stack(|| self.environment.get_template("chat").and_then(|template| template.render(context)))?
+            .map_err(failed)
     }
 
     /// The text of a whole conversation and where in it the assistant speaks: what stands behind the prompt for each
@@ -303,6 +322,16 @@ impl ChatTemplate {
             ContentForm::Text
         }
     }
+}
+
+/// Does the work on a thread of its own, with as much stack as a hostile template may need.
+fn with_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
+        let thread =
+            thread.map_err(|source| Error::failed("cannot start a thread for the chat template").caused_by(source))?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 fn parts(rendered: &Rendered) -> Vec<Part> {

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
 use serde_json::{Value, json};
 
 use super::resize::{Filter, Region, resize_region};
@@ -95,7 +95,10 @@ pub fn decode(bytes: &[u8], name: &str) -> Result<RgbImage> {
             Error::data(format!("{name}: the JPEG is cut off")).hint("fetch the file again, or remove the record")
         );
     }
-    reader.no_limits();
+    // Enough for the largest picture of four 16-bit channels, and an end to what a small file may unpack to.
+    let mut limits = Limits::no_limits();
+    limits.max_alloc = Some(MAX_PIXELS * 8);
+    reader.limits(limits);
     let decoder = reader.into_decoder().map_err(unreadable)?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > MAX_PIXELS {
@@ -104,6 +107,12 @@ pub fn decode(bytes: &[u8], name: &str) -> Result<RgbImage> {
     }
     if width == 0 || height == 0 {
         return Err(Error::data(format!("{name} has no pixels: {width}x{height}")));
+    }
+    // Each block takes a bit at least. What lacks would be made up, for sizes that the file only claims.
+    let blocks = u64::from(width.div_ceil(8)) * u64::from(height.div_ceil(8));
+    if format == ImageFormat::Jpeg && blocks / 8 > bytes.len() as u64 {
+        return Err(Error::data(format!("{name}: {} bytes are no JPEG of {width}x{height} pixels", bytes.len()))
+            .hint("fetch the file again, or remove the record"));
     }
     if format == ImageFormat::Jpeg
         && let Some((width, height, rgb)) = jpeg::decode(bytes)

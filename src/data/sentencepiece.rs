@@ -4,7 +4,10 @@
 //! highest are merged first. The `tokenizers` crate wants the merges themselves, so they are listed again from the
 //! pieces: every way to part a piece into two others, best piece first.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+};
 
 use serde_json::{Map, Value, json};
 
@@ -371,10 +374,15 @@ fn merges(pieces: &[Piece], ids: &HashMap<&str, usize>) -> Vec<[String; 2]> {
     let mut order: Vec<&Piece> = pieces.iter().filter(|piece| joins(piece.kind)).collect();
     // Stable, so that equal scores stay in the order of their ids.
     order.sort_by(|a, b| b.score.total_cmp(&a.score));
+    // By lengths first: the parts of one very long piece are otherwise a work of the square of its length.
+    let lengths: HashSet<usize> = order.iter().map(|piece| piece.text.len()).collect();
     let is_part = |text: &str| ids.get(text).is_some_and(|&id| joins(pieces[id].kind));
     let mut merges = Vec::new();
     for piece in order {
         for (at, _) in piece.text.char_indices().skip(1) {
+            if !lengths.contains(&at) || !lengths.contains(&(piece.text.len() - at)) {
+                continue;
+            }
             let (left, right) = piece.text.split_at(at);
             if is_part(left) && is_part(right) {
                 merges.push([left.to_owned(), right.to_owned()]);

@@ -3,7 +3,11 @@
 //! A prompt is encoded in chunks, parted at the pictures, as LLaVA's `tokenizer_image_token` does: each chunk is
 //! tokenised from its own start, and only the first keeps the BOS. Labels come from the byte offsets of the tokens.
 
-use std::{fmt, path::Path};
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
@@ -95,7 +99,7 @@ impl Tokenizer {
         json["padding"] = Value::Null;
         let mut inner: tokenizers::Tokenizer = serde_json::to_vec(&json)
             .map_err(Into::into)
-            .and_then(tokenizers::Tokenizer::from_bytes)
+            .and_then(|bytes| guarded(|| tokenizers::Tokenizer::from_bytes(bytes)))
             .map_err(|source| Error::data(format!("{file} is not a tokenizer that can be read")).caused_by(source))?;
         let named = |key: &str| token_text(config.get(key)).or_else(|| token_text(special.get(key)));
         let keys = ["bos_token", "eos_token", "pad_token", "unk_token"];
@@ -190,7 +194,7 @@ impl Tokenizer {
     /// The first token of a text, where it is one that was added to the vocabulary, such as an end mark.
     pub fn first_added(&self, text: &str) -> Option<String> {
         let added = self.inner.get_added_tokens_decoder();
-        let id = *self.inner.encode(text, false).ok()?.get_ids().first()?;
+        let id = *guarded(|| self.inner.encode(text, false)).ok()?.get_ids().first()?;
         added.get(&id).map(|token| token.content.clone()).filter(|token| text.starts_with(token.as_str()))
     }
 
@@ -229,7 +233,7 @@ impl Tokenizer {
     }
 
     fn encoding(&self, text: &str) -> Result<tokenizers::Encoding> {
-        self.inner.encode(text, false).map_err(|source| {
+        guarded(|| self.inner.encode(text, false)).map_err(|source| {
             let shown: String = text.chars().take(40).collect();
             Error::data(format!("cannot tokenise the text that begins {shown:?}")).caused_by(source)
         })
@@ -238,8 +242,18 @@ impl Tokenizer {
     /// The text of ids, special tokens and picture positions left out.
     pub fn decode(&self, ids: &[i32]) -> Result<String> {
         let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
-        self.inner.decode(&ids, true).map_err(|source| Error::data("cannot decode token ids").caused_by(source))
+        guarded(|| self.inner.decode(&ids, true))
+            .map_err(|source| Error::data("cannot decode token ids").caused_by(source))
     }
+}
+
+/// What the tokenizers crate answers, or an error where it panics: it does on files that are valid JSON and no valid
+/// tokenizer, such as a `Precompiled` table that points outside itself.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        Err(format!("the tokenizer is broken: {}", said.unwrap_or("no reason is known")).into())
+    })
 }
 
 fn parse_json(bytes: &[u8], file: &str) -> Result<Value> {
@@ -307,14 +321,14 @@ fn add_missing<'a>(inner: &mut tokenizers::Tokenizer, config: &Value, named: imp
     for (text, special) in listed.chain(named.map(|text| (text.clone(), true))) {
         if text != IMAGE_PLACEHOLDER && !known.contains(&text) {
             // A token of the vocabulary keeps its id; the others come after the last one. The same text twice is ignored.
-            let _ = inner.add_tokens([AddedToken::from(text, special).normalized(!special)]);
+            let _ = guarded(|| inner.add_tokens([AddedToken::from(text, special).normalized(!special)]));
         }
     }
 }
 
 /// What the post-processor puts in front of a text and behind it.
 fn added_around(inner: &tokenizers::Tokenizer, file: &str) -> Result<(Vec<u32>, Vec<u32>)> {
-    let encoding = inner.encode("a", true).map_err(|source| {
+    let encoding = guarded(|| inner.encode("a", true)).map_err(|source| {
         Error::data(format!("{file}: the tokenizer cannot encode the text \"a\"")).caused_by(source)
     })?;
     let mask = encoding.get_special_tokens_mask();

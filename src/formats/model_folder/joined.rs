@@ -55,7 +55,7 @@ impl ModelFolder {
             *id = known.unwrap_or(next);
             if known.is_none() {
                 self.add_token(text, next)?;
-                next += 1;
+                next = next.saturating_add(1);
             }
         }
         self.edit_json("tokenizer_config.json", |config| config["pad_token"] = json!(PAD))?;

@@ -14,7 +14,8 @@ const WRAPPERS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"
 const MAX_TENSORS: usize = 100_000;
 const MAX_NAME: usize = 512;
 const MAX_DEPTH: usize = 16;
-/// An expanded tensor (stride 0) has more elements than its storage; up to this many are believed.
+/// An expanded tensor (stride 0) has more elements than its storage; up to this many are believed, of all such
+/// together.
 const MAX_EXPANDED: usize = 1 << 24;
 
 /// A tensor in its file. Strides count elements; `span` reaches from its first element to its last.
@@ -43,8 +44,9 @@ pub(super) fn tensors(
         }
         .hint("a state dict is expected: torch.save(model.state_dict(), path)"));
     }
+    let mut expanded = 0;
     let placed = found.tensors.into_iter().map(|(name, number)| {
-        let stored = place(pickle, &pickle.tensors[number], archive, prefix);
+        let stored = place(pickle, &pickle.tensors[number], archive, prefix, &mut expanded);
         let stored = stored.map_err(|what| Error::data(format!("{file}: {name}: {what}")))?;
         Ok((name, stored))
     });
@@ -127,7 +129,14 @@ impl Found<'_> {
     }
 }
 
-fn place(pickle: &Unpickled<'_>, tensor: &Described, archive: &Archive, prefix: &str) -> Result<Stored, String> {
+/// Adds the elements of a tensor that repeats some to `expanded`.
+fn place(
+    pickle: &Unpickled<'_>,
+    tensor: &Described,
+    archive: &Archive,
+    prefix: &str,
+    expanded: &mut usize,
+) -> Result<Stored, String> {
     let Described { storage, dtype, offset, ref shape, ref strides } = *tensor;
     let key = pickle.text(storage.key);
     let entry = archive.get(&format!("{prefix}data/{}", key.get(..key.len().min(MAX_NAME)).unwrap_or_default()));
@@ -142,10 +151,8 @@ fn place(pickle: &Unpickled<'_>, tensor: &Described, archive: &Archive, prefix: 
     if claimed.is_none_or(|claimed| claimed > entry.len) {
         return Err(format!("its storage claims {} elements, and has {} bytes", storage.len, entry.len));
     }
-    let count = match shape.contains(&0) {
-        true => Some(0),
-        false => shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size)),
-    };
+    // Sizes of 0 count last: no product of some of the sizes may overflow.
+    let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size.max(1)));
     let outside = || {
         format!(
             "shape {shape:?}, strides {strides:?} and offset {offset} reach outside its storage of {} bytes",
@@ -153,6 +160,7 @@ fn place(pickle: &Unpickled<'_>, tensor: &Described, archive: &Archive, prefix: 
         )
     };
     let count = count.filter(|count| count.checked_mul(size.max(8)).is_some()).ok_or_else(outside)?;
+    let count = if shape.contains(&0) { 0 } else { count };
     // Elements from the first to the last, both counted.
     let extent = match count {
         0 => Some(0),
@@ -167,8 +175,11 @@ fn place(pickle: &Unpickled<'_>, tensor: &Described, archive: &Archive, prefix: 
     if start.checked_add(len).is_none_or(|end| end > entry.len) {
         return Err(outside());
     }
-    if count > extent.unwrap_or(0) && count > MAX_EXPANDED {
-        return Err(format!("shape {shape:?} repeats {} bytes too many times", len));
+    if count > extent.unwrap_or(0) {
+        *expanded = expanded.saturating_add(count);
+        if *expanded > MAX_EXPANDED {
+            return Err(format!("shape {shape:?} repeats {len} bytes too many times"));
+        }
     }
     let span = Span { start: entry.start + start, len };
     Ok(Stored { dtype, shape: shape.clone(), strides: strides.clone(), span })

@@ -183,7 +183,7 @@ impl<'a> BitReader<'a> {
 
     fn refine(&mut self, coefficient: &mut i16, bit: i16) -> Option<()> {
         if self.bits(1)? == 1 && *coefficient & bit == 0 {
-            *coefficient += if *coefficient < 0 { -bit } else { bit };
+            *coefficient = coefficient.wrapping_add(if *coefficient < 0 { -bit } else { bit });
         }
         Some(())
     }

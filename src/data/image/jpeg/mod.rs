@@ -9,8 +9,13 @@
 mod entropy;
 mod samples;
 
+use super::MAX_PIXELS;
 use entropy::{BitReader, Huffman};
 use samples::{cmyk_to_rgb, ycc_to_rgb};
+
+/// Scans that a picture is read from. A progressive one has about ten; each goes over all blocks, however few bytes it
+/// has.
+const MAX_SCANS: usize = 100;
 
 /// Width, height and 8-bit RGB of a JPEG of one, three or four Huffman-coded components, sequential or progressive.
 ///
@@ -109,7 +114,7 @@ impl Decoder {
             let segment = bytes.get(at + 2..at + length)?;
             at += length;
             match kind {
-                0xC0..=0xC2 => self.frame(segment, kind == 0xC2)?,
+                0xC0..=0xC2 => self.frame(segment, kind == 0xC2, bytes.len())?,
                 0xC4 => self.huffman_tables(segment)?,
                 // Lossless, hierarchical and arithmetic coding.
                 0xC3 | 0xC5..=0xCF => return None,
@@ -119,6 +124,7 @@ impl Decoder {
                 0xDA => {
                     at += self.scan(segment, bytes.get(at..)?)?;
                     scans += 1;
+                    (scans <= MAX_SCANS).then_some(())?;
                 }
                 0xE0 => self.jfif |= segment.starts_with(b"JFIF\0"),
                 0xEE if segment.starts_with(b"Adobe") && segment.len() >= 12 => self.adobe = Some(segment[11]),
@@ -136,13 +142,15 @@ impl Decoder {
         Some(())
     }
 
-    fn frame(&mut self, segment: &[u8], progressive: bool) -> Option<()> {
+    /// `file_bytes`: a picture of more blocks than the whole file has bits is refused before anything is made for it.
+    fn frame(&mut self, segment: &[u8], progressive: bool, file_bytes: usize) -> Option<()> {
         let [8, h0, h1, w0, w1, count, list @ ..] = segment else { return None };
         self.height = usize::from(u16::from_be_bytes([*h0, *h1]));
         self.width = usize::from(u16::from_be_bytes([*w0, *w1]));
         self.progressive = progressive;
         let whole = list.len() == usize::from(*count) * 3 && self.width > 0 && self.height > 0;
-        (whole && self.components.is_empty()).then_some(())?;
+        let within = matches!(count, 1 | 3 | 4) && (self.width * self.height) as u64 <= MAX_PIXELS;
+        (whole && within && self.components.is_empty()).then_some(())?;
         for part in list.chunks_exact(3) {
             let (h, v) = (usize::from(part[1] >> 4), usize::from(part[1] & 15));
             ((1..=4).contains(&h) && (1..=4).contains(&v) && part[2] < 4).then_some(())?;
@@ -150,6 +158,8 @@ impl Decoder {
         }
         let (h_most, v_most) = self.sampling()?;
         let units = (self.width.div_ceil(8 * h_most), self.height.div_ceil(8 * v_most));
+        let blocks = |component: &Component| units.0 * component.h * units.1 * component.v;
+        (self.components.iter().map(blocks).sum::<usize>() / 8 <= file_bytes).then_some(())?;
         for component in &mut self.components {
             component.width = (self.width * component.h).div_ceil(h_most);
             component.height = (self.height * component.v).div_ceil(v_most);
