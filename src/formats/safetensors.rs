@@ -165,8 +165,8 @@ fn check_ranges(file: &str, tensors: &BTreeMap<String, TensorInfo>, data_len: us
             };
         }
         // Sizes of 0 count last: no product of some of the sizes may overflow.
-        let sizes = info.shape.iter().map(|&size| size.max(1));
-        let bits = sizes.fold(Some(info.dtype.bitsize()), |bits, size| bits?.checked_mul(size));
+        let mut sizes = info.shape.iter().map(|&size| size.max(1));
+        let bits = sizes.try_fold(info.dtype.bitsize(), |bits, size| bits.checked_mul(size));
         let bits = bits.map(|bits| if info.shape.contains(&0) { 0 } else { bits });
         if bits.is_none_or(|bits| bits % 8 != 0 || bits / 8 != end - start) {
             let (dtype, shape) = (info.dtype, &info.shape);
