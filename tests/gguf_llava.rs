@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use common::{golden, numbers, program, read_json, run, stderr};
+use common::{golden, numbers, program, read_json, run, scores, stderr};
 use serde_json::{Value, json};
 use wgpu_llava::{
     data::{
@@ -39,21 +39,6 @@ fn convert(from: &Path, out: &Path, more: &[&str]) -> String {
     arguments.push(out.as_os_str().to_owned());
     arguments.extend(more.iter().map(Into::into));
     stderr(&run(arguments))
-}
-
-/// What `score` prints for a parity case's records.
-fn scores(model: &Path, case: &str) -> Vec<Value> {
-    let case = golden("parity").join(case);
-    let output = run([
-        Path::new("score"),
-        Path::new("--model"),
-        model,
-        Path::new("--data"),
-        &case.join("score.json"),
-        Path::new("--image-folder"),
-        &case.join("images"),
-    ]);
-    String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 #[track_caller]

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use common::{golden, numbers, program, read_json, read_lines, run, stderr};
+use common::{golden, numbers, program, read_json, read_lines, run, scores, stderr};
 use serde_json::{Value, json};
 use wgpu_llava::{
     formats::{
@@ -30,19 +30,7 @@ fn layout(name: &str) -> PathBuf {
 
 /// `score` of a model on a parity case's records against expected lines.
 fn assert_scores(model: &Path, case: &str, expected: &Value) {
-    let case = golden("parity").join(case);
-    let output = run([
-        Path::new("score"),
-        Path::new("--model"),
-        model,
-        Path::new("--data"),
-        &case.join("score.json"),
-        Path::new("--image-folder"),
-        &case.join("images"),
-    ]);
-    let lines: Vec<Value> =
-        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let expected = expected.as_array().unwrap();
+    let (lines, expected) = (scores(model, case), expected.as_array().unwrap());
     assert_eq!(lines.len(), expected.len());
     for (line, expected) in lines.iter().zip(expected) {
         assert_eq!((&line["id"], &line["tokens"]), (&expected["id"], &expected["tokens"]));

@@ -13,6 +13,7 @@ use super::{
     host_tensor::HostTensor,
     mapped::Bytes,
     shards::{Shards, WeightsFile},
+    stored::StoredTensor,
 };
 use crate::error::{Error, Result};
 
@@ -83,16 +84,7 @@ impl TensorRef<'_> {
 
     /// The values as f32: exact, since every F16 and BF16 number is one.
     pub fn to_f32(&self) -> Result<HostTensor> {
-        let data = match self.dtype {
-            Dtype::F32 => self.bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
-            Dtype::F16 => self.bytes.as_chunks().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::BF16 => self.bytes.as_chunks().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-            other => {
-                return Err(Error::data(format!("{}: {} is of dtype {other:?}", self.file, self.name))
-                    .hint("weights are read from F32, F16 and BF16"));
-            }
-        };
-        Ok(HostTensor { shape: self.shape.to_vec(), data })
+        StoredTensor::from(*self).to_f32()
     }
 }
 

@@ -56,6 +56,24 @@ pub fn run<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) ->
     output
 }
 
+/// What `score` prints of a model for a parity case's records.
+pub fn scores(model: &Path, case: &str) -> Vec<Value> {
+    let case = golden("parity").join(case);
+    let (data, images) = (case.join("score.json"), case.join("images"));
+    let output = run([
+        "score".as_ref(),
+        "--model".as_ref(),
+        model,
+        "--data".as_ref(),
+        &data,
+        "--image-folder".as_ref(),
+        &images,
+    ]
+    .map(Path::as_os_str));
+    let text = String::from_utf8(output.stdout).expect("JSON is UTF-8");
+    text.lines().map(|line| serde_json::from_str(line).expect("a JSON value a line")).collect()
+}
+
 /// The lines of a JSON Lines file.
 pub fn read_lines(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
