@@ -15,8 +15,10 @@ pub enum ErrorKind {
     Usage,
     /// Bad data or a bad file.
     Data,
-    /// No device, a lost device, or not enough memory.
+    /// No device, or a lost one.
     Device,
+    /// The device has not enough memory.
+    Memory,
     /// Network or Hub.
     Network,
     /// Stopped by the user, after a checkpoint was saved.

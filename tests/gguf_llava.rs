@@ -147,6 +147,10 @@ fn parts_that_do_not_belong_together_are_named() {
         ModelFolder::open(&folder).err().map(|error| error.message).unwrap_or_default()
     };
     assert_eq!(folder(&[(&language, "a.gguf"), (&mmproj, "b-mmproj.gguf")]), "");
+    let named = ModelFolder::open_with_tower(&language, Some(&mmproj)).unwrap();
+    assert!(named.config().llava().is_some() && ModelFolder::open(&language).unwrap().config().llava().is_none());
+    let swapped = ModelFolder::open_with_tower(&language, Some(&language)).err().unwrap().message;
+    assert!(swapped.contains("`clip` is expected"), "{swapped}");
     assert!(folder(&[(&mmproj, "mmproj.gguf")]).contains("and 0 GGUF files"));
     let two = folder(&[(&language, "a.gguf"), (&mmproj, "mmproj-a.gguf"), (&mmproj, "mmproj-b.gguf")]);
     assert!(two.contains("2 mmproj files"), "{two}");

@@ -1,5 +1,9 @@
 //! What can be typed. Parsing alone: what it means is for the commands.
 
+mod answering;
+
+pub use answering::{ChatArgs, GenerateArgs, SamplingArgs};
+
 use crate::{
     error::Error,
     formats::safetensors::Dtype,
@@ -149,7 +153,7 @@ pub struct ModelArgs {
     /// A PEFT adapter on top of it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// The vision tower's folder, for a model of the original LLaVA authors that names one elsewhere
+    /// The vision tower's folder, for a model of the original LLaVA authors that names one elsewhere; a GGUF file's mmproj
     #[arg(long, value_name = "DIR")]
     pub vision_tower: Option<PathBuf>,
 }
@@ -159,87 +163,6 @@ impl ModelArgs {
     pub fn source(&self, working_dir: &std::path::Path) -> Source {
         Source::parse(&self.model, working_dir)
     }
-}
-
-#[derive(Debug, Args)]
-pub struct GenerateArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// A picture, put before the prompt; may be given several times
-    #[arg(long, value_name = "FILE")]
-    pub image: Vec<PathBuf>,
-    /// What to ask
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
-    /// Instead of the template's own system sentence
-    #[arg(long, value_name = "TEXT")]
-    pub system: Option<String>,
-    /// Conversation template; `chat`: the model's own
-    #[arg(long, value_name = "T", default_value = "v1")]
-    pub version: String,
-    /// The answer ends after so many tokens, or where the model ends it
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one())]
-    pub max_new_tokens: usize,
-    /// 0: always the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
-    pub temperature: f32,
-    /// Sample only from the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
-    pub top_p: f32,
-    /// Sample only from so many of the likeliest tokens; 0: all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub top_k: usize,
-    /// Above 1: tokens that were used before are less likely
-    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = above_zero)]
-    pub repetition_penalty: f32,
-    /// Beams to search with; the best answer of all is given
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
-    pub num_beams: usize,
-    /// Of beam search: above 0 favours long answers, below short ones
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
-    pub length_penalty: f32,
-    /// The answer ends before this text; may be given several times
-    #[arg(long, value_name = "TEXT")]
-    pub stop: Vec<String>,
-    /// Of the draws at a temperature above 0
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
-    /// One JSON object instead of text
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct ChatArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// A picture for the first message; may be given several times
-    #[arg(long, value_name = "FILE")]
-    pub image: Vec<PathBuf>,
-    /// Instead of the template's own system sentence
-    #[arg(long, value_name = "TEXT")]
-    pub system: Option<String>,
-    /// Conversation template; `chat`: the model's own [default: v1 for a LLaVA, else the model's own if it has one]
-    #[arg(long, value_name = "T")]
-    pub version: Option<String>,
-    /// An answer ends after so many tokens, or where the model ends it
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one())]
-    pub max_new_tokens: usize,
-    /// 0: always the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
-    pub temperature: f32,
-    /// Sample only from the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
-    pub top_p: f32,
-    /// Sample only from so many of the likeliest tokens; 0: all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub top_k: usize,
-    /// Above 1: tokens that were used before are less likely
-    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = above_zero)]
-    pub repetition_penalty: f32,
-    /// Of the draws at a temperature above 0
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
 }
 
 #[derive(Debug, Args)]
@@ -302,7 +225,7 @@ pub struct MergeArgs {
     /// The dtype of all weights [default: each as it is; f32 where they are quantised]
     #[arg(long, value_enum, value_name = "DTYPE")]
     pub dtype: Option<FloatDtype>,
-    /// The vision tower's folder, for a model of the original LLaVA authors that names one elsewhere
+    /// The vision tower's folder, for a model of the original LLaVA authors that names one elsewhere; a GGUF file's mmproj
     #[arg(long, value_name = "DIR")]
     pub vision_tower: Option<PathBuf>,
 }
@@ -341,7 +264,7 @@ pub struct ConvertArgs {
     /// where they are]
     #[arg(long, value_enum, value_name = "DTYPE")]
     pub dtype: Option<WrittenDtype>,
-    /// The vision tower's folder, for a model of the original authors' layout that names one elsewhere
+    /// The vision tower's folder, for a model of the original LLaVA authors that names one elsewhere; a GGUF file's mmproj
     #[arg(long, value_name = "DIR")]
     pub vision_tower: Option<PathBuf>,
     /// The conversation template to write for a model without one [default: v1 for the original authors' LLaVA]
@@ -405,18 +328,6 @@ pub struct CompletionsArgs {
 
 fn at_least_one() -> impl TypedValueParser<Value = usize> {
     clap::value_parser!(u32).range(1..).map(|number| number as usize)
-}
-
-fn temperature(text: &str) -> Result<f32, String> {
-    number(text, |value| value >= 0.0, "a number of at least 0")
-}
-
-fn above_zero(text: &str) -> Result<f32, String> {
-    number(text, |value| value > 0.0, "a number above 0")
-}
-
-fn probability(text: &str) -> Result<f32, String> {
-    number(text, |value| value > 0.0 && value <= 1.0, "a number above 0 and at most 1")
 }
 
 fn number(text: &str, valid: impl Fn(f32) -> bool, allowed: &str) -> Result<f32, String> {

@@ -13,12 +13,12 @@ use super::{
 use crate::{
     data::{IMAGE_PLACEHOLDER, Turn, Version},
     error::{Error, Result},
-    generate::{Options, beam_search, generate},
+    generate::{beam_search, generate},
     models::llava::Pictures,
 };
 
 pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
-    if args.num_beams > 1 && args.temperature > 0.0 {
+    if args.num_beams > 1 && args.sampling.temperature > 0.0 {
         return Err(Error::usage("--num-beams searches, --temperature samples: they do not go together")
             .hint("leave one of them out"));
     }
@@ -38,15 +38,7 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
     let pixels = opened.pixels(&sources)?;
     let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
     let prompt = encoder.prompt(&[Turn::human(&args.prompt, sources.len())])?;
-    let options = Options {
-        max_new_tokens: args.max_new_tokens,
-        temperature: args.temperature,
-        top_p: args.top_p,
-        top_k: args.top_k,
-        repetition_penalty: args.repetition_penalty,
-        seed: args.seed,
-        stop_ids: opened.stop_ids(&encoder.version)?,
-    };
+    let options = args.sampling.options(opened.stop_ids(&encoder.version)?);
     let answer = Answer::new(&opened.tokenizer, &encoder.version, &options.stop_ids, &args.stop);
     let mut answer = answer.streaming(!args.json && stdout_is_terminal());
     let mut failure = None;

@@ -48,6 +48,7 @@ pub fn main() -> ExitCode {
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            let error = report::way_out(error, &cli.command);
             report::print_error(&error);
             ExitCode::from(report::exit_code(error.kind))
         }

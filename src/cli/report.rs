@@ -1,5 +1,6 @@
 //! How errors reach a person, and which exit code each kind has.
 
+use super::args::Command;
 use crate::error::{Error, ErrorKind, Result};
 use owo_colors::OwoColorize;
 use std::{error::Error as StdError, io::Write, path::Path};
@@ -10,9 +11,31 @@ pub fn exit_code(kind: ErrorKind) -> u8 {
         ErrorKind::Failed => 1,
         ErrorKind::Usage => 2,
         ErrorKind::Data => 3,
-        ErrorKind::Device => 4,
+        ErrorKind::Device | ErrorKind::Memory => 4,
         ErrorKind::Network => 5,
         ErrorKind::Interrupted => 130,
+    }
+}
+
+/// A device's failure with what this command can do about it.
+pub fn way_out(error: Error, command: &Command) -> Error {
+    let trains = matches!(command, Command::Train(_));
+    match error.kind {
+        ErrorKind::Memory if trains => error
+            .hint("lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor")
+            .hint("shorten model_max_length, or train with method lora"),
+        ErrorKind::Memory => error
+            .hint("--precision bfloat16 keeps weights in two bytes each")
+            .hint("ask for less at a time: shorter texts, fewer beams or pictures"),
+        ErrorKind::Device if error.hints.is_empty() => {
+            let other = "try another adapter with --device, see `wgpu-llava devices`";
+            if trains {
+                error.hint("go on from the last checkpoint with --resume").hint(other)
+            } else {
+                error.hint(other)
+            }
+        }
+        _ => error,
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     kernel::{Kernels, MAX_PARAMS},
     staging::{SLOT_BYTES, Staging},
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Dispatches per submission: enough to hide its cost, few enough that the device starts early.
 const DISPATCHES_PER_SUBMIT: usize = 64;
@@ -352,7 +352,7 @@ impl Gpu {
     /// Submits what is recorded, waits for it and copies `size` bytes of `buffer` back.
     ///
     /// # Errors
-    /// `Device` for anything that has failed on the device since the last call.
+    /// `Memory` or `Device` for anything that has failed on the device since the last call.
     pub fn read(&self, buffer: &Buffer, offset: u64, size: u64) -> Result<Vec<u8>> {
         let device = &self.inner.device;
         let staging = device.create_buffer(&wgpu::BufferDescriptor {
@@ -399,16 +399,11 @@ impl Gpu {
     }
 
     fn device_error(&self, text: String) -> Error {
-        let memory = text.to_lowercase().contains("memory") || text.contains("limit");
-        let error = Error::device(format!("{} failed", self.inner.facts.name)).caused_by(text);
-        if memory {
-            error
-                .hint("lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor")
-                .hint("shorten model_max_length, or train with method lora")
+        let name = &self.inner.facts.name;
+        if text.to_lowercase().contains("memory") || text.contains("limit") {
+            Error::new(ErrorKind::Memory, format!("{name} has not enough memory")).caused_by(text)
         } else {
-            error.hint(
-                "go on from the last checkpoint with --resume; another adapter: --device, see `wgpu-llava devices`",
-            )
+            Error::device(format!("{name} failed")).caused_by(text)
         }
     }
 }

@@ -173,8 +173,13 @@ impl Opened {
         match &self.processor {
             _ if pictures.is_empty() => Ok(Vec::new()),
             Some(processor) => pixels(processor, pictures),
-            None => Err(Error::usage(format!("{} is a language model, it cannot see pictures", self.folder.name()))
-                .hint("leave the pictures out, or name a LLaVA")),
+            None => {
+                let name = self.folder.name();
+                let error = Error::usage(format!("{name} is a language model, it cannot see pictures"))
+                    .hint("leave the pictures out, or name a LLaVA");
+                let gguf = name.ends_with(".gguf");
+                Err(if gguf { error.hint("with an mmproj file beside it: --vision-tower MMPROJ.gguf") } else { error })
+            }
         }
     }
 

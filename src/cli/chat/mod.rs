@@ -98,20 +98,12 @@ impl<'a> Chat<'a> {
             None => default_version(opened)?,
         };
         let encoder = opened.encoder(version, args.system.clone())?;
-        let options = Options {
-            max_new_tokens: args.max_new_tokens,
-            temperature: args.temperature,
-            top_p: args.top_p,
-            top_k: args.top_k,
-            repetition_penalty: args.repetition_penalty,
-            seed: args.seed,
-            stop_ids: opened.stop_ids(&encoder.version)?,
-        };
+        let options = args.sampling.options(opened.stop_ids(&encoder.version)?);
         Ok(Self {
             opened,
             encoder,
             options,
-            seed: args.seed,
+            seed: args.sampling.seed,
             session: Session::new(&opened.model),
             turns: Vec::new(),
             pictures: Vec::new(),

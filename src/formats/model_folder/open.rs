@@ -35,13 +35,13 @@ impl ModelFolder {
         Self::open_with_tower(path, None)
     }
 
-    /// As [`ModelFolder::open_base`], with the folder of the vision tower, for a model in the original layout that
-    /// names one elsewhere.
+    /// As [`ModelFolder::open_base`], with the vision tower: a folder, for a model in the original layout that names one
+    /// elsewhere, or the mmproj file of a GGUF file.
     pub fn open_with_tower(path: &Path, tower: Option<&Path>) -> Result<Self> {
         let name = path.display().to_string();
         if path.is_file() {
             return match Weights::open(path)? {
-                Weights::Gguf(file) => Self::from_gguf(*file, None),
+                Weights::Gguf(file) => Self::from_gguf(*file, tower.map(GgufFile::open).transpose()?),
                 _ => Err(Error::data(format!("{name} is a file of weights without a config.json"))
                     .hint("name the folder that it is in, or a .gguf file, which says all of a model")),
             };
