@@ -42,6 +42,7 @@ pub struct AdapterFacts {
 pub struct AdapterLimits {
     pub max_buffer_size: u64,
     pub max_storage_buffer_binding_size: u64,
+    pub min_storage_buffer_offset_alignment: u32,
     pub max_compute_workgroup_storage_size: u32,
     pub max_compute_invocations_per_workgroup: u32,
     pub subgroup_min_size: u32,
@@ -119,6 +120,7 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
         limits: AdapterLimits {
             max_buffer_size: limits.max_buffer_size,
             max_storage_buffer_binding_size: limits.max_storage_buffer_binding_size,
+            min_storage_buffer_offset_alignment: limits.min_storage_buffer_offset_alignment,
             max_compute_workgroup_storage_size: limits.max_compute_workgroup_storage_size,
             max_compute_invocations_per_workgroup: limits.max_compute_invocations_per_workgroup,
             subgroup_min_size: info.subgroup_min_size,

@@ -8,14 +8,24 @@ use std::{
     },
 };
 
+use super::account::{Account, Ledger};
+
 /// A device buffer. Dropping it gives it back to the pool: commands recorded later may use it again,
 /// which is safe because the device runs commands in the order of their recording.
 pub struct Buffer {
-    pub(super) raw: Option<wgpu::Buffer>,
+    memory: Option<Memory>,
     /// Unique for the life of the device; keys the bind-group cache.
     pub(super) id: u64,
     size: u64,
+    account: Account,
     pool: Arc<Pool>,
+}
+
+/// What lies behind a buffer.
+enum Memory {
+    Device(wgpu::Buffer),
+    /// Nothing: the device only counts ([`Gpu::counting`](super::Gpu::counting)).
+    Counted,
 }
 
 impl Buffer {
@@ -25,19 +35,23 @@ impl Buffer {
     }
 
     pub(super) fn raw(&self) -> &wgpu::Buffer {
-        self.raw.as_ref().expect("a live buffer has its wgpu buffer until it is dropped")
+        match &self.memory {
+            Some(Memory::Device(raw)) => raw,
+            _ => unreachable!("a buffer of a real device has its wgpu buffer until it is dropped"),
+        }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(raw) = self.raw.take() {
-            self.pool.free().entry(self.size).or_default().push((raw, self.id));
+        if let Some(memory) = self.memory.take() {
+            self.pool.ledger().give_back(self.account, self.size + self.pool.padding);
+            self.pool.free().entry(self.size).or_default().push((memory, self.id));
         }
     }
 }
 
-type FreeLists = BTreeMap<u64, Vec<(wgpu::Buffer, u64)>>;
+type FreeLists = BTreeMap<u64, Vec<(Memory, u64)>>;
 
 /// Free buffers by size, and what the device holds in all.
 pub(super) struct Pool {
@@ -46,11 +60,23 @@ pub(super) struct Pool {
     free: Mutex<FreeLists>,
     next_id: AtomicU64,
     held: AtomicU64,
+    ledger: Mutex<Ledger>,
 }
 
 impl Pool {
     pub fn new(padding: u64) -> Self {
-        Self { padding, free: Mutex::default(), next_id: AtomicU64::new(0), held: AtomicU64::new(0) }
+        Self {
+            padding,
+            free: Mutex::default(),
+            next_id: AtomicU64::new(0),
+            held: AtomicU64::new(0),
+            ledger: Mutex::default(),
+        }
+    }
+
+    /// What is held for what.
+    pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn free(&self) -> MutexGuard<'_, FreeLists> {
@@ -69,30 +95,36 @@ impl Pool {
         self.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// A buffer of at least `size` bytes, whose content is unspecified.
-    pub fn take(self: &Arc<Self>, device: &wgpu::Device, size: u64) -> Buffer {
+    /// A buffer of at least `size` bytes, whose content is unspecified; without a device it is only counted.
+    pub fn take(self: &Arc<Self>, device: Option<&wgpu::Device>, size: u64) -> Buffer {
         let size = rounded(size);
+        let buffer = |memory, id, size| {
+            let account = self.ledger().take(size + self.padding, self.held());
+            Buffer { memory: Some(memory), id, size, account, pool: self.clone() }
+        };
         // A somewhat larger free buffer will do; a much larger one would waste memory.
         let mut free = self.free();
         let found = free.range_mut(size..=size + size / 8).find(|(_, list)| !list.is_empty());
         if let Some((&size, list)) = found
-            && let Some((raw, id)) = list.pop()
+            && let Some((memory, id)) = list.pop()
         {
-            return Buffer { raw: Some(raw), id, size, pool: self.clone() };
+            drop(free);
+            return buffer(memory, id, size);
         }
         drop(free);
-        let raw = device.create_buffer(&wgpu::BufferDescriptor {
-            label: None,
-            size: size + self.padding,
-            usage: wgpu::BufferUsages::STORAGE
-                | wgpu::BufferUsages::UNIFORM
-                | wgpu::BufferUsages::COPY_SRC
-                | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
+        let memory = device.map_or(Memory::Counted, |device| {
+            Memory::Device(device.create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: size + self.padding,
+                usage: wgpu::BufferUsages::STORAGE
+                    | wgpu::BufferUsages::UNIFORM
+                    | wgpu::BufferUsages::COPY_SRC
+                    | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            }))
         });
         self.held.fetch_add(size + self.padding, Ordering::Relaxed);
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        Buffer { raw: Some(raw), id, size, pool: self.clone() }
+        buffer(memory, self.next_id.fetch_add(1, Ordering::Relaxed), size)
     }
 }
 

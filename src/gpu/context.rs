@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    account::{Account, Holdings},
     adapter::{self, AdapterFacts, AdapterOptions},
     buffer::{Buffer, Pool},
     kernel::{Kernels, MAX_PARAMS},
@@ -43,17 +44,21 @@ pub struct Gpu {
 }
 
 struct Inner {
-    device: wgpu::Device,
-    queue: wgpu::Queue,
+    /// None: memory is counted, and nothing is computed.
+    device: Option<Device>,
     facts: AdapterFacts,
     pool: Arc<Pool>,
-    kernels: Kernels,
     max_binding: u64,
-    alignment: u64,
     /// Locked before `stream`, where both are.
     staging: Mutex<Staging>,
     stream: Mutex<Stream>,
     failure: Arc<Mutex<Option<String>>>,
+}
+
+struct Device {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    kernels: Kernels,
 }
 
 /// What has been recorded and not yet submitted.
@@ -105,25 +110,62 @@ impl Gpu {
             }
         });
 
-        let alignment = u64::from(limits.min_storage_buffer_offset_alignment);
-        let largest = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let kernels = Kernels::new(
+            &device,
+            features.contains(wgpu::Features::IMMEDIATES),
+            features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups,
+        );
+        let stream = Stream { profile: options.profile.then(HashMap::new), ..Default::default() };
+        let device = Device { device, queue, kernels };
+        Ok(Self::with(Some(device), facts, options.max_binding, stream, failure))
+    }
+
+    /// A device like that of `facts` that only counts: buffers hold nothing, writes and dispatches are forgotten, and
+    /// what is read back is zeros. What a run would need can be known before there is anything to run it on.
+    pub fn counting(facts: AdapterFacts) -> Self {
+        Self::with(None, facts, None, Stream::default(), Arc::default())
+    }
+
+    fn with(
+        device: Option<Device>,
+        facts: AdapterFacts,
+        max_binding: Option<u64>,
+        stream: Stream,
+        failure: Arc<Mutex<Option<String>>>,
+    ) -> Self {
+        let largest = facts.limits.max_storage_buffer_binding_size.min(facts.limits.max_buffer_size);
         let inner = Inner {
-            kernels: Kernels::new(
-                &device,
-                features.contains(wgpu::Features::IMMEDIATES),
-                features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups,
-            ),
             device,
-            queue,
             pool: Arc::new(Pool::new(if facts.is_cpu { UNIFORM_BYTES } else { 0 })),
             facts,
-            max_binding: options.max_binding.unwrap_or(largest).min(largest),
-            alignment,
+            max_binding: max_binding.unwrap_or(largest).min(largest),
             staging: Mutex::default(),
-            stream: Mutex::new(Stream { profile: options.profile.then(HashMap::new), ..Default::default() }),
+            stream: Mutex::new(stream),
             failure,
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Whether this device only counts ([`Gpu::counting`]).
+    pub fn only_counts(&self) -> bool {
+        self.inner.device.is_none()
+    }
+
+    /// What is allocated from now on is for `account`, until the result is dropped.
+    pub fn account(&self, account: Account) -> Accounting {
+        let before = std::mem::replace(&mut self.inner.pool.ledger().current, account);
+        Accounting { gpu: self.clone(), before }
+    }
+
+    /// What was held when most was, since the device was opened or [`Gpu::start_peak`] called.
+    pub fn peak(&self) -> Holdings {
+        self.inner.pool.ledger().peak()
+    }
+
+    /// Forgets what was held before.
+    pub fn start_peak(&self) {
+        let held = self.inner.pool.held();
+        self.inner.pool.ledger().start_again(held);
     }
 
     pub fn facts(&self) -> &AdapterFacts {
@@ -142,7 +184,7 @@ impl Gpu {
 
     /// Binding offsets are multiples of this many bytes.
     pub fn binding_alignment(&self) -> u64 {
-        self.inner.alignment
+        self.inner.facts.limits.min_storage_buffer_offset_alignment.into()
     }
 
     /// Bytes of device memory held now, the pool's free buffers included.
@@ -160,13 +202,14 @@ impl Gpu {
     /// A buffer of at least `size` bytes with unspecified content. A request that the device cannot fulfil
     /// is told at the next [`Gpu::read`] or [`Gpu::sync`].
     pub fn buffer(&self, size: u64) -> Buffer {
-        let limit = self.inner.device.limits().max_buffer_size;
+        let device = self.inner.device.as_ref().map(|device| &device.device);
+        let limit = self.inner.facts.limits.max_buffer_size;
         if size > limit {
             let text = format!("a buffer of {size} bytes is over this device's limit of {limit}");
             self.failure().get_or_insert(text);
-            return self.inner.pool.take(&self.inner.device, 256);
+            return self.inner.pool.take(device, if device.is_some() { 256 } else { size });
         }
-        self.inner.pool.take(&self.inner.device, size)
+        self.inner.pool.take(device, size)
     }
 
     fn stream(&self) -> MutexGuard<'_, Stream> {
@@ -188,7 +231,7 @@ impl Gpu {
         if groups.contains(&0) {
             return;
         }
-        let Inner { device, kernels, .. } = &*self.inner;
+        let Some(Device { device, kernels, .. }) = &self.inner.device else { return };
         let uniforms: Vec<bool> = bindings.iter().map(|binding| binding.uniform).collect();
         let layout = kernels.layout(device, &uniforms);
         let pipeline = kernels.pipeline(device, name, &layout);
@@ -226,14 +269,14 @@ impl Gpu {
         if kernels.immediates {
             pass.set_immediates(0, bytemuck::cast_slice(params));
         } else if let Some(layout) = kernels.params_layout() {
-            pass.set_bind_group(1, &self.uniform(layout, params), &[]);
+            pass.set_bind_group(1, &self.uniform(device, layout, params), &[]);
         }
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         stream.recorded += 1;
         if stream.profile.is_some() {
             let begun = Instant::now();
             self.submit(stream);
-            let _ = self.inner.device.poll(wgpu::PollType::wait_indefinitely());
+            let _ = device.poll(wgpu::PollType::wait_indefinitely());
             if let Some(profile) = &mut stream.profile {
                 let entry = profile.entry(name.to_string()).or_default();
                 *entry = (entry.0 + 1, entry.1 + begun.elapsed().as_secs_f64());
@@ -252,8 +295,7 @@ impl Gpu {
     }
 
     /// A uniform of its own for one dispatch, on devices without immediate data.
-    fn uniform(&self, layout: &wgpu::BindGroupLayout, params: &[u32]) -> wgpu::BindGroup {
-        let device = &self.inner.device;
+    fn uniform(&self, device: &wgpu::Device, layout: &wgpu::BindGroupLayout, params: &[u32]) -> wgpu::BindGroup {
         let buffer = device.create_buffer(&wgpu::BufferDescriptor {
             label: None,
             size: UNIFORM_SLOT,
@@ -279,29 +321,30 @@ impl Gpu {
         stream.pass = None;
         stream.recorded = 0;
         let encoder = stream.encoder.take()?;
-        let submission = self.inner.queue.submit([encoder.finish()]);
+        let Device { device, queue, .. } = self.inner.device.as_ref()?;
+        let submission = queue.submit([encoder.finish()]);
         // Lets wgpu free what finished work held; it never waits.
-        let _ = self.inner.device.poll(wgpu::PollType::Poll);
+        let _ = device.poll(wgpu::PollType::Poll);
         Some(submission)
     }
 
     /// Records a copy of `bytes` into `buffer` at a byte offset, both multiples of 4. A large one waits until the
     /// device has taken earlier ones, so that the host holds no more than a few staging buffers.
     pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
+        let Some(Device { device, .. }) = self.inner.device.as_ref().filter(|_| !bytes.is_empty()) else { return };
         if bytes.len() >= LARGE_WRITE {
             let staging = &mut *self.staging();
             for (index, part) in bytes.chunks(SLOT_BYTES).enumerate() {
-                if let Err(error) = self.write_staged(staging, buffer, offset + (index * SLOT_BYTES) as u64, part) {
+                if let Err(error) =
+                    self.write_staged(device, staging, buffer, offset + (index * SLOT_BYTES) as u64, part)
+                {
                     self.failure().get_or_insert(error);
                     return;
                 }
             }
             return;
         }
-        let staging = self.inner.device.create_buffer(&wgpu::BufferDescriptor {
+        let staging = device.create_buffer(&wgpu::BufferDescriptor {
             label: None,
             size: (bytes.len() as u64).next_multiple_of(8),
             usage: wgpu::BufferUsages::COPY_SRC,
@@ -310,43 +353,50 @@ impl Gpu {
         self.fill(&staging, bytes);
         staging.unmap();
         let stream = &mut *self.stream();
-        self.record_copy(stream, &staging, 0, buffer.raw(), offset, bytes.len() as u64);
+        self.record_copy(device, stream, (&staging, 0), (buffer.raw(), offset), bytes.len() as u64);
         if stream.recorded >= DISPATCHES_PER_SUBMIT {
             self.submit(stream);
         }
     }
 
-    fn write_staged(&self, staging: &mut Staging, to: &Buffer, offset: u64, bytes: &[u8]) -> Result<(), String> {
-        let buffer = staging.take(&self.inner.device)?;
+    fn write_staged(
+        &self,
+        device: &wgpu::Device,
+        staging: &mut Staging,
+        to: &Buffer,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), String> {
+        let buffer = staging.take(device)?;
         self.fill(&buffer, bytes);
         buffer.unmap();
         let stream = &mut *self.stream();
-        self.record_copy(stream, &buffer, 0, to.raw(), offset, bytes.len() as u64);
+        self.record_copy(device, stream, (&buffer, 0), (to.raw(), offset), bytes.len() as u64);
         if let Some(submission) = self.submit(stream) {
             staging.give_back(buffer, submission);
         }
         Ok(())
     }
 
+    /// From and to are a buffer and a byte offset.
     fn record_copy(
         &self,
+        device: &wgpu::Device,
         stream: &mut Stream,
-        from: &wgpu::Buffer,
-        from_offset: u64,
-        to: &wgpu::Buffer,
-        to_offset: u64,
+        from: (&wgpu::Buffer, u64),
+        to: (&wgpu::Buffer, u64),
         size: u64,
     ) {
         stream.pass = None;
-        let encoder =
-            stream.encoder.get_or_insert_with(|| self.inner.device.create_command_encoder(&Default::default()));
-        encoder.copy_buffer_to_buffer(from, from_offset, to, to_offset, size);
+        let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+        encoder.copy_buffer_to_buffer(from.0, from.1, to.0, to.1, size);
         stream.recorded += 1;
     }
 
     /// Records a copy of `size` bytes between two different buffers; offsets and size are multiples of 4.
     pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, size: u64) {
-        self.record_copy(&mut self.stream(), from.raw(), from_offset, to.raw(), to_offset, size);
+        let Some(Device { device, .. }) = &self.inner.device else { return };
+        self.record_copy(device, &mut self.stream(), (from.raw(), from_offset), (to.raw(), to_offset), size);
     }
 
     /// Submits what is recorded, waits for it and copies `size` bytes of `buffer` back.
@@ -354,7 +404,10 @@ impl Gpu {
     /// # Errors
     /// `Memory` or `Device` for anything that has failed on the device since the last call.
     pub fn read(&self, buffer: &Buffer, offset: u64, size: u64) -> Result<Vec<u8>> {
-        let device = &self.inner.device;
+        let Some(Device { device, .. }) = &self.inner.device else {
+            self.wait()?;
+            return Ok(vec![0; size as usize]);
+        };
         let staging = device.create_buffer(&wgpu::BufferDescriptor {
             label: None,
             size: size.max(4).next_multiple_of(4),
@@ -363,7 +416,7 @@ impl Gpu {
         });
         {
             let stream = &mut *self.stream();
-            self.record_copy(stream, buffer.raw(), offset, &staging, 0, size);
+            self.record_copy(device, stream, (buffer.raw(), offset), (&staging, 0), size);
             self.submit(stream);
         }
         let (sender, receiver) = mpsc::channel();
@@ -391,11 +444,15 @@ impl Gpu {
     }
 
     fn wait(&self) -> Result<()> {
-        let polled = self.inner.device.poll(wgpu::PollType::wait_indefinitely());
+        let poll = |device: &Device| device.device.poll(wgpu::PollType::wait_indefinitely());
+        let polled = self.inner.device.as_ref().map(poll);
         if let Some(text) = self.failure().clone() {
             return Err(self.device_error(text));
         }
-        polled.map(drop).map_err(|error| self.device_error(error.to_string()))
+        match polled {
+            Some(Err(error)) => Err(self.device_error(error.to_string())),
+            _ => Ok(()),
+        }
     }
 
     fn device_error(&self, text: String) -> Error {
@@ -405,5 +462,17 @@ impl Gpu {
         } else {
             Error::device(format!("{name} failed")).caused_by(text)
         }
+    }
+}
+
+/// Ends an account when it is dropped ([`Gpu::account`]).
+pub struct Accounting {
+    gpu: Gpu,
+    before: Account,
+}
+
+impl Drop for Accounting {
+    fn drop(&mut self) {
+        self.gpu.inner.pool.ledger().current = self.before;
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `staging.rs` (large writes), `wgsl.rs` (the preprocessor).
 
+mod account;
 mod adapter;
 mod buffer;
 mod context;
@@ -13,7 +14,8 @@ mod kernel;
 mod staging;
 pub mod wgsl;
 
-pub use adapter::{AdapterFacts, AdapterOptions, list_adapters};
+pub use account::{Account, Holdings};
+pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, list_adapters};
 pub use buffer::Buffer;
-pub use context::{Binding, Gpu, UNIFORM_BYTES};
+pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
 pub use kernel::{expand_shader, shader_variants};
