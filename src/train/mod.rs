@@ -2,7 +2,8 @@
 //!
 //! Must never know: the terminal. What happens is told to an [`events::Observer`].
 //!
-//! Read first: `run.rs` (stages in order), then `trainer.rs` (one stage), `trainable.rs` (what trains),
+//! Read first: `run.rs` (stages in order), then `trainer.rs` (one stage), `stepper.rs`
+//! (one step), `trainable.rs` (what trains),
 //! `optimizer.rs`, `checkpoint.rs`.
 
 pub mod check;
@@ -18,5 +19,6 @@ pub mod run;
 pub mod run_folder;
 pub mod schedule;
 pub mod start;
+pub mod stepper;
 pub mod trainable;
 pub mod trainer;

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    gpu::Account,
     nn::{Id, Parameters},
     ops::{adamw, elementwise, reduce},
     tensor::{ALIGNMENT, Tensor},
@@ -87,7 +88,11 @@ impl Optimizer {
             Some(first) => parameters.get(first.id).value.gpu().clone(),
             None => unreachable!("trainable.rs refuses a stage in which nothing trains"),
         };
-        let [values, gradients, first_moments, second_moments] = [(); 4].map(|()| elementwise::zeros(&gpu, &[end]));
+        let accounts = [Account::Trained, Account::Gradients, Account::Optimizer, Account::Optimizer];
+        let [values, gradients, first_moments, second_moments] = accounts.map(|account| {
+            let _account = gpu.account(account);
+            elementwise::zeros(&gpu, &[end])
+        });
         for (trainable, (_, start, shape)) in trainables.iter().zip(&entries) {
             let value = values.part(*start, shape);
             value.copy_from(&parameters.get(trainable.id).value);

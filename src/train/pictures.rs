@@ -8,7 +8,9 @@ use crate::{
     autograd::Tape,
     data::image::{ImageProcessor, ImageSource},
     error::Result,
+    gpu::Account,
     models::{
+        config::LlavaConfig,
         llava::{Llava, Pictures},
         open,
     },
@@ -18,12 +20,15 @@ use crate::{
 
 /// Features kept on the device, at most.
 const MOST_FEATURE_BYTES: usize = 512 << 20;
-/// Pictures through the tower at once.
+/// Rows through the tower at once, as far as it takes whole pictures: 64 small ones, seven of 336 pixels.
+const ROWS_AT_ONCE: usize = 4096;
 const PICTURES_AT_ONCE: usize = 64;
 
 pub struct PictureStore {
     processor: Option<ImageProcessor>,
     kept: Option<Kept>,
+    /// Elements of a picture, where pictures are made up.
+    made_up: Option<usize>,
 }
 
 /// Features of every picture: [pictures * N, Dv].
@@ -68,24 +73,23 @@ impl PictureStore {
         frozen: bool,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
-        let mut store = Self { processor, kept: None };
+        let mut store = Self { processor, kept: None, made_up: None };
         let Some(llava) = model.config.llava().filter(|_| frozen && !images.is_empty()) else { return Ok(store) };
         let mut seen = HashSet::new();
         let unique: Vec<ImageSource> = images.iter().filter(|image| seen.insert(*image)).cloned().collect();
         let left: HashSet<&ImageSource> = left.iter().collect();
-        let per_picture = llava.image_seq_length();
-        let width = llava.vision_config.hidden_size;
-        if unique.len() * per_picture * width * 4 > MOST_FEATURE_BYTES {
+        let (per_picture, width) = (llava.image_seq_length(), llava.vision_config.hidden_size);
+        let Some(features) = room(model, llava, unique.len()) else {
             observer.event(Event::Note(&format!(
                 "features of {} pictures would take more than {} MiB: the tower runs again for every step",
                 unique.len(),
                 MOST_FEATURE_BYTES >> 20
             )));
             return Ok(store);
-        }
-        let features = Tensor::empty(model.gpu(), &[unique.len() * per_picture, width]);
+        };
+        let at_once = at_once(llava);
         let chunks: Vec<(usize, &[ImageSource])> = unique
-            .chunks(PICTURES_AT_ONCE)
+            .chunks(at_once)
             .enumerate()
             .filter(|(_, chunk)| chunk.iter().any(|image| left.contains(image)))
             .collect();
@@ -96,7 +100,7 @@ impl PictureStore {
             let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
             let mut tape = Tape::silent();
             let computed = model.features(&mut model.inference(&mut tape), &views)?;
-            let first = number * PICTURES_AT_ONCE;
+            let first = number * at_once;
             features.copy_rows(first * per_picture, &computed.value, 0, computed.value.rows());
             places.extend(chunk.iter().cloned().zip(first..));
             observer.event(Event::Progress { what: "picture features", done: places.len(), total });
@@ -113,6 +117,29 @@ impl PictureStore {
         Ok(store)
     }
 
+    /// As [`PictureStore::new`] for `count` different pictures that are in no file, all of them black.
+    ///
+    /// # Errors
+    /// Whatever fails on the device.
+    pub fn made_up(model: &Llava, count: usize, frozen: bool) -> Result<Self> {
+        let mut store = Self { processor: None, kept: None, made_up: None };
+        let Some(llava) = model.config.llava() else { return Ok(store) };
+        let vision = &llava.vision_config;
+        let elements = vision.num_channels * vision.image_size * vision.image_size;
+        store.made_up = Some(elements);
+        let Some(features) = (frozen && count > 0).then(|| room(model, llava, count)).flatten() else {
+            return Ok(store);
+        };
+        let pixels = vec![0.0; elements];
+        let views = vec![pixels.as_slice(); at_once(llava).min(count)];
+        let mut tape = Tape::silent();
+        let computed = model.features(&mut model.inference(&mut tape), &views)?;
+        features.copy_rows(0, &computed.value, 0, computed.value.rows());
+        model.gpu().sync()?;
+        store.kept = Some(Kept { features, places: HashMap::new(), per_picture: llava.image_seq_length() });
+        Ok(store)
+    }
+
     /// Decodes and processes pictures, each to [C, S, S], in parallel.
     fn pixels(&self, images: &[ImageSource]) -> Result<Vec<Vec<f32>>> {
         self.processor.as_ref().map_or(Ok(Vec::new()), |processor| open::pixels(processor, images))
@@ -120,12 +147,29 @@ impl PictureStore {
 
     /// The pictures of a micro-batch, in order.
     pub fn load(&self, images: &[ImageSource]) -> Result<Loaded> {
+        if let (Some(elements), None) = (self.made_up, &self.kept) {
+            return Ok(Loaded::Pixels(vec![vec![0.0; elements]; images.len()]));
+        }
+        let place = |kept: &Kept, image| kept.places.get(image).copied().or(self.made_up.map(|_| 0));
         let places: Option<Vec<usize>> =
-            self.kept.as_ref().and_then(|kept| images.iter().map(|image| kept.places.get(image).copied()).collect());
+            self.kept.as_ref().and_then(|kept| images.iter().map(|image| place(kept, image)).collect());
         let (Some(kept), Some(places)) = (&self.kept, places) else { return Ok(Loaded::Pixels(self.pixels(images)?)) };
         let n = kept.per_picture;
         let rows: Vec<u32> = places.iter().flat_map(|place| (place * n) as u32..((place + 1) * n) as u32).collect();
         let rows = Tensor::from_u32(kept.features.gpu(), &rows, &[rows.len()]);
         Ok(Loaded::Features(embedding::gather(&kept.features, &rows)))
     }
+}
+
+/// Memory for the features of `count` pictures; none when it would be too much.
+fn room(model: &Llava, llava: &LlavaConfig, count: usize) -> Option<Tensor> {
+    let (rows, width) = (count.saturating_mul(llava.image_seq_length()), llava.vision_config.hidden_size);
+    let fits = rows.saturating_mul(width * 4) <= MOST_FEATURE_BYTES;
+    let _pictures = model.gpu().account(Account::Pictures);
+    fits.then(|| Tensor::empty(model.gpu(), &[rows, width]))
+}
+
+/// Pictures that go through the tower together.
+fn at_once(llava: &LlavaConfig) -> usize {
+    (ROWS_AT_ONCE / (llava.vision_config.num_patches() + 1)).clamp(1, PICTURES_AT_ONCE)
 }

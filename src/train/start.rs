@@ -24,7 +24,7 @@ use crate::{
         peft::Adapter,
         weights::Weights,
     },
-    gpu::Gpu,
+    gpu::{Account, Gpu},
     models::{
         adapter,
         config::{FeatureSelect, LlavaConfig, ModelConfig, ProjectorType},
@@ -232,6 +232,7 @@ impl Prepared {
     /// # Errors
     /// An adapter that does not fit; whatever fails on the device.
     pub fn load(self, stage: &StageConfig, gpu: &Gpu, observer: &mut dyn Observer) -> Result<Start> {
+        let _weights = gpu.account(Account::Weights);
         let Self { folder, config, projector: given, adapter: read } = self;
         let named = config.clone();
         let mut projector = |name: &str, shape: &[usize]| match &given {
@@ -264,6 +265,7 @@ impl Prepared {
             (_, None) => None,
         };
         if let Some(adapter) = &adapter {
+            let _trained = gpu.account(Account::Trained);
             adapter::attach(&mut model, adapter, stage.lora_dropout)?;
         }
         Ok(Start { model, folder, adapter, changed })

@@ -1,4 +1,4 @@
-//! One stage: micro-batches through the model, gradients into arenas, AdamW, metrics, checkpoints.
+//! One stage: records into steps, metrics, checkpoints, and what is written at the end.
 
 use std::{
     path::{Path, PathBuf},
@@ -8,19 +8,18 @@ use std::{
 
 use super::{
     checkpoint::{self, TrainerState},
-    config::{ImageAspectRatio, LossNorm, Method, StageConfig},
+    config::{ImageAspectRatio, Method, StageConfig},
     events::{Event, Observer, StageHeader, StepMetrics},
     metrics::{self, MetricsWriter},
-    optimizer::{AdamW, Optimizer, Updates},
+    optimizer::Updates,
     pictures::PictureStore,
     plot,
     run_folder::{self, FinishedStage},
     schedule::Schedule,
-    start::{Origin, Prepared, Start},
-    trainable,
+    start::{Origin, Prepared},
+    stepper::{Measured, Step, Stepper},
 };
 use crate::{
-    autograd::Tape,
     data::{
         dataset::Dataset,
         image::ImageSource,
@@ -32,10 +31,7 @@ use crate::{
     formats::{HostTensor, hf_write, safetensors::Dtype},
     gpu::Gpu,
     hub::id_or_path,
-    models::{adapter, batch::PackedBatch, llava::Llava, names},
-    nn::Forward,
-    ops::{elementwise, reduce},
-    tensor::Tensor,
+    models::{adapter, batch::PackedBatch, names},
 };
 
 /// A stage's result, for the report.
@@ -61,23 +57,12 @@ impl StageOutcome {
 /// A stage, ready to step.
 pub struct Trainer<'a> {
     stage: &'a StageConfig,
-    start: Start,
     dataset: Dataset,
     plan: Plan,
     schedule: Schedule,
-    optimizer: Optimizer,
+    stepper: Stepper,
     pictures: PictureStore,
-    /// Square sum of the gradients, then one loss sum for each micro-batch.
-    sums: Tensor,
     state: TrainerState,
-}
-
-/// What one optimizer step measured.
-struct Measured {
-    loss: f64,
-    grad_norm: f64,
-    target_tokens: u64,
-    positions: usize,
 }
 
 impl<'a> Trainer<'a> {
@@ -95,41 +80,31 @@ impl<'a> Trainer<'a> {
         let processor = prepared.processor(stage)?;
         let plan = plan(stage, &dataset)?;
         let total_steps = plan.total_steps();
-        let mut start = prepared.load(stage, gpu, observer)?;
-
-        let trainables = trainable::select(stage, &start.model)?;
-        let settings = AdamW {
-            beta1: stage.adam_beta1,
-            beta2: stage.adam_beta2,
-            epsilon: stage.adam_epsilon,
-            max_grad_norm: stage.max_grad_norm,
-        };
-        let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings);
+        let stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
         let mut state =
             TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };
         if let Some(folder) = resume {
-            state = checkpoint::load(folder, &optimizer, dataset.len(), total_steps)?;
+            state = checkpoint::load(folder, &stepper.optimizer, dataset.len(), total_steps)?;
         }
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         let left = used_images(&dataset, &plan, state.step, stage.unfreeze_mm_vision_tower)?;
         let frozen = !stage.unfreeze_mm_vision_tower;
-        let pictures = PictureStore::new(&start.model, processor, &used, &left, frozen, observer)?;
+        let pictures = PictureStore::new(stepper.model(), processor, &used, &left, frozen, observer)?;
         let schedule = Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);
-        let sums = elementwise::zeros(gpu, &[1 + stage.gradient_accumulation_steps]);
-        Ok(Self { stage, start, dataset, plan, schedule, optimizer, pictures, sums, state })
+        Ok(Self { stage, dataset, plan, schedule, stepper, pictures, state })
     }
 
     pub fn header(&self) -> StageHeader {
         StageHeader {
             name: self.stage.title().to_string(),
             method: self.stage.method.to_string(),
-            model: self.start.folder.name().to_string(),
+            model: self.stepper.start.folder.name().to_string(),
             records: self.dataset.len(),
             total_steps: self.state.total_steps,
             first_step: self.state.step,
             batch: self.stage.global_batch(),
-            trainable_parameters: self.optimizer.elements() as u64,
-            total_parameters: self.start.model.parameters.elements() as u64,
+            trainable_parameters: self.stepper.optimizer.elements() as u64,
+            total_parameters: self.stepper.start.model.parameters.elements() as u64,
             output_dir: self.stage.output_dir.clone(),
         }
     }
@@ -160,7 +135,7 @@ impl<'a> Trainer<'a> {
                 target_tokens: measured.target_tokens,
                 tokens_per_second: measured.positions as f64 / seconds,
                 step_seconds: seconds,
-                device_bytes: self.start.model.gpu().device_bytes(),
+                device_bytes: self.stepper.model().gpu().peak().held,
             };
             if step.is_multiple_of(self.stage.logging_steps) || step == total {
                 writer.write(&metrics)?;
@@ -181,89 +156,45 @@ impl<'a> Trainer<'a> {
 
     /// One optimizer step.
     fn step(&mut self) -> Result<Measured> {
-        let micro_batches = self.plan.step(self.state.step);
-        let samples: Vec<Vec<Sample>> = micro_batches
-            .iter()
+        let samples: Vec<Vec<Sample>> = (self.plan.step(self.state.step).iter())
             .map(|indices| indices.iter().map(|&index| self.dataset.sample(index)).collect())
             .collect::<Result<_>>()?;
-        let image_tokens = self.start.model.image_tokens();
+        let image_tokens = self.stepper.model().image_tokens();
         let batches: Vec<PackedBatch> = samples.iter().map(|samples| PackedBatch::new(samples, image_tokens)).collect();
-        let target_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-
-        elementwise::fill(&self.sums, 0.0);
-        self.optimizer.zero_gradients();
-        for (index, (samples, batch)) in samples.iter().zip(&batches).enumerate() {
-            let scale = match self.stage.loss_norm {
-                LossNorm::GlobalTokens => 1.0 / target_tokens.max(1) as f64,
-                LossNorm::MicroMean => 1.0 / (batch.targets.len().max(1) * batches.len()) as f64,
-            };
-            self.micro_batch(samples, batch, scale as f32, index)?;
-        }
-        self.optimizer.add_square_sum(&self.sums, 0);
-        let pictures = batches.iter().any(|batch| batch.images > 0);
-        self.state.updates.language += 1;
-        self.state.updates.pictures += u64::from(pictures);
-        let factor = self.schedule.factor(self.state.step);
-        self.optimizer.step(factor, self.state.updates, pictures, &self.sums);
-        let t = self.state.step + 1;
-
-        let sums = self.sums.to_vec()?;
-        let grad_norm = f64::from(sums[0]).sqrt();
-        let losses =
-            sums[1..=batches.len()].iter().zip(&batches).map(|(&sum, batch)| (f64::from(sum), batch.targets.len()));
-        let loss = match self.stage.loss_norm {
-            LossNorm::GlobalTokens => losses.map(|(sum, _)| sum).sum::<f64>() / target_tokens.max(1) as f64,
-            LossNorm::MicroMean => {
-                losses.map(|(sum, count)| sum / count.max(1) as f64).sum::<f64>() / batches.len() as f64
-            }
-        };
+        let images: Vec<Vec<ImageSource>> = (samples.iter())
+            .map(|samples| samples.iter().flat_map(|sample| sample.images.iter().cloned()).collect())
+            .collect();
+        let (number, factor) = (self.state.step, self.schedule.factor(self.state.step));
+        let step = Step { number, batches: &batches, images: &images, factor };
+        let measured = self.stepper.step(self.stage, &step, &self.pictures, &mut self.state.updates)?;
+        let Measured { loss, grad_norm, .. } = measured;
         if !loss.is_finite() || !grad_norm.is_finite() {
             let ids: Vec<&str> = samples.iter().flatten().take(4).map(|sample| sample.id.as_str()).collect();
+            let t = number + 1;
             return Err(Error::failed(format!("the loss became {loss} (gradient norm {grad_norm}) in step {t}"))
                 .hint(format!("lower learning_rate (now {:e}) or raise warmup_ratio", self.stage.learning_rate))
                 .hint(format!("the step's first records: {}", ids.join(", ")))
                 .hint("start again in another --output-dir: --resume would come to the same step"));
         }
-        let positions = batches.iter().map(PackedBatch::tokens).sum();
-        Ok(Measured { loss, grad_norm, target_tokens: target_tokens as u64, positions })
-    }
-
-    /// Forward and backward of one micro-batch; its loss goes to its slot of `sums`.
-    fn micro_batch(&self, samples: &[Sample], batch: &PackedBatch, scale: f32, index: usize) -> Result<()> {
-        let images: Vec<ImageSource> = samples.iter().flat_map(|sample| sample.images.iter().cloned()).collect();
-        let loaded = self.pictures.load(&images)?;
-        let views = loaded.views();
-        let mut tape = Tape::recording();
-        let pass = self.state.step * self.stage.gradient_accumulation_steps as u64 + index as u64;
-        let model: &Llava = &self.start.model;
-        let mut forward = Forward {
-            tape: &mut tape,
-            parameters: &model.parameters,
-            dropout: Some((self.stage.seed as u32, pass as u32)),
-        };
-        if let Some(losses) = model.losses(&mut forward, batch, loaded.as_pictures(&views), scale)? {
-            reduce::add_sum(&losses.value, &self.sums, 1 + index);
-            tape.backward(&losses, losses.value.clone());
-        }
-        Ok(())
+        Ok(measured)
     }
 
     fn save(&self) -> Result<PathBuf> {
         let limit = self.stage.save_total_limit;
-        checkpoint::save(&self.stage.output_dir, &self.state, &self.optimizer, limit, |folder| {
+        checkpoint::save(&self.stage.output_dir, &self.state, &self.stepper.optimizer, limit, |folder| {
             if self.stage.method == Method::Lora { self.write_adapter(&folder.join("adapter")) } else { Ok(()) }
         })
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
-        let Some(settings) = &self.start.adapter else { return Ok(()) };
-        let model = &self.start.model;
+        let Some(settings) = &self.stepper.start.adapter else { return Ok(()) };
+        let model = &self.stepper.start.model;
         let with_projector = model.projector.is_some() && !self.stage.freeze_mm_mlp_adapter;
         let with_projector = with_projector || !settings.saved.is_empty();
-        let base = id_or_path(self.start.folder.name());
+        let base = id_or_path(self.stepper.start.folder.name());
         let mut adapter = adapter::export(model, settings, with_projector)?;
         if self.stage.unfreeze_mm_vision_tower {
-            adapter::save_tower(model, &self.start.folder, &mut adapter)?;
+            adapter::save_tower(model, &self.stepper.start.folder, &mut adapter)?;
         }
         for (name, module) in &adapter.modules {
             [&module.lora_a, &module.lora_b].into_iter().try_for_each(|tensor| check_finite(name, &tensor.data))?;
@@ -273,14 +204,15 @@ impl<'a> Trainer<'a> {
     }
 
     fn write_model(&self, folder: &Path) -> Result<()> {
-        let model = &self.start.model;
+        let model = &self.stepper.start.model;
         let shapes: std::collections::HashMap<String, Vec<usize>> =
             names::expected_tensors(&model.config).into_iter().collect();
-        let source = &self.start.folder;
+        let source = &self.stepper.start.folder;
         let parameter = |name: &str| model.parameters.find(name).map(|id| model.parameters.get(id));
         // What has not changed is in the source, whatever dtype it has there.
         let is_changed = |name: &str| {
-            parameter(name).is_some_and(|parameter| parameter.grad.is_some() || self.start.changed.contains(name))
+            parameter(name)
+                .is_some_and(|parameter| parameter.grad.is_some() || self.stepper.start.changed.contains(name))
         };
         let fetch = |name: &str| {
             let missing = || Error::failed(format!("{name} is not in the model"));
@@ -314,8 +246,8 @@ impl<'a> Trainer<'a> {
             seconds: self.state.seconds,
             output: what.to_string(),
             records: self.dataset.len(),
-            trainable_parameters: self.optimizer.elements() as u64,
-            total_parameters: self.start.model.parameters.elements() as u64,
+            trainable_parameters: self.stepper.optimizer.elements() as u64,
+            total_parameters: self.stepper.start.model.parameters.elements() as u64,
         };
         run_folder::mark_finished(dir, &finished)?;
         observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });

@@ -1,0 +1,146 @@
+//! One optimizer step: micro-batches through the model, gradients into arenas, the update. Holds all of a stage that
+//! lives on the device, and knows neither data nor files.
+
+use super::{
+    config::{LossNorm, StageConfig},
+    optimizer::{AdamW, Optimizer, Updates},
+    pictures::PictureStore,
+    start::Start,
+    trainable,
+};
+use crate::{
+    autograd::Tape,
+    data::image::ImageSource,
+    error::Result,
+    gpu::Account,
+    models::{batch::PackedBatch, llava::Llava},
+    nn::Forward,
+    ops::{elementwise, reduce},
+    tensor::Tensor,
+};
+
+/// A model, what trains of it, and what its updates need.
+pub struct Stepper {
+    pub start: Start,
+    pub optimizer: Optimizer,
+    /// Square sum of the gradients, then one loss sum for each micro-batch.
+    sums: Tensor,
+}
+
+/// What a step is made of.
+pub struct Step<'a> {
+    /// Counted from 0; dropout follows from it.
+    pub number: u64,
+    pub batches: &'a [PackedBatch],
+    /// Of each micro-batch, in order.
+    pub images: &'a [Vec<ImageSource>],
+    /// The schedule's.
+    pub factor: f64,
+}
+
+/// What a step has measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measured {
+    /// Mean over the supervised tokens, or of the micro-batches' means, in nats.
+    pub loss: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub target_tokens: u64,
+    /// Text and pictures.
+    pub positions: usize,
+}
+
+impl Stepper {
+    /// Moves what trains into the optimizer.
+    ///
+    /// # Errors
+    /// `Usage` when nothing would train.
+    pub fn new(stage: &StageConfig, mut start: Start) -> Result<Self> {
+        let trainables = trainable::select(stage, &start.model)?;
+        let settings = AdamW {
+            beta1: stage.adam_beta1,
+            beta2: stage.adam_beta2,
+            epsilon: stage.adam_epsilon,
+            max_grad_norm: stage.max_grad_norm,
+        };
+        let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings);
+        let gpu = start.model.gpu();
+        // What was moved into arenas, and what loading needed.
+        gpu.trim();
+        let sums = elementwise::zeros(gpu, &[1 + stage.gradient_accumulation_steps]);
+        gpu.start_peak();
+        Ok(Self { start, optimizer, sums })
+    }
+
+    pub fn model(&self) -> &Llava {
+        &self.start.model
+    }
+
+    /// One step; `updates` counts it.
+    ///
+    /// # Errors
+    /// A picture that cannot be read; whatever fails on the device.
+    pub fn step(
+        &self,
+        stage: &StageConfig,
+        step: &Step<'_>,
+        pictures: &PictureStore,
+        updates: &mut Updates,
+    ) -> Result<Measured> {
+        let batches = step.batches;
+        let target_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        elementwise::fill(&self.sums, 0.0);
+        self.optimizer.zero_gradients();
+        for (index, (images, batch)) in step.images.iter().zip(batches).enumerate() {
+            let scale = match stage.loss_norm {
+                LossNorm::GlobalTokens => 1.0 / target_tokens.max(1) as f64,
+                LossNorm::MicroMean => 1.0 / (batch.targets.len().max(1) * batches.len()) as f64,
+            };
+            let pass = step.number * stage.gradient_accumulation_steps as u64 + index as u64;
+            let dropout = (stage.seed as u32, pass as u32);
+            self.micro_batch(batch, &pictures.load(images)?, scale as f32, dropout, index)?;
+        }
+        self.optimizer.add_square_sum(&self.sums, 0);
+        let sees = batches.iter().any(|batch| batch.images > 0);
+        updates.language += 1;
+        updates.pictures += u64::from(sees);
+        self.optimizer.step(step.factor, *updates, sees, &self.sums);
+
+        let sums = self.sums.to_vec()?;
+        let losses =
+            sums[1..=batches.len()].iter().zip(batches).map(|(&sum, batch)| (f64::from(sum), batch.targets.len()));
+        let loss = match stage.loss_norm {
+            LossNorm::GlobalTokens => losses.map(|(sum, _)| sum).sum::<f64>() / target_tokens.max(1) as f64,
+            LossNorm::MicroMean => {
+                losses.map(|(sum, count)| sum / count.max(1) as f64).sum::<f64>() / batches.len() as f64
+            }
+        };
+        Ok(Measured {
+            loss,
+            grad_norm: f64::from(sums[0]).sqrt(),
+            target_tokens: target_tokens as u64,
+            positions: batches.iter().map(PackedBatch::tokens).sum(),
+        })
+    }
+
+    /// Forward and backward of one micro-batch; its loss goes to its slot of `sums`.
+    fn micro_batch(
+        &self,
+        batch: &PackedBatch,
+        pictures: &super::pictures::Loaded,
+        scale: f32,
+        dropout: (u32, u32),
+        index: usize,
+    ) -> Result<()> {
+        let _activations = self.model().gpu().account(Account::Activations);
+        let views = pictures.views();
+        let mut tape = Tape::recording();
+        let model = self.model();
+        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
+        if let Some(losses) = model.losses(&mut forward, batch, pictures.as_pictures(&views), scale)? {
+            reduce::add_sum(&losses.value, &self.sums, 1 + index);
+            tape.backward(&losses, losses.value.clone());
+        }
+        Ok(())
+    }
+}
