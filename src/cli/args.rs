@@ -85,8 +85,8 @@ pub enum Command {
     Recipes(RecipesCommand),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
-    /// Memory and time of a run before it starts (not built yet)
-    Estimate(NotBuilt),
+    /// Memory and time of a run before it starts
+    Estimate(EstimateArgs),
     /// Fold an adapter into the weights
     Merge(MergeArgs),
     /// Convert between model layouts
@@ -99,7 +99,6 @@ impl Command {
     /// The error of a command that is planned but not built, or none.
     pub fn not_built(&self) -> Option<Error> {
         let (name, instead) = match self {
-            Self::Estimate(_) => ("estimate", "`wgpu-llava train --dry-run` shows the config as resolved"),
             Self::Bench(_) => ("bench", "`metrics.jsonl` of a run has the time of every step"),
             _ => return None,
         };
@@ -142,6 +141,36 @@ pub struct TrainArgs {
     /// Check models and data, print the config as resolved and where each value came from, and stop
     #[arg(long)]
     pub dry_run: bool,
+    /// Start even what does not fit into the device's memory
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct EstimateArgs {
+    /// A TOML file; without it, the embedded default
+    #[arg(value_name = "CONFIG.toml")]
+    pub config: Option<PathBuf>,
+    /// An embedded recipe, below the config file if both are given (see `recipes ls`)
+    #[arg(long, short, value_name = "NAME")]
+    pub recipe: Option<String>,
+    /// Override a config key, of all stages or of one; may be given several times
+    #[arg(long, short, value_name = "[STAGE.]KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Of the card to ask about, such as 24GB [default: what this device has free]
+    #[arg(long, value_name = "BYTES", value_parser = memory)]
+    pub memory: Option<u64>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl EstimateArgs {
+    /// The run that is asked about.
+    pub fn as_train(&self) -> TrainArgs {
+        let Self { config, recipe, set, .. } = self.clone();
+        TrainArgs { config, recipe, set, ..TrainArgs::default() }
+    }
 }
 
 /// Which model a command runs.
@@ -337,6 +366,21 @@ fn number(text: &str, valid: impl Fn(f32) -> bool, allowed: &str) -> Result<f32,
         .ok_or_else(|| format!("must be {allowed}"))
 }
 
+/// `24GB`, `24GiB`, `8000MB`, or bytes.
+fn memory(text: &str) -> Result<u64, String> {
+    let digits = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(text.len());
+    let unit = match text[digits..].trim().to_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "mb" | "m" => 1e6,
+        "gb" | "g" => 1e9,
+        "mib" => f64::from(1 << 20),
+        "gib" => f64::from(1 << 30),
+        _ => return Err("must be bytes, or end in MB, GB, MiB or GiB".to_owned()),
+    };
+    let number: f64 = text[..digits].parse().map_err(|_| "must begin with a number".to_owned())?;
+    Ok((number * unit) as u64)
+}
+
 /// Parses what was typed. When that does not give a command to run (`--help`, `--version`, wrong use), prints what
 /// clap has to say and gives the exit code: 0, or 2 for wrong use.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, u8> {
@@ -376,6 +420,7 @@ mod tests {
             "devices --json",
             "train",
             "train run.toml --recipe default --set r=1 --set finetune.r=2 --output-dir out --resume --dry-run",
+            "estimate run.toml --recipe default --set r=1 --memory 24GB --json",
             "generate --model m --adapter a --image a.png --image b.png --prompt hi --system s --version v0 \
              --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --stop x --seed 4 --json",
             "generate --model m --prompt p --num-beams 5 --length-penalty -0.5",
@@ -402,7 +447,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so_whatever_follows() {
-        for line in ["estimate run.toml --set r=1 --json", "bench step --hidden-size 64"] {
+        for line in ["bench step --hidden-size 64"] {
             let error = cli(line).unwrap().command.not_built().unwrap();
             assert!(error.message.contains("not built yet"), "{line}");
         }
@@ -416,6 +461,7 @@ mod tests {
             "generate --model m --prompt p --temperature -1",
             "generate --model m --prompt p --top-p 0",
             "eval easy-vqa --limit 0",
+            "estimate --memory lots",
             "--quiet --verbose devices",
             "--precision int8 devices",
             "--backend opengl devices",

@@ -8,6 +8,7 @@ mod chat;
 mod config;
 mod convert;
 mod devices;
+mod estimate;
 mod eval;
 mod generate;
 mod hub;
@@ -79,7 +80,8 @@ fn run(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Command::Completions(args) => report::print_data(&args::completions(args.shell)),
-        Command::Estimate(_) | Command::Bench(_) => Ok(()),
+        Command::Estimate(args) => estimate::run(args, global),
+        Command::Bench(_) => Ok(()),
     }
 }
 

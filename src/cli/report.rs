@@ -21,13 +21,14 @@ pub fn exit_code(kind: ErrorKind) -> u8 {
 pub fn way_out(error: Error, command: &Command) -> Error {
     let trains = matches!(command, Command::Train(_));
     match error.kind {
+        _ if !error.hints.is_empty() => error,
         ErrorKind::Memory if trains => error
             .hint("lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor")
             .hint("shorten model_max_length, or train with method lora"),
         ErrorKind::Memory => error
             .hint("--precision bfloat16 keeps weights in two bytes each")
             .hint("ask for less at a time: shorter texts, fewer beams or pictures"),
-        ErrorKind::Device if error.hints.is_empty() => {
+        ErrorKind::Device => {
             let other = "try another adapter with --device, see `wgpu-llava devices`";
             if trains {
                 error.hint("go on from the last checkpoint with --resume").hint(other)

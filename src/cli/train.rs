@@ -32,16 +32,13 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         return dry_run(config, &mut ui);
     }
     hub::localize(&mut config, &mut ui)?;
-    let device = config.device.as_ref().map(|choice| match choice {
-        DeviceChoice::Index(index) => index.to_string(),
-        DeviceChoice::Name(name) => name.clone(),
-    });
-    let gpu = super::open_device(global, device, &mut ui)?;
+    let gpu = super::open_device(global, device_of(&config), &mut ui)?;
     if args.resume && !config.output_dir.join(CONFIG_FILE).exists() {
         ui.line(&format!("  nothing to go on with in {}: starting from the beginning", shown(&config.output_dir)));
     }
     let stop = interrupt::install()?;
-    let outcome = run::train(&config, args.resume, &gpu, stop, &mut ui)?;
+    let memory = if args.force { None } else { gpu.available_memory() };
+    let outcome = run::train(&config, args.resume, &gpu, memory, stop, &mut ui)?;
     let results = evaluate(&config, &outcome, &gpu, &mut ui)?;
     let path = config.output_dir.join("report.html");
     report::write_report(&path, &report_data(&config, &outcome, &gpu, results)?)?;
@@ -50,6 +47,14 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         ui.line(&format!("  {command}"));
     }
     Ok(())
+}
+
+/// The adapter that a config names.
+pub(super) fn device_of(config: &RunConfig) -> Option<String> {
+    config.device.as_ref().map(|choice| match choice {
+        DeviceChoice::Index(index) => index.to_string(),
+        DeviceChoice::Name(name) => name.clone(),
+    })
 }
 
 /// The config as resolved, with the origin of each value, on stdout; then what it would do, or what is wrong with it.

@@ -49,6 +49,9 @@ pub struct AdapterLimits {
     pub subgroup_max_size: u32,
 }
 
+/// What a device that runs on the host's processor is called.
+pub(super) const SOFTWARE: &str = "CPU (software)";
+
 const NO_ADAPTER: &str = "no GPU adapter was found";
 const NO_ADAPTER_HINTS: [&str; 3] = [
     "on Debian or Ubuntu: apt-get install libvulkan1 mesa-vulkan-drivers (software Vulkan included), or run tools/quickstart",
@@ -111,11 +114,12 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
             wgpu::DeviceType::DiscreteGpu => "discrete GPU",
             wgpu::DeviceType::IntegratedGpu => "integrated GPU",
             wgpu::DeviceType::VirtualGpu => "virtual GPU",
-            wgpu::DeviceType::Cpu => "CPU (software)",
+            wgpu::DeviceType::Cpu => SOFTWARE,
             wgpu::DeviceType::Other => "other",
         }
         .to_string(),
-        memory: memory(adapter),
+        // What a software device calls its memory is a constant of its driver.
+        memory: if info.device_type == wgpu::DeviceType::Cpu { host_memory() } else { memory(adapter) },
         features: known.iter().filter(|(bit, _)| features.contains(*bit)).map(|(_, name)| name.to_string()).collect(),
         limits: AdapterLimits {
             max_buffer_size: limits.max_buffer_size,
@@ -127,6 +131,48 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
             subgroup_max_size: info.subgroup_max_size,
         },
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
+    }
+}
+
+fn host() -> Option<sysinfo::System> {
+    sysinfo::System::new_with_specifics(
+        sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
+    )
+    .ok()
+}
+
+/// Bytes of the host's memory; none where the system does not tell.
+fn host_memory() -> Option<u64> {
+    host().map(|host| host.total_memory()).filter(|&bytes| bytes > 0)
+}
+
+/// Bytes that the host can still give.
+pub(super) fn free_host_memory() -> Option<u64> {
+    host().map(|host| host.available_memory()).filter(|&bytes| bytes > 0)
+}
+
+impl AdapterFacts {
+    /// What most GPUs of today offer, for questions on a machine that has none.
+    pub fn of_a_usual_gpu() -> Self {
+        Self {
+            index: 0,
+            name: "a GPU".to_owned(),
+            backend: "vulkan".to_owned(),
+            driver: String::new(),
+            kind: "discrete GPU".to_owned(),
+            memory: None,
+            features: Vec::new(),
+            limits: AdapterLimits {
+                max_buffer_size: 1 << 48,
+                max_storage_buffer_binding_size: (1 << 31) - 1,
+                min_storage_buffer_offset_alignment: 32,
+                max_compute_workgroup_storage_size: 32 << 10,
+                max_compute_invocations_per_workgroup: 1024,
+                subgroup_min_size: 32,
+                subgroup_max_size: 32,
+            },
+            is_cpu: false,
+        }
     }
 }
 

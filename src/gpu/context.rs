@@ -2,7 +2,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     time::Instant,
 };
 
@@ -53,6 +57,7 @@ struct Inner {
     staging: Mutex<Staging>,
     stream: Mutex<Stream>,
     failure: Arc<Mutex<Option<String>>>,
+    flops: AtomicU64,
 }
 
 struct Device {
@@ -142,8 +147,15 @@ impl Gpu {
             staging: Mutex::default(),
             stream: Mutex::new(stream),
             failure,
+            flops: AtomicU64::new(0),
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// Bytes that may be allocated, as far as that is known: the device's memory, or what the host has left where the
+    /// device is the host's processor.
+    pub fn available_memory(&self) -> Option<u64> {
+        if self.inner.facts.kind == adapter::SOFTWARE { adapter::free_host_memory() } else { self.inner.facts.memory }
     }
 
     /// Whether this device only counts ([`Gpu::counting`]).
@@ -160,6 +172,16 @@ impl Gpu {
     /// What was held when most was, since the device was opened or [`Gpu::start_peak`] called.
     pub fn peak(&self) -> Holdings {
         self.inner.pool.ledger().peak()
+    }
+
+    /// Floating-point operations of the products and of attention so far.
+    pub fn flops(&self) -> u64 {
+        self.inner.flops.load(Ordering::Relaxed)
+    }
+
+    /// Ops tell what they launch.
+    pub fn add_flops(&self, flops: u64) {
+        self.inner.flops.fetch_add(flops, Ordering::Relaxed);
     }
 
     /// Forgets what was held before.

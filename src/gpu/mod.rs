@@ -19,3 +19,4 @@ pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, list_adapters};
 pub use buffer::Buffer;
 pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
 pub use kernel::{expand_shader, shader_variants};
+pub use staging::STAGING_BYTES;

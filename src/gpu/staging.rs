@@ -6,6 +6,8 @@ use std::{collections::VecDeque, sync::mpsc};
 /// Bytes of one staging buffer.
 pub(super) const SLOT_BYTES: usize = 16 << 20;
 const SLOTS: usize = 3;
+/// Bytes of all of them.
+pub const STAGING_BYTES: u64 = (SLOTS * SLOT_BYTES) as u64;
 
 /// Staging buffers, the one that was filled first in front.
 #[derive(Default)]

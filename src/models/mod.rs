@@ -16,4 +16,5 @@ pub mod loading;
 pub mod names;
 pub mod open;
 pub mod projector;
+pub mod released;
 pub mod rotary;

@@ -69,6 +69,7 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     if m == 0 || n == 0 {
         return;
     }
+    a.gpu().add_flops(2 * (m * n * k) as u64);
     let call = Call { layout, a, b, c, epilogue };
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
 }

@@ -18,6 +18,7 @@ pub mod matmul;
 pub mod patch_embed;
 pub mod reduce;
 pub mod rms_norm;
+pub mod roof;
 pub mod rope;
 
 mod testing;

@@ -9,6 +9,7 @@
 pub mod check;
 pub mod checkpoint;
 pub mod config;
+pub mod estimate;
 pub mod events;
 pub mod metrics;
 pub mod optimizer;

@@ -106,6 +106,8 @@ impl PictureStore {
             observer.event(Event::Progress { what: "picture features", done: places.len(), total });
         }
         model.gpu().sync()?;
+        // What the tower needed on the way.
+        model.gpu().trim();
         if places.is_empty() {
             return Ok(store);
         }
@@ -136,6 +138,7 @@ impl PictureStore {
         let computed = model.features(&mut model.inference(&mut tape), &views)?;
         features.copy_rows(0, &computed.value, 0, computed.value.rows());
         model.gpu().sync()?;
+        model.gpu().trim();
         store.kept = Some(Kept { features, places: HashMap::new(), per_picture: llava.image_seq_length() });
         Ok(store)
     }

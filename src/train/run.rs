@@ -21,14 +21,16 @@ pub struct RunOutcome {
     pub result: Origin,
 }
 
-/// Trains every stage that is not finished. The run folder is checked before anything is loaded.
+/// Trains every stage that is not finished. The run folder is checked before anything is loaded. A stage that needs more
+/// than `memory` bytes of the device is not begun.
 ///
 /// # Errors
-/// `Interrupted` when `stop` was set: the hint says how to go on.
+/// `Memory` for such a stage, with what would make it fit; `Interrupted` when `stop` was set: the hint says how to go on.
 pub fn train(
     run: &RunConfig,
     resume: bool,
     gpu: &Gpu,
+    memory: Option<u64>,
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<RunOutcome> {
@@ -49,8 +51,8 @@ pub fn train(
         let outcome;
         if index >= start.stage {
             let checkpoint = start.checkpoint.as_ref().filter(|_| index == start.stage);
-            let trainer =
-                Trainer::new(stage, before.as_ref(), checkpoint.map(|(_, path)| path.as_path()), gpu, observer);
+            let checkpoint = checkpoint.map(|(_, path)| path.as_path());
+            let trainer = Trainer::new(stage, before.as_ref(), checkpoint, gpu, memory, observer);
             let trainer = trainer.inspect_err(|_| remove_if_untouched(run))?;
             // From here on the folder holds a run.
             crate::formats::atomic::write_file(&run.output_dir.join(CONFIG_FILE), run.to_toml().as_bytes())?;

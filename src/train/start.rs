@@ -46,7 +46,7 @@ pub struct Origin {
 
 /// All of a start that needs no device: files opened and checked, weights not read yet.
 pub struct Prepared {
-    pub folder: ModelFolder,
+    pub folder: Arc<ModelFolder>,
     /// The folder's, with the stage's wishes.
     config: ModelConfig,
     /// Of `pretrain_mm_mlp_adapter`.
@@ -58,7 +58,7 @@ pub struct Prepared {
 /// A model ready to be trained.
 pub struct Start {
     pub model: Llava,
-    pub folder: ModelFolder,
+    pub folder: Arc<ModelFolder>,
     /// Rank, alpha and so on of the adapter that trains, under method `lora`.
     pub adapter: Option<Adapter>,
     /// Canonical names of tensors that are not as the folder has them, before anything has trained.
@@ -105,7 +105,7 @@ fn open_seeing(model: &Source, stage: &StageConfig, given: Option<&Weights>) -> 
     open::sized(folder, stage.image_size)
 }
 
-fn projector_type(wanted: WantedProjector) -> ProjectorType {
+pub(super) fn projector_type(wanted: WantedProjector) -> ProjectorType {
     match wanted {
         WantedProjector::Linear => ProjectorType::Linear,
         WantedProjector::Mlp2xGelu => ProjectorType::Mlp2xGelu,
@@ -140,7 +140,8 @@ impl Prepared {
     /// As [`Prepared::open`].
     pub fn after(stage: &StageConfig, before: Self) -> Result<Self> {
         let projector = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
-        let folder = open::sized(before.folder, stage.image_size)?;
+        let used = || Error::failed("the model of the stage before is still in use");
+        let folder = open::sized(Arc::into_inner(before.folder).ok_or_else(used)?, stage.image_size)?;
         let mut config = before.config;
         if let (ModelConfig::Llava(config), Some(llava)) = (&mut config, folder.config().llava()) {
             config.vision_config = llava.vision_config.clone();
@@ -184,7 +185,21 @@ impl Prepared {
             ))
             .hint("merge it into its model first, and train a new adapter on that"));
         }
-        Ok(Self { folder, config, projector, adapter })
+        Ok(Self { folder: Arc::new(folder), config, projector, adapter })
+    }
+
+    /// A model whose folder is open already.
+    ///
+    /// # Errors
+    /// As [`Prepared::open`].
+    pub fn of(stage: &StageConfig, folder: ModelFolder) -> Result<Self> {
+        let (config, keeps) = (folder.config().clone(), folder.has_projector());
+        Self::with(stage, folder, config, None, keeps, None)
+    }
+
+    /// The model's config with the stage's wishes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
     }
 
     /// How pictures are brought to the tower; none for a plain LLaMA.
@@ -231,11 +246,11 @@ impl Prepared {
     ///
     /// # Errors
     /// An adapter that does not fit; whatever fails on the device.
-    pub fn load(self, stage: &StageConfig, gpu: &Gpu, observer: &mut dyn Observer) -> Result<Start> {
+    pub fn load(&self, stage: &StageConfig, gpu: &Gpu, observer: &mut dyn Observer) -> Result<Start> {
         let _weights = gpu.account(Account::Weights);
         let Self { folder, config, projector: given, adapter: read } = self;
         let named = config.clone();
-        let mut projector = |name: &str, shape: &[usize]| match &given {
+        let mut projector = |name: &str, shape: &[usize]| match given {
             Some(checkpoint) => projector_tensor(checkpoint, name, shape),
             None => Ok(trainable::fresh_projector(stage.seed, &named, name, shape)),
         };
@@ -245,20 +260,20 @@ impl Prepared {
             trains: &|name| trainable::trains(stage, name).is_some(),
             progress: &mut |done, total| observer.event(Event::loaded(done, total)),
         };
-        let mut model = Llava::load_with(gpu, &folder, config, given.is_some(), &mut projector, &mut loading)?;
+        let mut model = Llava::load_with(gpu, folder, config.clone(), given.is_some(), &mut projector, &mut loading)?;
         let mut changed = BTreeSet::new();
         if let Some(llava) = model.config.llava().filter(|_| given.is_some() || !folder.has_projector()) {
             changed.extend(names::projector_tensors(llava).into_iter().map(|(name, _)| name));
         }
         let adapter = match (stage.method, read) {
-            (Method::Lora, Some(read)) => Some(read),
+            (Method::Lora, Some(read)) => Some(read.clone()),
             (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
             (_, Some(read)) => {
                 let parts = ["weight", "bias"];
                 changed.extend(read.modules.keys().flat_map(|module| parts.map(|part| format!("{module}.{part}"))));
                 changed.extend(read.saved.keys().cloned());
                 changed.extend(read.unties_head.then(|| names::LM_HEAD.to_owned()));
-                adapter::attach(&mut model, &read, 0.0)?;
+                adapter::attach(&mut model, read, 0.0)?;
                 adapter::fold(&mut model)?;
                 None
             }
@@ -268,7 +283,7 @@ impl Prepared {
             let _trained = gpu.account(Account::Trained);
             adapter::attach(&mut model, adapter, stage.lora_dropout)?;
         }
-        Ok(Start { model, folder, adapter, changed })
+        Ok(Start { model, folder: folder.clone(), adapter, changed })
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 use super::{
     checkpoint::{self, TrainerState},
     config::{ImageAspectRatio, Method, StageConfig},
+    estimate,
     events::{Event, Observer, StageHeader, StepMetrics},
     metrics::{self, MetricsWriter},
     optimizer::Updates,
@@ -66,12 +67,14 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// Loads model and data, moves what trains into the optimizer, and goes to `resume`'s step where it is given.
+    /// Loads model and data, moves what trains into the optimizer, and goes to `resume`'s step where it is given. What
+    /// does not fit into `memory` bytes of the device is refused before it is loaded.
     pub fn new(
         stage: &'a StageConfig,
         before: Option<&Origin>,
         resume: Option<&Path>,
         gpu: &Gpu,
+        memory: Option<u64>,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         // All that can be wrong with files is told before weights go to the device.
@@ -80,6 +83,9 @@ impl<'a> Trainer<'a> {
         let processor = prepared.processor(stage)?;
         let plan = plan(stage, &dataset)?;
         let total_steps = plan.total_steps();
+        if let Some(memory) = memory {
+            estimate::check(stage, &prepared, &dataset, gpu.facts(), memory)?;
+        }
         let stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
         let mut state =
             TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };

@@ -158,6 +158,16 @@ pub enum DataSource {
     File(PathBuf),
 }
 
+impl DataSource {
+    /// Whether there is something by that name.
+    pub fn is_here(&self) -> bool {
+        match self {
+            Self::Embedded(_) => true,
+            Self::File(path) => path.exists(),
+        }
+    }
+}
+
 impl fmt::Display for DataSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

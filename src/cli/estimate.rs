@@ -1,0 +1,176 @@
+//! `wgpu-llava estimate`: what a run will need, by kind, before anything is loaded, and whether it fits.
+
+use std::{env, fmt::Write, time::SystemTime};
+
+use serde_json::{Value, json};
+
+use super::{
+    args::{EstimateArgs, GlobalArgs},
+    backend, config as resolve, report,
+    train::device_of,
+};
+use crate::{
+    error::{Error, Result},
+    gpu::{Account, AdapterFacts, AdapterOptions, Gpu},
+    ops::roof,
+    train::{
+        config::{RunConfig, StageConfig},
+        estimate::{Advice, Estimate, advise, estimate},
+        report::{duration, grouped},
+    },
+};
+
+pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
+    let working_dir =
+        env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
+    let config = resolve::run_config(&args.as_train(), global, &working_dir, SystemTime::now())?;
+    let gpu = open_quietly(&config, global)?;
+    let facts = gpu.as_ref().map_or_else(AdapterFacts::of_a_usual_gpu, |gpu| gpu.facts().clone());
+    let memory = args.memory.or(gpu.as_ref().and_then(Gpu::available_memory));
+    let estimates = estimate(&config.stages, &facts)?;
+    let rate = gpu.as_ref().map(roof::products).transpose()?;
+    let mut rows = Vec::new();
+    for (index, estimate) in estimates.iter().enumerate() {
+        let stages = &config.stages[..=index];
+        let advice = match memory {
+            Some(memory) if estimate.bytes() > memory => advise(stages, estimate.bytes(), &facts, memory)?,
+            _ => Vec::new(),
+        };
+        rows.push(Row { stage: &config.stages[index], estimate, advice });
+    }
+    let device = gpu.as_ref().map(|gpu| gpu.facts().name.as_str());
+    let context = Context { device, memory, rate };
+    if args.json {
+        let stages: Vec<Value> = rows.iter().map(|row| row.json(&context)).collect();
+        let data = json!({"device": device, "memory": memory, "flops_per_second": rate, "stages": stages});
+        return report::print_data(&format!("{data}\n"));
+    }
+    report::print_data(&rows.iter().map(|row| row.text(&context)).collect::<String>())
+}
+
+/// The adapter that the run would take; none where there is none, since memory can be told without.
+///
+/// # Errors
+/// An adapter that was asked for and is not there.
+fn open_quietly(config: &RunConfig, global: &GlobalArgs) -> Result<Option<Gpu>> {
+    let device = global.device.clone().or(device_of(config));
+    let asked = device.is_some() || global.backend.is_some();
+    let options = AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
+    match Gpu::open(&options) {
+        Ok(gpu) => Ok(Some(gpu)),
+        Err(error) if asked => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+/// The machine that is asked about.
+struct Context<'a> {
+    device: Option<&'a str>,
+    memory: Option<u64>,
+    /// Measured, of products in f32.
+    rate: Option<f64>,
+}
+
+struct Row<'a> {
+    stage: &'a StageConfig,
+    estimate: &'a Estimate,
+    advice: Vec<Advice>,
+}
+
+impl Row<'_> {
+    /// What the memory is for, in the order of the table.
+    fn kinds(&self) -> Vec<(&'static str, u64)> {
+        let peak = &self.estimate.peak;
+        let mut kinds: Vec<_> = Account::ALL.iter().map(|&account| (account.name(), peak.of(account))).collect();
+        kinds.extend([("reserve", peak.free()), ("staging", self.estimate.staging)]);
+        kinds
+    }
+
+    fn seconds(&self, context: &Context<'_>) -> Option<f64> {
+        context.rate.map(|rate| self.estimate.flops as f64 / rate)
+    }
+
+    fn json(&self, context: &Context<'_>) -> Value {
+        let Estimate { title, method, model, model_found, parameters, trainable, batch, .. } = self.estimate;
+        let bytes: serde_json::Map<String, Value> =
+            self.kinds().into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect();
+        let advice: Vec<Value> =
+            self.advice.iter().map(|a| json!({"change": a.change, "bytes": a.bytes, "fits": a.fits})).collect();
+        json!({
+            "stage": title, "method": method.as_str(), "model": model, "model_found": model_found,
+            "parameters": parameters, "trainable_parameters": trainable,
+            "batch": {"sequences": batch.sequences, "tokens": batch.tokens, "targets": batch.targets,
+                "pictures": batch.pictures, "from_data": batch.from_data},
+            "device_bytes": self.estimate.peak.held, "total_bytes": self.estimate.bytes(), "bytes": bytes,
+            "flops_per_step": self.estimate.flops, "seconds_per_step": self.seconds(context),
+            "fits": context.memory.map(|memory| self.estimate.bytes() <= memory),
+            "changes": advice,
+        })
+    }
+
+    fn text(&self, context: &Context<'_>) -> String {
+        let Estimate { title, method, model, model_found, parameters, trainable, batch, .. } = self.estimate;
+        let shapes = if *model_found { "" } else { " (not here: the shapes of the released model)" };
+        let mut text = format!("{title}: {method} on {model}{shapes}\n");
+        let mut row = |name: &str, value: String| {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "  {name:<12} {value}");
+        };
+        row("parameters", format!("{}, of which {} train", grouped(*parameters), grouped(*trainable)));
+        let made_up = if batch.from_data { "" } else { ", made up: the data is not here" };
+        row(
+            "micro-batch",
+            format!(
+                "{} positions in {}, {} supervised, {}{made_up}",
+                grouped(batch.tokens as u64),
+                plural(batch.sequences, "sequence"),
+                grouped(batch.targets as u64),
+                plural(batch.pictures, "picture"),
+            ),
+        );
+        for (name, bytes) in self.kinds() {
+            row(name, format!("{:>9}", gigabytes(bytes)));
+        }
+        let total = self.estimate.bytes();
+        let fits = match (context.memory, context.device) {
+            (Some(memory), device) => format!(
+                "{} {} of {}",
+                if total <= memory { "fits into the" } else { "does not fit into the" },
+                gigabytes(memory),
+                device.unwrap_or("that device"),
+            ),
+            (None, Some(device)) => format!("{device} does not tell its memory: say it with --memory"),
+            (None, None) => "no device was found: say its memory with --memory".to_owned(),
+        };
+        row("total", format!("{:>9}  {fits}", gigabytes(total)));
+        let time = match self.seconds(context) {
+            Some(seconds) => format!(
+                ", {} at the {:.3} TFLOP/s that products reach here",
+                duration(seconds),
+                context.rate.unwrap_or_default() / 1e12
+            ),
+            None => String::new(),
+        };
+        let micro = self.stage.gradient_accumulation_steps as f64 / self.estimate.micro_batches.max(1) as f64;
+        row("a step", format!("{:.3} TFLOP{time}", self.estimate.flops as f64 * micro / 1e12));
+        for (index, advice) in self.advice.iter().enumerate() {
+            let fits = if advice.fits { ": fits" } else { "" };
+            let how = if index == 0 { "change" } else { "and" };
+            row(how, format!("{:>9}  with {}{fits}", gigabytes(advice.bytes), advice.change));
+        }
+        if self.advice.last().is_some_and(|last| !last.fits) {
+            row("", "no change of the config makes it fit: a smaller model, or a larger card".to_owned());
+        }
+        text
+    }
+}
+
+/// 1e9 bytes, as cards and papers count.
+pub(super) fn gigabytes(bytes: u64) -> String {
+    let gigabytes = bytes as f64 / 1e9;
+    if gigabytes < 0.1 { format!("{:.4} GB", gigabytes) } else { format!("{gigabytes:.2} GB") }
+}
+
+fn plural(count: usize, what: &str) -> String {
+    format!("{} {what}{}", grouped(count as u64), if count == 1 { "" } else { "s" })
+}

@@ -1,0 +1,98 @@
+//! What to change when a stage does not fit, each change with what is needed then.
+
+use super::{batches::Steps, open_last, simulate};
+use crate::{
+    error::Result,
+    gpu::AdapterFacts,
+    train::config::{GradientCheckpointing, Method, Precision, StageConfig},
+};
+
+/// One change on top of those before it.
+#[derive(Clone, Debug)]
+pub struct Advice {
+    /// As it is written in a config.
+    pub change: String,
+    /// What the stage needs with it, bytes.
+    pub bytes: u64,
+    pub fits: bool,
+}
+
+/// How a change is written, and what it does.
+type Change = (String, Box<dyn Fn(&mut StageConfig)>);
+
+/// What can be changed, in the order of how little it costs: what is computed stays the same, then nearly the same,
+/// then another method.
+fn changes(stage: &StageConfig) -> Vec<Change> {
+    let mut list: Vec<Change> = Vec::new();
+    if matches!(stage.gradient_checkpointing, GradientCheckpointing::None | GradientCheckpointing::Selective) {
+        list.push((
+            "gradient_checkpointing = \"full\"".into(),
+            Box::new(|stage| stage.gradient_checkpointing = GradientCheckpointing::Full),
+        ));
+    }
+    let sequences = stage.per_device_train_batch_size;
+    if sequences > 1 {
+        let accumulated = stage.gradient_accumulation_steps * sequences;
+        list.push((
+            format!("per_device_train_batch_size = 1 with gradient_accumulation_steps = {accumulated}"),
+            Box::new(move |stage| {
+                stage.per_device_train_batch_size = 1;
+                stage.gradient_accumulation_steps = accumulated;
+            }),
+        ));
+    }
+    if stage.precision == Some(Precision::Float32) {
+        list.push(("precision = \"bfloat16\"".into(), Box::new(|stage| stage.precision = Some(Precision::Bfloat16))));
+    }
+    // OPTIM
+    if stage.gradient_checkpointing != GradientCheckpointing::Offload {
+        list.push((
+            "gradient_checkpointing = \"offload\"".into(),
+            Box::new(|stage| stage.gradient_checkpointing = GradientCheckpointing::Offload),
+        ));
+    }
+    if stage.method == Method::Full {
+        list.push(("method = \"lora\"".into(), Box::new(|stage| stage.method = Method::Lora)));
+    }
+    // QLORA
+    if stage.method != Method::Projector && stage.r > 8 {
+        list.push(("r = 8".into(), Box::new(|stage| stage.r = 8)));
+    }
+    let length = stage.model_max_length.unwrap_or(2048);
+    if length > 512 {
+        list.push((
+            format!("model_max_length = {}", length / 2),
+            Box::new(move |stage| stage.model_max_length = Some(length / 2)),
+        ));
+    }
+    list
+}
+
+/// The first changes, one on top of the other, until the last of the stages fits into `memory` bytes; those that gain
+/// less than a hundredth are passed over.
+///
+/// # Errors
+/// As [`super::estimate`].
+pub fn advise(stages: &[StageConfig], needed: u64, facts: &AdapterFacts, memory: u64) -> Result<Vec<Advice>> {
+    let mut stages = stages.to_vec();
+    let Some(stage) = stages.last().cloned() else { return Ok(Vec::new()) };
+    let (mut advice, mut bytes) = (Vec::new(), needed);
+    for (change, apply) in changes(&stage) {
+        let mut changed = stages.clone();
+        let Some(stage) = changed.last_mut() else { break };
+        apply(stage);
+        let stage = stage.clone();
+        let known = open_last(&changed)?;
+        let steps = Steps::of(&stage, &known.prepared, known.found)?;
+        let needed = simulate(&stage, &known.prepared, known.found, &steps, facts)?.bytes();
+        if needed > bytes - bytes / 100 {
+            continue;
+        }
+        (stages, bytes) = (changed, needed);
+        advice.push(Advice { change, bytes, fits: bytes <= memory });
+        if bytes <= memory {
+            break;
+        }
+    }
+    Ok(advice)
+}

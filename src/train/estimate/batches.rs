@@ -1,0 +1,131 @@
+//! The micro-batches that an estimate runs: those of the stage's own first steps, and its largest ones.
+
+use super::super::{config::StageConfig, start::Prepared, trainer};
+use crate::{
+    data::{ImageSource, Sample, dataset::Dataset},
+    error::Result,
+    models::{
+        batch::PackedBatch,
+        config::{LlavaConfig, ModelConfig},
+    },
+    train::events::{Event, Observer},
+};
+
+/// Steps that are run as they come: enough for the pool of buffers to have met what it will meet.
+const FIRST_STEPS: u64 = 48;
+/// Steps that are looked at for the largest ones.
+const LOOKED_AT: u64 = 4096;
+/// Positions of a sequence where neither data nor config says.
+const POSITIONS: usize = 2048;
+
+/// A micro-batch's size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    pub sequences: usize,
+    /// Positions, text and pictures.
+    pub tokens: usize,
+    /// Supervised ones.
+    pub targets: usize,
+    pub pictures: usize,
+    /// Whether it is the data's; else it is made up: sequences of `model_max_length`, or 2048, with a picture each where
+    /// the model sees.
+    pub from_data: bool,
+}
+
+impl Batch {
+    fn of(batch: &PackedBatch, from_data: bool) -> Self {
+        Self {
+            sequences: batch.lengths.len(),
+            tokens: batch.tokens(),
+            targets: batch.targets.len(),
+            pictures: batch.images,
+            from_data,
+        }
+    }
+}
+
+/// Steps to run, each of micro-batches.
+pub struct Steps {
+    pub steps: Vec<Vec<PackedBatch>>,
+    /// The one with most positions.
+    pub largest: Batch,
+    /// Different pictures that the stage shows, where their features may be kept.
+    pub pictures: usize,
+}
+
+struct Silent;
+
+impl Observer for Silent {
+    fn event(&mut self, _: Event<'_>) {}
+}
+
+impl Steps {
+    /// Those of the stage's data where model and data are here, else one made up.
+    ///
+    /// # Errors
+    /// What is wrong with the data.
+    pub fn of(stage: &StageConfig, prepared: &Prepared, model_found: bool) -> Result<Self> {
+        if !(model_found && stage.data_path.iter().all(|entry| entry.path.is_here())) {
+            return Ok(Self::made_up(stage, prepared.config()));
+        }
+        Self::of_data(stage, prepared.config(), &prepared.dataset(stage, &mut Silent)?)
+    }
+
+    /// The first steps, and those with most positions and most supervised ones.
+    pub fn of_data(stage: &StageConfig, config: &ModelConfig, dataset: &Dataset) -> Result<Self> {
+        let plan = trainer::plan(stage, dataset)?;
+        let image_tokens = config.llava().map_or(0, LlavaConfig::image_seq_length);
+        let step = |number: u64| -> Result<Vec<PackedBatch>> {
+            plan.step(number)
+                .iter()
+                .map(|indices| {
+                    let samples =
+                        indices.iter().map(|&index| dataset.sample(index)).collect::<Result<Vec<Sample>>>()?;
+                    Ok(PackedBatch::new(&samples, image_tokens))
+                })
+                .collect()
+        };
+        let (mut steps, mut most) = (Vec::new(), [(0, 0); 2]);
+        for number in 0..plan.total_steps().min(LOOKED_AT) {
+            let batches = step(number)?;
+            let tokens = batches.iter().map(PackedBatch::tokens).max().unwrap_or(0);
+            let targets = batches.iter().map(|batch| batch.targets.len()).max().unwrap_or(0);
+            for (size, most) in [tokens, targets].into_iter().zip(&mut most) {
+                *most = (*most).max((size, number));
+            }
+            if number < FIRST_STEPS {
+                steps.push(batches);
+            }
+        }
+        for (_, number) in most {
+            steps.push(step(number)?);
+        }
+        let largest = steps.iter().flatten().max_by_key(|batch| batch.tokens());
+        let largest = largest.map(|batch| Batch::of(batch, true)).unwrap_or_default();
+        let pictures: std::collections::HashSet<ImageSource> = dataset.images().into_iter().collect();
+        Ok(Self { steps, largest, pictures: pictures.len() })
+    }
+
+    fn made_up(stage: &StageConfig, config: &ModelConfig) -> Self {
+        let length = stage.model_max_length.unwrap_or(POSITIONS).min(config.text().positions());
+        Self::of_length(stage.per_device_train_batch_size, length, config)
+    }
+
+    /// A step of one micro-batch: `sequences` of `length` positions, each with a picture first where the model sees,
+    /// and all text supervised.
+    pub fn of_length(sequences: usize, length: usize, config: &ModelConfig) -> Self {
+        let image_tokens = config.llava().map_or(0, LlavaConfig::image_seq_length);
+        let pictures = usize::from(image_tokens > 0 && image_tokens < length);
+        let words = length - pictures * image_tokens;
+        let mut batch = PackedBatch::default();
+        for _ in 0..sequences {
+            let mut tokens = vec![crate::data::IMAGE_TOKEN_INDEX; pictures];
+            tokens.extend((0..words as i32).map(|word| word % config.text().vocab_size.max(1) as i32));
+            let mut labels = tokens.clone();
+            labels[..pictures].fill(crate::data::IGNORE_INDEX);
+            batch.push(&tokens, &labels, image_tokens);
+        }
+        // Real data shows every picture anew: far more than can be kept.
+        Self { largest: Batch::of(&batch, false), steps: vec![vec![batch]; 2], pictures: usize::MAX }
+    }
+}

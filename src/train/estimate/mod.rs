@@ -1,0 +1,203 @@
+//! What a stage will need, before anything is loaded: the stage's own code runs its first steps on a device that only
+//! counts ([`Gpu::counting`]), so that no second description of the memory can go wrong.
+
+mod advice;
+mod batches;
+
+use std::path::PathBuf;
+
+pub use advice::{Advice, advise};
+pub use batches::Batch;
+
+use batches::Steps;
+
+use super::{
+    config::{Method, ProjectorType as WantedProjector, Source, StageConfig},
+    events::{Event, Observer},
+    optimizer::Updates,
+    pictures::PictureStore,
+    start::{self, Prepared},
+    stepper::{Step, Stepper},
+};
+use crate::{
+    data::{ImageSource, dataset::Dataset},
+    error::{Error, ErrorKind, Result},
+    formats::{model_folder::ModelFolder, safetensors::Dtype},
+    gpu::{AdapterFacts, Gpu, Holdings, STAGING_BYTES},
+    models::released,
+};
+
+/// What one stage needs.
+#[derive(Clone, Debug)]
+pub struct Estimate {
+    pub title: String,
+    pub method: Method,
+    pub model: String,
+    /// Whether the model's files were found; else its shapes are those of the released model of that name.
+    pub model_found: bool,
+    pub parameters: u64,
+    pub trainable: u64,
+    /// The largest micro-batch.
+    pub batch: Batch,
+    pub micro_batches: usize,
+    /// When most is held.
+    pub peak: Holdings,
+    /// Uploads pass through so many bytes of the host's memory that the device sees.
+    pub staging: u64,
+    /// Of a step of such micro-batches, recomputation included.
+    pub flops: u64,
+}
+
+impl Estimate {
+    /// All of it, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.peak.held + self.staging
+    }
+}
+
+struct Silent;
+
+impl Observer for Silent {
+    fn event(&mut self, _: Event<'_>) {}
+}
+
+/// Stands for a picture that is made up.
+fn no_picture() -> ImageSource {
+    ImageSource::File(PathBuf::new())
+}
+
+/// A stage opened, and whether its files are here.
+struct Known {
+    prepared: Prepared,
+    found: bool,
+}
+
+/// A model whose shapes are known: its files, or where they are not here, the released model of that name.
+///
+/// # Errors
+/// What is wrong with the files; `Usage` where there are none and the name is none that is known.
+fn open(stage: &StageConfig, before: Option<Known>) -> Result<Known> {
+    let named = match (&stage.model_name_or_path, before) {
+        (None, Some(Known { prepared, found })) => {
+            return Ok(Known { prepared: Prepared::after(stage, prepared)?, found });
+        }
+        (None, None) => return Err(Error::usage("model_name_or_path is required in the first stage")),
+        (Some(Source::Embedded(_)), _) => None,
+        (Some(Source::Local(path)), _) => (!path.exists()).then(|| path.display().to_string()),
+        (Some(Source::Hub(name)), _) => Some(name.clone()),
+    };
+    let Some(name) = named else { return Ok(Known { prepared: Prepared::open(stage, None)?, found: true }) };
+    let unknown = || {
+        Error::data(format!("there is no model folder {name}, and its size is not known by that name"))
+            .hint("name a folder with config.json, or a LLaMA, Vicuna or LLaVA of 7b, 13b, 33b, 65b or 70b")
+    };
+    let mut config = released::by_name(&name)?.ok_or_else(unknown)?;
+    if let (Some(tower), None) = (&stage.vision_tower, config.llava()) {
+        let projector = start::projector_type(stage.mm_projector_type.unwrap_or(WantedProjector::Linear));
+        config = released::with_tower(&config, &tower.to_string(), projector)?;
+    }
+    // 16 bits, as all these models are published.
+    let folder = ModelFolder::random(&config, Dtype::BF16, 0)?;
+    let alone =
+        StageConfig { pretrain_mm_mlp_adapter: None, adapter_name_or_path: None, vision_tower: None, ..stage.clone() };
+    Ok(Known { prepared: Prepared::of(&alone, folder)?, found: false })
+}
+
+/// Opens the last of these stages, and those before it as far as it starts from them.
+fn open_last(stages: &[StageConfig]) -> Result<Known> {
+    let mut before = None;
+    for stage in stages {
+        before = Some(open(stage, before)?);
+    }
+    before.ok_or_else(|| Error::usage("the config has no stage"))
+}
+
+/// What every stage needs, on a device like that of `facts`.
+///
+/// # Errors
+/// As [`Prepared::open`], and where the data is there, as [`Prepared::dataset`].
+pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts) -> Result<Vec<Estimate>> {
+    let mut before: Option<Known> = None;
+    let mut estimates = Vec::new();
+    for stage in stages {
+        let known = open(stage, before.take())?;
+        let steps = Steps::of(stage, &known.prepared, known.found)?;
+        estimates.push(simulate(stage, &known.prepared, known.found, &steps, facts)?);
+        before = Some(known);
+    }
+    Ok(estimates)
+}
+
+/// Refuses a stage that needs more than `memory` bytes.
+///
+/// # Errors
+/// `Memory`, with the first changes that would make it fit.
+pub fn check(
+    stage: &StageConfig,
+    prepared: &Prepared,
+    dataset: &Dataset,
+    facts: &AdapterFacts,
+    memory: u64,
+) -> Result<()> {
+    let steps = Steps::of_data(stage, prepared.config(), dataset)?;
+    let needed = simulate(stage, prepared, true, &steps, facts)?.bytes();
+    if needed <= memory {
+        return Ok(());
+    }
+    let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
+    let message = format!(
+        "{}: {} on {} needs {}, and {} has {} free",
+        stage.title(),
+        stage.method,
+        prepared.folder.name(),
+        gigabytes(needed),
+        facts.name,
+        gigabytes(memory)
+    );
+    let mut error = Error::new(ErrorKind::Memory, message);
+    // What a stage starts from that another leaves is not opened a second time.
+    if stage.model_name_or_path.is_some() {
+        for (index, advice) in advise(std::slice::from_ref(stage), needed, facts, memory)?.iter().enumerate() {
+            let and = if index == 0 { "" } else { "and " };
+            error = error.hint(format!("{and}{}: {}", advice.change, gigabytes(advice.bytes)));
+        }
+    }
+    Err(error.hint("`wgpu-llava estimate` tells what the memory is for; --force starts it all the same"))
+}
+
+/// Runs a stage's start and some of its steps on a device that only counts.
+///
+/// # Errors
+/// A config with which nothing trains.
+pub(super) fn simulate(
+    stage: &StageConfig,
+    prepared: &Prepared,
+    found: bool,
+    steps: &Steps,
+    facts: &AdapterFacts,
+) -> Result<Estimate> {
+    let gpu = Gpu::counting(facts.clone());
+    let stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?)?;
+    let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
+    let (mut flops, mut updates) = (0, Updates::default());
+    for batches in &steps.steps {
+        let images: Vec<Vec<ImageSource>> = batches.iter().map(|batch| vec![no_picture(); batch.images]).collect();
+        let before = gpu.flops();
+        let step = Step { number: 0, batches, images: &images, factor: 1.0 };
+        stepper.step(stage, &step, &pictures, &mut updates)?;
+        flops = flops.max(gpu.flops() - before);
+    }
+    Ok(Estimate {
+        title: stage.title().to_owned(),
+        method: stage.method,
+        model: prepared.folder.name().to_owned(),
+        model_found: found,
+        parameters: stepper.model().parameters.elements() as u64,
+        trainable: stepper.optimizer.elements() as u64,
+        batch: steps.largest,
+        micro_batches: steps.steps.iter().map(Vec::len).max().unwrap_or(0),
+        peak: gpu.peak(),
+        staging: STAGING_BYTES,
+        flops,
+    })
+}
