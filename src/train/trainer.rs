@@ -97,6 +97,7 @@ impl<'a> Trainer<'a> {
         let total_steps = plan.total_steps();
         let mut start = prepared.load(stage, gpu, observer)?;
 
+        start.model.set_checkpoints(stage.checkpoints());
         let trainables = trainable::select(stage, &start.model)?;
         let settings = AdamW {
             beta1: stage.adam_beta1,
