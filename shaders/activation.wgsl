@@ -76,6 +76,28 @@ fn swiglu_backward(
     }
 }
 
+#kernel swiglu_backward_in_place
+// dgate and dup take the places of gate and up.
+@group(0) @binding(0) var<storage, read_write> gate: array<vec4<f32>>; // [T, F]
+@group(0) @binding(1) var<storage, read_write> up: array<vec4<f32>>; // [T, F]
+@group(0) @binding(2) var<storage, read_write> dy: array<vec4<f32>>; // [T, F]
+
+@compute @workgroup_size(64)
+fn swiglu_backward_in_place(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        let g = gate[i];
+        let s = sigmoid(g);
+        let d = dy[i];
+        gate[i] = d * up[i] * s * (1.0 + g * (1.0 - s));
+        up[i] = d * g * s;
+    }
+}
+
 #kernel gelu_forward
 @group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [N]
 @group(0) @binding(1) var<storage, read_write> y: array<vec4<f32>>; // [N]

@@ -26,6 +26,22 @@ fn add(
     }
 }
 
+#kernel add_in_place
+@group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> y: array<vec4<f32>>; // [N]
+
+@compute @workgroup_size(64)
+fn add_in_place(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        y[i] += a[i];
+    }
+}
+
 #kernel add_rows
 // out[col] += sum over rows of x: a bias's gradient. A thread owns a column and adds its rows in order.
 @group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N, D]

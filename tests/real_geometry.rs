@@ -133,7 +133,7 @@ fn one_decoder_layer_of_7b() {
     let mut tape = Tape::recording();
     let x = tape.leaf(Tensor::from_f32(&gpu, &hashed(INPUT, TOKENS * HIDDEN, 1.0, 0.0), &[TOKENS, HIDDEN]));
     let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: None };
-    let output = language.decoder_layer(&mut forward, 0, &x, &language.packed(&gpu, &[TOKENS]));
+    let output = language.decoder_layer(&mut forward, 0, x.clone(), &language.packed(&gpu, &[TOKENS]));
     let mut failures = Vec::new();
     failures.extend(compare("output", &output.value, &want["output"]).err());
     println!("forward: {:.0} s", start.elapsed().as_secs_f64());

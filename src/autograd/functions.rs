@@ -1,6 +1,6 @@
 //! The differentiable functions: each joins an op's forward with its backward.
 
-use super::{Tape, Var, Weight};
+use super::{Node, Tape, Var, Weight};
 use crate::{
     ops::{
         activation::{self, Activation},
@@ -15,19 +15,22 @@ use crate::{
 /// y = x W^T + b with x [T, K], W [N, K], b [N].
 pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) -> Var {
     let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
-    let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
+    let shape = [x.value.rows(), weight.value.rows()];
+    let y = tape.product(shape, x.value.gpu(), || product_with(Layout::Nt, &x.value, &weight.value, epilogue));
     let needed = x.wants_gradient() || weight.trains() || bias.is_some_and(Weight::trains);
-    let (x, weight, bias) = (x.clone(), weight.clone(), bias.cloned());
+    // A frozen weight passes gradients on without the layer's input.
+    let (node, x) = (x.node(), weight.trains().then(|| x.value.clone()));
+    let (weight, bias) = (weight.clone(), bias.cloned());
     tape.record(y, needed, move |gradients, dy| {
-        if let Some(dweight) = &weight.grad {
+        if let (Some(dweight), Some(x)) = (&weight.grad, x) {
             let accumulate = Epilogue { accumulate: true, ..Default::default() };
-            product_into(Layout::Tn, dy, &x.value, dweight, accumulate);
+            product_into(Layout::Tn, dy, &x, dweight, accumulate);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
         }
-        if x.wants_gradient() {
-            gradients.add(&x, product(Layout::Nn, dy, &weight.value));
+        if node.wants_gradient() {
+            gradients.add(node, product(Layout::Nn, dy, &weight.value));
         }
     })
 }
@@ -64,11 +67,15 @@ fn dropped(x: &Tensor, key: Option<DropoutKey>) -> Tensor {
 /// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
 /// dX is (dY B) A, never dY (B A).
 pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>, lora: &LoraWeights) -> Var {
-    let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
-    let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
     let u = product(Layout::Nt, &dropped(&x.value, lora.dropout), &lora.a.value);
     let add_scaled = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
-    product_into(Layout::Nt, &u, &lora.b.value, &y, add_scaled);
+    let shape = [x.value.rows(), weight.value.rows()];
+    let y = tape.product(shape, x.value.gpu(), || {
+        let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
+        let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
+        product_into(Layout::Nt, &u, &lora.b.value, &y, add_scaled);
+        y
+    });
     let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
     let (x, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     let needed = x.wants_gradient() || trains;
@@ -122,10 +129,27 @@ pub fn dora(tape: &mut Tape, x: &Var, magnitude: &Weight, norm: &Tensor, bias: O
 /// a + b
 pub fn add(tape: &mut Tape, a: &Var, b: &Var) -> Var {
     let y = elementwise::add(&a.value, &b.value);
-    let (needed, a, b) = (a.wants_gradient() || b.wants_gradient(), a.clone(), b.clone());
-    tape.record(y, needed, move |gradients, dy| {
-        gradients.add(&a, dy.clone());
-        gradients.add(&b, dy.clone());
+    record_sum(tape, y, a.node(), b.node())
+}
+
+/// x + h, in the memory of h where nobody else holds that.
+pub fn residual(tape: &mut Tape, x: &Var, h: Var) -> Var {
+    let node = h.node();
+    let y = if tape.unread {
+        x.value.clone()
+    } else if h.value.is_shared() {
+        elementwise::add(&x.value, &h.value)
+    } else {
+        elementwise::add_in_place(&x.value, &h.value);
+        h.value
+    };
+    record_sum(tape, y, x.node(), node)
+}
+
+fn record_sum(tape: &mut Tape, y: Tensor, a: Node, b: Node) -> Var {
+    tape.record_taking(y, a.wants_gradient() || b.wants_gradient(), move |gradients, dy| {
+        gradients.add(a, dy.clone());
+        gradients.add(b, dy);
     })
 }
 
@@ -159,19 +183,21 @@ pub fn layer_norm(tape: &mut Tape, x: &Var, weight: &Weight, bias: &Weight, eps:
 }
 
 /// x [T, H * E] rotated by its tokens' positions (u32 [T]); `table` from [`rope::table`].
-pub fn rope(tape: &mut Tape, x: &Var, positions: &Tensor, table: &Tensor, heads: usize) -> Var {
-    let y = rope::rotate(&x.value, positions, table, heads, false);
-    let (x, positions, table) = (x.clone(), positions.clone(), table.clone());
-    tape.record(y, x.wants_gradient(), move |gradients, dy| {
-        gradients.add(&x, rope::rotate(dy, &positions, &table, heads, true));
+/// Where nobody else holds x, its memory takes the result.
+pub fn rope(tape: &mut Tape, x: Var, positions: &Tensor, table: &Tensor, heads: usize) -> Var {
+    let Var { value, node } = x;
+    let y = rope::rotate(value, positions, table, heads, false);
+    let (positions, table) = (positions.clone(), table.clone());
+    tape.record_taking(y, node.wants_gradient(), move |gradients, dy| {
+        gradients.add(node, rope::rotate(dy, &positions, &table, heads, true));
     })
 }
 
 /// Attention of q [T, H * E] over k, v [T, K * E].
-pub fn attention(tape: &mut Tape, q: &Var, k: &Var, v: &Var, ranges: &Ranges, heads: Heads) -> Var {
-    let (out, stats) = attention::forward(&q.value, &k.value, &v.value, ranges, heads);
+pub fn attention(tape: &mut Tape, q: Var, k: Var, v: Var, ranges: &Ranges, heads: Heads) -> Var {
+    let [out, stats] = tape.dear(|| attention::forward(&q.value, &k.value, &v.value, ranges, heads).into());
     let needed = q.wants_gradient() || k.wants_gradient() || v.wants_gradient();
-    let (q, k, v, ranges, kept) = (q.clone(), k.clone(), v.clone(), ranges.clone(), out.clone());
+    let (ranges, kept) = (ranges.clone(), out.clone());
     tape.record(out, needed, move |gradients, dout| {
         let saved = [&q.value, &k.value, &v.value, &kept, &stats];
         let (dq, dk, dv) = attention::backward(saved, dout, &ranges, heads);
@@ -182,13 +208,14 @@ pub fn attention(tape: &mut Tape, q: &Var, k: &Var, v: &Var, ranges: &Ranges, he
 }
 
 /// silu(gate) * up
-pub fn swiglu(tape: &mut Tape, gate: &Var, up: &Var) -> Var {
+pub fn swiglu(tape: &mut Tape, gate: Var, up: Var) -> Var {
     let y = activation::swiglu(&gate.value, &up.value);
-    let (needed, gate, up) = (gate.wants_gradient() || up.wants_gradient(), gate.clone(), up.clone());
+    let needed = gate.wants_gradient() || up.wants_gradient();
     tape.record(y, needed, move |gradients, dy| {
-        let (dgate, dup) = activation::swiglu_backward(&gate.value, &up.value, dy);
-        gradients.add(&gate, dgate);
-        gradients.add(&up, dup);
+        let (Var { value: gate, node: gate_node }, Var { value: up, node: up_node }) = (gate, up);
+        let (dgate, dup) = activation::swiglu_backward(gate, up, dy);
+        gradients.add(gate_node, dgate);
+        gradients.add(up_node, dup);
     })
 }
 
@@ -222,23 +249,23 @@ pub fn place_rows(tape: &mut Tape, base: &Var, rows: &Tensor, values: &Var) -> V
     y.copy_from(&base.value);
     embedding::scatter(&values.value, rows, &y);
     let needed = base.wants_gradient() || values.wants_gradient();
-    let (base, rows, values) = (base.clone(), rows.clone(), values.clone());
-    tape.record(y, needed, move |gradients, dy| {
+    let (base, rows, values) = (base.node(), rows.clone(), values.node());
+    tape.record_taking(y, needed, move |gradients, dy| {
         if values.wants_gradient() {
-            gradients.add(&values, embedding::gather(dy, &rows));
+            gradients.add(values, embedding::gather(&dy, &rows));
         }
-        gradients.add(&base, dy.clone());
+        gradients.add(base, dy);
     })
 }
 
 /// The rows `rows` (u32 [N], none twice) of x [T, D].
 pub fn pick_rows(tape: &mut Tape, x: &Var, rows: &Tensor) -> Var {
     let y = embedding::gather(&x.value, rows);
-    let (x, rows) = (x.clone(), rows.clone());
+    let (node, shape, rows) = (x.node(), x.value.shape().to_vec(), rows.clone());
     tape.record(y, x.wants_gradient(), move |gradients, dy| {
-        let dx = elementwise::zeros(dy.gpu(), x.value.shape());
+        let dx = elementwise::zeros(dy.gpu(), &shape);
         embedding::scatter(dy, &rows, &dx);
-        gradients.add(&x, dx);
+        gradients.add(node, dx);
     })
 }
 
@@ -249,14 +276,15 @@ pub fn assemble_patches(tape: &mut Tape, patches: &Var, class_embedding: &Weight
     let y = y.reshape(&[y.len() / d, d]);
     let tokens = position.value.rows();
     let needed = patches.wants_gradient() || position.trains();
-    let (patches, class_embedding, position) = (patches.clone(), class_embedding.clone(), position.clone());
+    let (node, shape) = (patches.node(), patches.value.shape().to_vec());
+    let (class_embedding, position) = (class_embedding.clone(), position.clone());
     tape.record(y, needed, move |gradients, dy| {
         let dy = dy.reshape(&[dy.rows() / tokens, tokens, d]);
         if let (Some(dclass), Some(dposition)) = (&class_embedding.grad, &position.grad) {
             patch_embed::backward_position(&dy, dposition, dclass);
         }
-        if patches.wants_gradient() {
-            gradients.add(&patches, patch_embed::backward(&dy).reshape(patches.value.shape()));
+        if node.wants_gradient() {
+            gradients.add(node, patch_embed::backward(&dy).reshape(&shape));
         }
     })
 }
@@ -289,10 +317,10 @@ pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale
             product_into(Layout::Tn, &logits, &part, dhead, Epilogue { accumulate: true, ..Default::default() });
         }
     }
-    let x = x.clone();
+    let node = x.node();
     tape.record(losses, needed, move |gradients, _| {
         if let Some(dx) = dx {
-            gradients.add(&x, dx);
+            gradients.add(node, dx);
         }
     })
 }
@@ -300,6 +328,6 @@ pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale
 /// The same elements under another shape.
 pub fn reshape(tape: &mut Tape, x: &Var, shape: &[usize]) -> Var {
     let y = x.value.reshape(shape);
-    let x = x.clone();
-    tape.record(y, x.wants_gradient(), move |gradients, dy| gradients.add(&x, dy.reshape(x.value.shape())))
+    let (node, shape) = (x.node(), x.value.shape().to_vec());
+    tape.record_taking(y, x.wants_gradient(), move |gradients, dy| gradients.add(node, dy.reshape(&shape)))
 }

@@ -16,19 +16,46 @@
 
 pub mod functions;
 
-use crate::{ops::elementwise, tensor::Tensor};
+mod checkpoint;
+
+pub use checkpoint::{Checkpointing, Checkpoints, checkpoint};
+
+use std::collections::VecDeque;
+
+use crate::{gpu::Gpu, ops::elementwise, tensor::Tensor};
 
 /// A value on the tape; without a node it is a constant, and gradients end there.
 #[derive(Clone, Debug)]
 pub struct Var {
     pub value: Tensor,
-    node: Option<usize>,
+    node: Node,
 }
 
 impl Var {
     /// Whether a gradient for this value is wanted.
     pub fn wants_gradient(&self) -> bool {
-        self.node.is_some()
+        self.node.wants_gradient()
+    }
+
+    /// Where this value's gradient goes. What is recorded holds this, and the value only if the backward reads it.
+    pub fn node(&self) -> Node {
+        self.node
+    }
+}
+
+/// The place of a value's gradient; none for a constant.
+#[derive(Clone, Copy, Debug)]
+pub struct Node(Option<usize>);
+
+impl Node {
+    pub fn wants_gradient(self) -> bool {
+        self.0.is_some()
+    }
+}
+
+impl From<&Var> for Node {
+    fn from(var: &Var) -> Self {
+        var.node
     }
 }
 
@@ -49,19 +76,39 @@ impl Weight {
     }
 }
 
-type Backward = Box<dyn FnOnce(&mut Gradients, &Tensor)>;
+type Backward = Box<dyn FnOnce(&mut Gradients, Tensor)>;
 
 /// Records functions in the order of their calls.
 #[derive(Default)]
 pub struct Tape {
     nodes: Vec<Option<Backward>>,
     recording: bool,
+    /// Whether something that trains was met, on a silent tape too.
+    trains: bool,
+    dear: Dear,
+    /// Whether products are dear where they are called now.
+    dear_products: bool,
+    runs_again: bool,
+    /// Whether nobody will read the values that are computed now.
+    unread: bool,
+}
+
+/// Results that are kept because they are dear, when the rest of a layer is computed again.
+#[derive(Default)]
+enum Dear {
+    /// They are what all others are.
+    #[default]
+    None,
+    /// The layer runs for the first time: they are put down, in order.
+    PutDown(Vec<Tensor>),
+    /// The layer runs again: they are taken up in the same order.
+    TakeUp(VecDeque<Tensor>),
 }
 
 impl Tape {
     /// A tape for training.
     pub fn recording() -> Self {
-        Self { nodes: Vec::new(), recording: true }
+        Self { recording: true, ..Self::default() }
     }
 
     /// A tape that remembers nothing, for inference.
@@ -75,28 +122,82 @@ impl Tape {
 
     /// A value without gradient.
     pub fn constant(&self, value: Tensor) -> Var {
-        Var { value, node: None }
+        Var { value, node: Node(None) }
     }
 
     /// A value whose gradient the caller will ask for.
     pub fn leaf(&mut self, value: Tensor) -> Var {
         self.nodes.push(None);
-        Var { value, node: Some(self.nodes.len() - 1) }
+        Var { value, node: Node(Some(self.nodes.len() - 1)) }
     }
 
     /// Puts `value` on the tape, with the function that passes its gradient on. When nothing that trains lies
     /// behind it (`needed` is false), or the tape is silent, `backward` is dropped with all it holds.
     fn record(&mut self, value: Tensor, needed: bool, backward: impl FnOnce(&mut Gradients, &Tensor) + 'static) -> Var {
+        self.record_taking(value, needed, move |gradients, dy| backward(gradients, &dy))
+    }
+
+    /// As [`Tape::record`], for a function that may use the memory of the gradient that it is given.
+    fn record_taking(
+        &mut self,
+        value: Tensor,
+        needed: bool,
+        backward: impl FnOnce(&mut Gradients, Tensor) + 'static,
+    ) -> Var {
+        self.trains |= needed;
         if !self.recording || !needed {
-            return Var { value, node: None };
+            return Var { value, node: Node(None) };
         }
         self.nodes.push(Some(Box::new(backward)));
-        Var { value, node: Some(self.nodes.len() - 1) }
+        Var { value, node: Node(Some(self.nodes.len() - 1)) }
+    }
+
+    /// Declares the products of what follows dear, or no longer so: where a layer is computed again for its backward
+    /// and dear results are kept, these are among them. Attention is dear anywhere.
+    pub fn dear_products(&mut self, dear: bool) {
+        self.dear_products = dear;
+    }
+
+    /// Whether a layer runs again for its backward, so that nobody reads its output.
+    pub fn runs_again(&self) -> bool {
+        self.runs_again
+    }
+
+    /// Declares that nobody reads the values of what follows: products and sums may leave them out.
+    pub fn unread(&mut self, unread: bool) {
+        self.unread = unread;
+    }
+
+    /// `make`, or what it made when the layer ran first.
+    fn dear<const N: usize>(&mut self, make: impl FnOnce() -> [Tensor; N]) -> [Tensor; N] {
+        match &mut self.dear {
+            Dear::None => make(),
+            Dear::PutDown(list) => {
+                let made = make();
+                list.extend(made.iter().cloned());
+                made
+            }
+            Dear::TakeUp(list) => {
+                std::array::from_fn(|_| list.pop_front().expect("a layer runs again as it ran first"))
+            }
+        }
+    }
+
+    /// The value [T, N] of a product.
+    fn product(&mut self, shape: [usize; 2], gpu: &Gpu, make: impl FnOnce() -> Tensor) -> Tensor {
+        if self.unread {
+            return Tensor::empty(gpu, &shape);
+        }
+        if !self.dear_products {
+            return make();
+        }
+        let [value] = self.dear(|| [make()]);
+        value
     }
 
     /// Walks back from `root`, whose gradient is `seed`. Weights receive theirs where they asked; the result holds
     /// those of the leaves. What a node held is freed as soon as it has run.
-    pub fn backward(mut self, root: &Var, seed: Tensor) -> Gradients {
+    pub fn backward(mut self, root: impl Into<Node>, seed: Tensor) -> Gradients {
         let mut gradients = Gradients { slots: vec![None; self.nodes.len()] };
         gradients.add(root, seed);
         while let Some(node) = self.nodes.pop() {
@@ -104,7 +205,7 @@ impl Tape {
             if let Some(backward) = node
                 && let Some(gradient) = gradients.slots[index].take()
             {
-                backward(&mut gradients, &gradient);
+                backward(&mut gradients, gradient);
             }
         }
         gradients
@@ -117,23 +218,32 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// Adds to the gradient of `var`; nothing happens when it wants none.
-    pub fn add(&mut self, var: &Var, gradient: Tensor) {
-        let Some(node) = var.node else { return };
+    /// Adds to the gradient of `node`; nothing happens when it wants none.
+    pub fn add(&mut self, node: impl Into<Node>, gradient: Tensor) {
+        let Some(node) = node.into().0 else { return };
         let slot = &mut self.slots[node];
         *slot = Some(match slot.take() {
             None => gradient,
-            // A shared gradient (both sides of a residual hold it) must not change under its other owner.
-            Some(present) if present.is_shared() => elementwise::add(&present, &gradient),
-            Some(present) => {
-                elementwise::add_to(&present, &gradient, &present);
+            Some(present) if !present.is_shared() => {
+                elementwise::add_in_place(&gradient, &present);
                 present
             }
+            // A shared gradient (both sides of a residual hold it) must not change under its other owner.
+            Some(present) if !gradient.is_shared() => {
+                elementwise::add_in_place(&present, &gradient);
+                gradient
+            }
+            Some(present) => elementwise::add(&present, &gradient),
         });
     }
 
     /// The gradient that a leaf has received.
-    pub fn of(&self, var: &Var) -> Option<&Tensor> {
-        self.slots[var.node?].as_ref()
+    pub fn of(&self, leaf: impl Into<Node>) -> Option<&Tensor> {
+        self.slots[leaf.into().0?].as_ref()
+    }
+
+    /// As [`Gradients::of`], given away.
+    pub fn take(&mut self, leaf: impl Into<Node>) -> Option<Tensor> {
+        self.slots[leaf.into().0?].take()
     }
 }

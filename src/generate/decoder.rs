@@ -94,7 +94,7 @@ impl Decoder<'_> {
         let mut tape = Tape::silent();
         let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
         let embeddings = embed(&mut forward)?;
-        let hidden = model.language.forward(&mut forward, &embeddings, &places);
+        let hidden = model.language.forward(&mut forward, embeddings, &places);
         let hidden = functions::pick_rows(forward.tape, &hidden, &upload(last.to_vec()));
         let head = forward.parameters.weight(model.language.lm_head());
         let logits = functions::linear(forward.tape, &hidden, &head, None);

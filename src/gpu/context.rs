@@ -14,6 +14,7 @@ use super::{
     account::{Account, Holdings},
     adapter::{self, AdapterFacts, AdapterOptions},
     buffer::{Buffer, Pool},
+    download::{self, Download, Downloads},
     kernel::{Kernels, MAX_PARAMS},
     staging::{SLOT_BYTES, Staging},
 };
@@ -55,6 +56,8 @@ struct Inner {
     max_binding: u64,
     /// Locked before `stream`, where both are.
     staging: Mutex<Staging>,
+    /// As `staging`.
+    downloads: Mutex<Downloads>,
     stream: Mutex<Stream>,
     failure: Arc<Mutex<Option<String>>>,
     flops: AtomicU64,
@@ -145,6 +148,7 @@ impl Gpu {
             facts,
             max_binding: max_binding.unwrap_or(largest).min(largest),
             staging: Mutex::default(),
+            downloads: Mutex::default(),
             stream: Mutex::new(stream),
             failure,
             flops: AtomicU64::new(0),
@@ -217,6 +221,7 @@ impl Gpu {
     /// Gives the pool's free buffers and the staging memory of large writes back to the driver.
     pub fn trim(&self) {
         self.staging().clear();
+        self.downloads().clear();
         self.stream().bind_groups.clear();
         self.inner.pool.trim();
     }
@@ -240,6 +245,10 @@ impl Gpu {
 
     fn staging(&self) -> MutexGuard<'_, Staging> {
         self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn downloads(&self) -> MutexGuard<'_, Downloads> {
+        self.inner.downloads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failure(&self) -> MutexGuard<'_, Option<String>> {
@@ -419,6 +428,40 @@ impl Gpu {
     pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, size: u64) {
         let Some(Device { device, .. }) = &self.inner.device else { return };
         self.record_copy(device, &mut self.stream(), (from.raw(), from_offset), (to.raw(), to_offset), size);
+    }
+
+    /// Records that `size` bytes of `buffer` go to the host, offset and size multiples of 4, and does not wait for
+    /// them: only where three pieces are on their way already, for the oldest.
+    pub fn download(&self, buffer: &Buffer, offset: u64, size: u64) -> Download {
+        let download = Download::new(size as usize);
+        let Some(Device { device, .. }) = &self.inner.device else { return download };
+        let downloads = &mut *self.downloads();
+        for start in (0..size as usize).step_by(download::SLOT_BYTES) {
+            let piece = (size as usize - start).min(download::SLOT_BYTES);
+            let slot = match downloads.buffer(device, &|| self.failure().is_some()) {
+                Ok(slot) => slot,
+                Err(error) => {
+                    self.failure().get_or_insert(error);
+                    break;
+                }
+            };
+            let stream = &mut *self.stream();
+            self.record_copy(device, stream, (buffer.raw(), offset + start as u64), (&slot, 0), piece as u64);
+            if let Some(submission) = self.submit(stream) {
+                downloads.send(slot, submission, &download, start, piece);
+            }
+        }
+        download
+    }
+
+    /// The bytes of a download, waited for if need be. After a failure, which is told as everywhere, they are zeros.
+    pub fn downloaded(&self, download: Download) -> Vec<u8> {
+        if let Some(Device { device, .. }) = &self.inner.device
+            && let Err(error) = self.downloads().finish(device, &download, &|| self.failure().is_some())
+        {
+            self.failure().get_or_insert(error);
+        }
+        download.take()
     }
 
     /// Submits what is recorded, waits for it and copies `size` bytes of `buffer` back.

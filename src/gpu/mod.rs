@@ -4,12 +4,14 @@
 //! so a buffer that is dropped may be handed out again at once. A failure on the device sticks and is told
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
-//! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `staging.rs` (large writes), `wgsl.rs` (the preprocessor).
+//! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `staging.rs` (large writes),
+//! `download.rs` (what goes to the host and comes back), `wgsl.rs` (the preprocessor).
 
 mod account;
 mod adapter;
 mod buffer;
 mod context;
+mod download;
 mod kernel;
 mod staging;
 pub mod wgsl;
@@ -18,5 +20,6 @@ pub use account::{Account, Holdings};
 pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, list_adapters};
 pub use buffer::Buffer;
 pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
+pub use download::Download;
 pub use kernel::{expand_shader, shader_variants};
 pub use staging::STAGING_BYTES;

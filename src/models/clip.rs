@@ -1,8 +1,10 @@
 //! CLIP's vision tower up to the hidden state that LLaVA selects; what comes after it is never computed.
 
+use std::sync::Arc;
+
 use super::config::{ClipVisionConfig, FeatureSelect};
 use crate::{
-    autograd::{Var, functions},
+    autograd::{Checkpoints, Var, checkpoint, functions},
     error::Result,
     nn::{Forward, Id, Linear},
     ops::{
@@ -19,7 +21,9 @@ pub struct ClipVision {
     class_embedding: Id,
     position_embedding: Id,
     pre_layrnorm: LayerNorm,
-    layers: Vec<Layer>,
+    /// Shared with what the tape holds to run a layer again.
+    layers: Arc<Vec<Layer>>,
+    checkpoints: Checkpoints,
 }
 
 struct LayerNorm {
@@ -74,8 +78,14 @@ impl ClipVision {
             class_embedding: load(&format!("{root}.embeddings.class_embedding"))?,
             position_embedding: load(&format!("{root}.embeddings.position_embedding.weight"))?,
             pre_layrnorm: norm(load, format!("{root}.pre_layrnorm"))?,
-            layers: stack,
+            layers: Arc::new(stack),
+            checkpoints: Checkpoints::default(),
         })
+    }
+
+    /// What the layers keep for their backward from now on, where they train.
+    pub fn set_checkpoints(&mut self, checkpoints: Checkpoints) {
+        self.checkpoints = checkpoints;
     }
 
     /// patches [B * P, C * p * p] (`ops::patch_embed::patchify`) to the selected features [B * N, D].
@@ -96,9 +106,21 @@ impl ClipVision {
         let position = forward.parameters.weight(self.position_embedding);
         let shaped = functions::reshape(forward.tape, &embedded, &[images, p, self.config.hidden_size]);
         let assembled = functions::assemble_patches(forward.tape, &shaped, &class_embedding, &position);
-        let mut x = self.norm(forward, &self.pre_layrnorm, &assembled);
-        for layer in &self.layers {
-            x = self.layer(forward, layer, &x, &ranges, heads);
+        let eps = self.config.layer_norm_eps as f32;
+        let mut x = self.pre_layrnorm.forward(forward, &assembled, eps);
+        drop((shaped, assembled));
+        for index in 0..self.layers.len() {
+            // Features of a frozen tower are the same whether they are computed in a step or before.
+            if !x.wants_gradient() {
+                x = self.layers[index].forward(forward, x, &ranges, heads, eps);
+                continue;
+            }
+            let (layers, parameters, dropout) = (self.layers.clone(), forward.parameters.clone(), forward.dropout);
+            let ranges = ranges.clone();
+            x = checkpoint(forward.tape, x, self.checkpoints, move |tape, x| {
+                let forward = &mut Forward { tape, parameters: &parameters, dropout };
+                layers[index].forward(forward, x, &ranges, heads, eps)
+            });
         }
         match self.select {
             FeatureSelect::Full => x,
@@ -109,26 +131,42 @@ impl ClipVision {
             }
         }
     }
+}
 
-    fn norm(&self, forward: &mut Forward<'_>, norm: &LayerNorm, x: &Var) -> Var {
-        let (weight, bias) = (forward.parameters.weight(norm.weight), forward.parameters.weight(norm.bias));
-        functions::layer_norm(forward.tape, x, &weight, &bias, self.config.layer_norm_eps as f32)
+impl LayerNorm {
+    fn forward(&self, forward: &mut Forward<'_>, x: &Var, eps: f32) -> Var {
+        let (weight, bias) = (forward.parameters.weight(self.weight), forward.parameters.weight(self.bias));
+        functions::layer_norm(forward.tape, x, &weight, &bias, eps)
     }
+}
 
+/// Values are given away where they are read last, so that their memory is free as early as can be.
+impl Layer {
     /// Normalise, attend, add; normalise, transform, add.
-    fn layer(&self, forward: &mut Forward<'_>, layer: &Layer, x: &Var, ranges: &Ranges, heads: Heads) -> Var {
-        let h = self.norm(forward, &layer.layer_norm1, x);
-        let q = layer.q_proj.forward(forward, &h);
-        let k = layer.k_proj.forward(forward, &h);
-        let v = layer.v_proj.forward(forward, &h);
-        let attended = functions::attention(forward.tape, &q, &k, &v, ranges, heads);
-        let attended = layer.out_proj.forward(forward, &attended);
-        let x = functions::add(forward.tape, x, &attended);
+    fn forward(&self, forward: &mut Forward<'_>, x: Var, ranges: &Ranges, heads: Heads, eps: f32) -> Var {
+        let h = self.layer_norm1.forward(forward, &x, eps);
+        forward.tape.dear_products(true);
+        let q = self.q_proj.forward(forward, &h);
+        let k = self.k_proj.forward(forward, &h);
+        let v = self.v_proj.forward(forward, &h);
+        forward.tape.dear_products(false);
+        drop(h);
+        let attended = functions::attention(forward.tape, q, k, v, ranges, heads);
+        let h = self.out_proj.forward(forward, &attended);
+        drop(attended);
+        let x = functions::residual(forward.tape, &x, h);
 
-        let h = self.norm(forward, &layer.layer_norm2, &x);
-        let h = layer.fc1.forward(forward, &h);
-        let h = functions::activation(forward.tape, &h, Activation::QuickGelu);
-        let h = layer.fc2.forward(forward, &h);
-        functions::add(forward.tape, &x, &h)
+        let h = self.layer_norm2.forward(forward, &x, eps);
+        let inner = self.fc1.forward(forward, &h);
+        drop(h);
+        let activated = functions::activation(forward.tape, &inner, Activation::QuickGelu);
+        drop(inner);
+        let unread = forward.tape.runs_again() && self.fc2.lora.is_none();
+        forward.tape.unread(unread);
+        let h = self.fc2.forward(forward, &activated);
+        drop(activated);
+        let y = functions::residual(forward.tape, &x, h);
+        forward.tape.unread(false);
+        y
     }
 }

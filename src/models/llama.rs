@@ -1,10 +1,10 @@
 //! The LLaMA decoder and its near relatives: RMSNorm, rotary attention with grouped queries, SwiGLU.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{config::LlamaConfig, names, rotary};
 use crate::{
-    autograd::{Var, functions},
+    autograd::{Checkpoints, Var, checkpoint, functions},
     error::Result,
     gpu::Gpu,
     nn::{Forward, Id, Linear},
@@ -18,12 +18,15 @@ use crate::{
 pub struct Llama {
     config: LlamaConfig,
     embed_tokens: Id,
-    layers: Vec<Layer>,
+    /// Shared with what the tape holds to run a layer again.
+    layers: Arc<Vec<Layer>>,
     norm: Id,
     lm_head: Id,
     rope_table: Mutex<Option<Tensor>>,
+    checkpoints: Checkpoints,
 }
 
+#[derive(Clone)]
 pub struct Layer {
     input_layernorm: Id,
     post_attention_layernorm: Id,
@@ -52,6 +55,71 @@ impl Layer {
     }
 }
 
+/// What all layers share.
+#[derive(Clone, Copy)]
+struct Shape {
+    heads: Heads,
+    eps: f32,
+}
+
+fn norm(forward: &mut Forward<'_>, weight: Id, x: &Var, shape: Shape) -> Var {
+    functions::rms_norm(forward.tape, x, &forward.parameters.weight(weight), shape.eps)
+}
+
+/// A layer's keys and values of earlier tokens, and the rows where these tokens' go.
+type Cached<'a> = Option<(&'a (Tensor, Tensor), &'a Tensor)>;
+
+/// Values are given away where they are read last, so that their memory is free as early as can be.
+impl Layer {
+    /// Normalise, attend, add; normalise, transform, add.
+    fn forward(&self, forward: &mut Forward<'_>, shape: Shape, x: Var, places: &Places<'_>, cached: Cached<'_>) -> Var {
+        let h = norm(forward, self.input_layernorm, &x, shape);
+        let attended = self.self_attn(forward, shape, h, places, cached);
+        let x = functions::residual(forward.tape, &x, attended);
+
+        let h = norm(forward, self.post_attention_layernorm, &x, shape);
+        let gate = self.gate_proj.forward(forward, &h);
+        let up = self.up_proj.forward(forward, &h);
+        drop(h);
+        let product = functions::swiglu(forward.tape, gate, up);
+        // A layer that runs again does so for its inner values alone. DoRA reads what it scales.
+        let unread = forward.tape.runs_again() && self.down_proj.lora.as_ref().is_none_or(|lora| lora.dora.is_none());
+        forward.tape.unread(unread);
+        let h = self.down_proj.forward(forward, &product);
+        drop(product);
+        let y = functions::residual(forward.tape, &x, h);
+        forward.tape.unread(false);
+        y
+    }
+
+    fn self_attn(
+        &self,
+        forward: &mut Forward<'_>,
+        shape: Shape,
+        x: Var,
+        places: &Places<'_>,
+        cached: Cached<'_>,
+    ) -> Var {
+        let heads = shape.heads;
+        forward.tape.dear_products(true);
+        let q = self.q_proj.forward(forward, &x);
+        let k = self.k_proj.forward(forward, &x);
+        let mut v = self.v_proj.forward(forward, &x);
+        forward.tape.dear_products(false);
+        drop(x);
+        let Rotary { table, rows } = &places.rotary;
+        let q = functions::rope(forward.tape, q, rows, table, heads.heads);
+        let mut k = functions::rope(forward.tape, k, rows, table, heads.kv_heads);
+        if let Some(((keys, values), rows)) = cached {
+            embedding::scatter(&k.value, rows, keys);
+            embedding::scatter(&v.value, rows, values);
+            (k, v) = (forward.tape.constant(keys.clone()), forward.tape.constant(values.clone()));
+        }
+        let attended = functions::attention(forward.tape, q, k, v, &places.ranges, heads);
+        self.o_proj.forward(forward, &attended)
+    }
+}
+
 /// Where tokens stand and what they see.
 pub struct Places<'a> {
     pub rotary: Rotary,
@@ -61,6 +129,7 @@ pub struct Places<'a> {
 }
 
 /// How far each token is rotated.
+#[derive(Clone)]
 pub struct Rotary {
     /// [rows, 2, E/2], see [`rope::table`].
     table: Tensor,
@@ -139,7 +208,9 @@ impl Llama {
         let norm = load(names::FINAL_NORM)?;
         let lm_head = if config.tie_word_embeddings { embed_tokens } else { load(names::LM_HEAD)? };
         let config = config.clone();
-        Ok(Self { config, embed_tokens, layers, norm, lm_head, rope_table: Mutex::default() })
+        let layers = Arc::new(layers);
+        let checkpoints = Checkpoints::default();
+        Ok(Self { config, embed_tokens, layers, norm, lm_head, rope_table: Mutex::default(), checkpoints })
     }
 
     pub fn config(&self) -> &LlamaConfig {
@@ -158,7 +229,12 @@ impl Llama {
     }
 
     pub fn layers_mut(&mut self) -> &mut [Layer] {
-        &mut self.layers
+        Arc::make_mut(&mut self.layers).as_mut_slice()
+    }
+
+    /// What the layers keep for their backward from now on.
+    pub fn set_checkpoints(&mut self, checkpoints: Checkpoints) {
+        self.checkpoints = checkpoints;
     }
 
     /// Embeddings of ids [T, D]; `u32::MAX` leaves a row of zeros.
@@ -178,57 +254,37 @@ impl Llama {
     }
 
     /// Embeddings [T, D] to the last hidden states [T, D], normalised.
-    pub fn forward(&self, forward: &mut Forward<'_>, embeddings: &Var, places: &Places<'_>) -> Var {
-        let mut x = embeddings.clone();
-        for (index, layer) in self.layers.iter().enumerate() {
-            x = self.layer(forward, index, layer, &x, places);
+    pub fn forward(&self, forward: &mut Forward<'_>, embeddings: Var, places: &Places<'_>) -> Var {
+        let mut x = embeddings;
+        for index in 0..self.layers.len() {
+            x = self.decoder_layer(forward, index, x, places);
         }
-        self.norm(forward, self.norm, &x)
+        norm(forward, self.norm, &x, self.shape())
     }
 
-    /// One decoder layer alone, x [T, D] to [T, D].
-    pub fn decoder_layer(&self, forward: &mut Forward<'_>, index: usize, x: &Var, places: &Places<'_>) -> Var {
-        self.layer(forward, index, &self.layers[index], x, places)
+    /// One decoder layer, x [T, D] to [T, D].
+    pub fn decoder_layer(&self, forward: &mut Forward<'_>, index: usize, x: Var, places: &Places<'_>) -> Var {
+        let shape = self.shape();
+        if !forward.tape.is_recording() {
+            let cache = places.cache.as_ref().map(|(cache, rows)| (&cache.layers[index], rows));
+            return self.layers[index].forward(forward, shape, x, places, cache);
+        }
+        assert!(places.cache.is_none(), "a pass that trains has no cache");
+        let places = Places { rotary: places.rotary.clone(), ranges: places.ranges.clone(), cache: None };
+        let (layers, parameters, dropout) = (self.layers.clone(), forward.parameters.clone(), forward.dropout);
+        checkpoint(forward.tape, x, self.checkpoints, move |tape, x| {
+            let forward = &mut Forward { tape, parameters: &parameters, dropout };
+            layers[index].forward(forward, shape, x, &places, None)
+        })
     }
 
-    fn norm(&self, forward: &mut Forward<'_>, weight: Id, x: &Var) -> Var {
-        functions::rms_norm(forward.tape, x, &forward.parameters.weight(weight), self.config.rms_norm_eps as f32)
-    }
-
-    /// Normalise, attend, add; normalise, transform, add.
-    fn layer(&self, forward: &mut Forward<'_>, index: usize, layer: &Layer, x: &Var, places: &Places<'_>) -> Var {
-        let h = self.norm(forward, layer.input_layernorm, x);
-        let attended = self.self_attn(forward, index, layer, &h, places);
-        let x = functions::add(forward.tape, x, &attended);
-
-        let h = self.norm(forward, layer.post_attention_layernorm, &x);
-        let gate = layer.gate_proj.forward(forward, &h);
-        let up = layer.up_proj.forward(forward, &h);
-        let h = functions::swiglu(forward.tape, &gate, &up);
-        let h = layer.down_proj.forward(forward, &h);
-        functions::add(forward.tape, &x, &h)
-    }
-
-    fn self_attn(&self, forward: &mut Forward<'_>, index: usize, layer: &Layer, x: &Var, places: &Places<'_>) -> Var {
+    fn shape(&self) -> Shape {
         let heads = Heads {
             heads: self.config.num_attention_heads,
             kv_heads: self.config.num_key_value_heads,
             head_size: self.config.head_dim,
         };
-        let q = layer.q_proj.forward(forward, x);
-        let k = layer.k_proj.forward(forward, x);
-        let mut v = layer.v_proj.forward(forward, x);
-        let Rotary { table, rows } = &places.rotary;
-        let q = functions::rope(forward.tape, &q, rows, table, heads.heads);
-        let mut k = functions::rope(forward.tape, &k, rows, table, heads.kv_heads);
-        if let Some((cache, rows)) = &places.cache {
-            let (keys, values) = &cache.layers[index];
-            embedding::scatter(&k.value, rows, keys);
-            embedding::scatter(&v.value, rows, values);
-            (k, v) = (forward.tape.constant(keys.clone()), forward.tape.constant(values.clone()));
-        }
-        let attended = functions::attention(forward.tape, &q, &k, &v, &places.ranges, heads);
-        layer.o_proj.forward(forward, &attended)
+        Shape { heads, eps: self.config.rms_norm_eps as f32 }
     }
 
     /// Whether the rotations of a sequence of this length differ from those of shorter ones.

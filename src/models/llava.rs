@@ -11,7 +11,7 @@ use super::{
     projector::Projector,
 };
 use crate::{
-    autograd::{Tape, Var, functions},
+    autograd::{Checkpoints, Tape, Var, functions},
     error::{Error, Result},
     formats::{HostTensor, model_folder::ModelFolder},
     gpu::Gpu,
@@ -78,6 +78,14 @@ impl Llava {
         Ok(Self { parameters, language, vision, projector: part, gpu: gpu.clone(), config })
     }
 
+    /// What the layers of decoder and tower keep for their backward from now on.
+    pub fn set_checkpoints(&mut self, checkpoints: Checkpoints) {
+        self.language.set_checkpoints(checkpoints);
+        if let Some(vision) = &mut self.vision {
+            vision.set_checkpoints(checkpoints);
+        }
+    }
+
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
     }
@@ -138,9 +146,10 @@ impl Llava {
             return Ok(None);
         }
         let embeddings = self.embed(forward, batch, pictures)?;
-        let hidden = self.language.forward(forward, &embeddings, &self.language.packed(&self.gpu, &batch.lengths));
+        let hidden = self.language.forward(forward, embeddings, &self.language.packed(&self.gpu, &batch.lengths));
         let rows = Tensor::from_u32(&self.gpu, &batch.predicting_rows, &[batch.predicting_rows.len()]);
         let picked = functions::pick_rows(forward.tape, &hidden, &rows);
+        drop(hidden);
         let head = forward.parameters.weight(self.language.lm_head());
         Ok(Some(functions::head_loss(forward.tape, &picked, &head, &batch.targets, scale)))
     }

@@ -1,6 +1,6 @@
 //! A model's tensors by their checkpoint names, and the arenas that hold what trains.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use crate::{autograd::Weight, tensor::Tensor};
 
@@ -16,10 +16,11 @@ pub struct Parameter {
     pub grad: Option<Tensor>,
 }
 
-#[derive(Default)]
+/// Clones share what they hold until one of them changes.
+#[derive(Clone, Default)]
 pub struct Parameters {
-    list: Vec<Parameter>,
-    by_name: HashMap<String, Id>,
+    list: Arc<Vec<Parameter>>,
+    by_name: Arc<HashMap<String, Id>>,
 }
 
 impl Parameters {
@@ -27,8 +28,8 @@ impl Parameters {
     pub fn insert(&mut self, name: impl Into<String>, value: Tensor) -> Id {
         let name = name.into();
         let id = self.list.len();
-        self.by_name.insert(name.clone(), id);
-        self.list.push(Parameter { name, value, grad: None });
+        Arc::make_mut(&mut self.by_name).insert(name.clone(), id);
+        Arc::make_mut(&mut self.list).push(Parameter { name, value, grad: None });
         id
     }
 
@@ -52,7 +53,7 @@ impl Parameters {
 
     /// Moves a parameter to where the trainer keeps it, and says where its gradient goes.
     pub fn place(&mut self, id: Id, value: Tensor, grad: Option<Tensor>) {
-        let parameter = &mut self.list[id];
+        let parameter = &mut Arc::make_mut(&mut self.list)[id];
         assert_eq!(parameter.value.shape(), value.shape(), "{} keeps its shape", parameter.name);
         parameter.value = value;
         parameter.grad = grad;

@@ -25,10 +25,14 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     y
 }
 
-/// The gradients of gate and up.
-pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> (Tensor, Tensor) {
+/// The gradients of gate and up. Where nobody else holds these, their own memory takes the results.
+pub fn swiglu_backward(gate: Tensor, up: Tensor, dy: &Tensor) -> (Tensor, Tensor) {
+    if !gate.is_shared() && !up.is_shared() {
+        launch("activation.swiglu_backward_in_place", &[&gate, &up, dy]);
+        return (gate, up);
+    }
     let (dgate, dup) = (Tensor::empty(gate.gpu(), gate.shape()), Tensor::empty(gate.gpu(), gate.shape()));
-    launch("activation.swiglu_backward", &[gate, up, dy, &dgate, &dup]);
+    launch("activation.swiglu_backward", &[&gate, &up, dy, &dgate, &dup]);
     (dgate, dup)
 }
 
@@ -102,7 +106,9 @@ fn inputs(gpu: &Gpu, n: usize) -> [(Vec<f32>, Tensor); 3] {
 fn check_swiglu(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let [(gate, tgate), (up, tup), (dy, tdy)] = inputs(gpu, n);
     let y = swiglu(&tgate, &tup);
-    let (dgate, dup) = swiglu_backward(&tgate, &tup, &tdy);
+    let (dgate, dup) = swiglu_backward(tgate.clone(), tup.clone(), &tdy);
+    let (in_place_dgate, in_place_dup) = swiglu_backward(tgate, tup, &tdy);
+    let exact = |x: &Tensor| x.to_vec().map(|x| super::testing::wide(&x));
     let mut want = [const { Vec::new() }; 3];
     for ((g, u), d) in gate.iter().zip(&up).zip(&dy) {
         let (g, u, d) = (f64::from(*g), f64::from(*u), f64::from(*d));
@@ -113,6 +119,8 @@ fn check_swiglu(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     }
     let [want_y, want_dgate, want_dup] = want;
     Ok(vec![
+        Comparison::new("dgate in place", in_place_dgate.to_vec()?, exact(&dgate)?, 0.0),
+        Comparison::new("dup in place", in_place_dup.to_vec()?, exact(&dup)?, 0.0),
         Comparison::new("y", y.to_vec()?, want_y, 1e-6),
         Comparison::new("dgate", dgate.to_vec()?, want_dgate, 1e-6),
         Comparison::new("dup", dup.to_vec()?, want_dup, 1e-6),

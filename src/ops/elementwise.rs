@@ -36,6 +36,12 @@ pub fn add_to(a: &Tensor, b: &Tensor, y: &Tensor) {
     launch("elementwise.add", &[a, b, y], 0.0);
 }
 
+/// y += a
+pub fn add_in_place(a: &Tensor, y: &Tensor) {
+    assert_eq!(a.len(), y.len(), "{a:?} added to {y:?}");
+    launch("elementwise.add_in_place", &[a, y], 0.0);
+}
+
 pub fn fill(y: &Tensor, value: f32) {
     launch("elementwise.fill", &[y], value);
 }
@@ -72,9 +78,12 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let want: Vec<f64> = a.iter().zip(&b).map(|(a, b)| f64::from(*a) + f64::from(*b)).collect();
     let want_rows = (0..=n).map(|col| want.iter().skip(col).step_by(n + 1).sum()).collect();
     let got = sum.to_vec()?;
+    add_in_place(&tb, &ta);
+    let in_place = ta.to_vec()?;
     scale(&sum, -0.5);
     Ok(vec![
         Comparison::new("a + b", got, want.clone(), 1e-7),
+        Comparison::new("a += b", in_place, want.clone(), 1e-7),
         Comparison::new("sum of rows", rows.to_vec()?, want_rows, 1e-6),
         Comparison::new("scaled", sum.to_vec()?, want.iter().map(|x| -0.5 * x).collect(), 1e-7),
     ])

@@ -22,20 +22,28 @@ pub fn frequencies(head_size: usize, theta: f64) -> Vec<f32> {
     (0..head_size / 2).map(|j| (1.0 / theta.powf(2.0 * j as f64 / head_size as f64)) as f32).collect()
 }
 
-/// Rotates x [T, H, E] by the rows of the table that its tokens name (u32 [T]; their positions, mostly); `inverse` for the backward.
-pub fn rotate(x: &Tensor, positions: &Tensor, table: &Tensor, heads: usize, inverse: bool) -> Tensor {
+/// Rotates x [T, H, E] by the rows of the table that its tokens name (u32 [T]; their positions, mostly); `inverse` for
+/// the backward. Where nobody else holds x, its own memory takes the result.
+pub fn rotate(x: Tensor, positions: &Tensor, table: &Tensor, heads: usize, inverse: bool) -> Tensor {
     let gpu = x.gpu();
     let (tokens, width) = (positions.len(), x.len() / positions.len().max(1));
-    let y = Tensor::empty(gpu, x.shape());
+    let y = if x.is_shared() { Some(Tensor::empty(gpu, x.shape())) } else { None };
     let half = width / heads / 2;
     let sign: f32 = if inverse { -1.0 } else { 1.0 };
     for (first, rows) in bindable_rows(gpu, tokens, width) {
         let (start, count) = (first * width, rows * width);
-        let bindings = [x.range(start, count), positions.range(first, rows), table.binding(), y.range(start, count)];
+        let bindings = [x.range(start, count), positions.range(first, rows), table.binding()];
         let params = [rows as u32, heads as u32, half as u32, sign.to_bits()];
-        gpu.dispatch("rope.rotate", &bindings, &params, groups_for(rows * heads * half, THREADS));
+        let groups = groups_for(rows * heads * half, THREADS);
+        match &y {
+            Some(y) => {
+                let [x, positions, table] = bindings;
+                gpu.dispatch("rope.rotate", &[x, positions, table, y.range(start, count)], &params, groups);
+            }
+            None => gpu.dispatch("rope.rotate_in_place", &bindings, &params, groups),
+        }
     }
-    y
+    y.unwrap_or(x)
 }
 
 /// The same on the host, angles in f64.
@@ -65,10 +73,13 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let tpositions = Tensor::from_u32(gpu, &positions, &[n]);
     let frequencies = frequencies(head_size, theta);
     let table = table(gpu, (0..600).map(|position| (position, frequencies.as_slice())));
-    let y = rotate(&tx, &tpositions, &table, heads, false);
-    let back = rotate(&y, &tpositions, &table, heads, true);
+    let y = rotate(tx.clone(), &tpositions, &table, heads, false);
+    let back = rotate(y.clone(), &tpositions, &table, heads, true);
+    let (out, want) = (y.to_vec()?, reference(&x, &positions, heads, head_size, theta));
+    let in_place = rotate(tx, &tpositions, &table, heads, false);
     Ok(vec![
-        Comparison::new("y", y.to_vec()?, reference(&x, &positions, heads, head_size, theta), 1e-6),
+        Comparison::new("y", out.clone(), want, 1e-6),
+        Comparison::new("y in place of x", in_place.to_vec()?, super::testing::wide(&out), 0.0),
         Comparison::new("the inverse brings x back", back.to_vec()?, super::testing::wide(&x), 1e-6),
     ])
 }

@@ -8,11 +8,13 @@
 //! K key/value heads, E head size, V vocabulary, P patches, R LoRA rank; M, N, K in products.
 
 mod dtype;
+mod offloaded;
 mod upload;
 
 use std::{fmt, sync::Arc};
 
 pub use dtype::Dtype;
+pub use offloaded::Offloaded;
 pub use upload::Upload;
 
 use crate::{
@@ -88,6 +90,11 @@ impl Tensor {
         let mut bytes = self.gpu.read(&self.buffer, self.byte_offset(0), self.dtype.padded_bytes(self.len()))?;
         bytes.truncate(self.len() * self.dtype.bytes());
         Ok(bytes)
+    }
+
+    /// Sends the content to the host, without waiting for it.
+    pub fn offload(&self) -> Offloaded {
+        Offloaded::new(self)
     }
 
     /// Copies the content of `from`, which is another buffer.

@@ -56,6 +56,7 @@ impl Stepper {
     /// # Errors
     /// `Usage` when nothing would train.
     pub fn new(stage: &StageConfig, mut start: Start) -> Result<Self> {
+        start.model.set_checkpoints(stage.checkpoints());
         let trainables = trainable::select(stage, &start.model)?;
         let settings = AdamW {
             beta1: stage.adam_beta1,

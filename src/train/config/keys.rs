@@ -179,7 +179,6 @@ pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
         "bits" | "quant_type" | "double_quant" => "leave it out: `qlora` is not built either",
         "use_dora" if value.as_bool() == Some(true) => "use plain LoRA, or use_rslora",
         "optim" if text != "adamw" => "use `adamw`",
-        "gradient_checkpointing" if text != "none" => "use `none`, and a smaller per_device_train_batch_size",
         "zero_stage" if value.as_integer() != Some(0) => "use 0",
         "offload" if value.as_bool() == Some(true) => "use false",
         "devices" if value.as_array().is_some_and(|list| list.len() > 1) => "name one device",

@@ -9,7 +9,11 @@ use super::{
         Precision, ProjectorType, SelectFeature, Source, TargetModules,
     },
 };
-use crate::error::{Error, Result};
+use crate::{
+    autograd::Checkpoints,
+    error::{Error, Result},
+    tensor::Dtype,
+};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
@@ -126,6 +130,12 @@ fn count<T: TryFrom<i64>>(value: &Value) -> Option<T> {
 }
 
 impl StageConfig {
+    /// What layers keep for their backward. With a 16-bit precision their inputs have that type.
+    pub fn checkpoints(&self) -> Checkpoints {
+        let dtype = self.precision.map_or(Dtype::F32, Precision::dtype);
+        Checkpoints { mode: self.gradient_checkpointing.mode(), dtype }
+    }
+
     /// `config` is what errors call the config; `first`: no stage comes before.
     pub(super) fn new(name: &str, run_dir: &Path, mut values: Vec<Setting>, first: bool, config: &str) -> Result<Self> {
         fill_dependent_defaults(&mut values);

@@ -192,9 +192,6 @@ fn what_is_known_but_not_built_says_so() {
         "double_quant=true",
         "use_dora=true",
         "optim=adamw_8bit",
-        "gradient_checkpointing=selective",
-        "gradient_checkpointing=full",
-        "gradient_checkpointing=offload",
         "zero_stage=2",
         "offload=true",
         "devices=[0, 1]",
@@ -204,6 +201,9 @@ fn what_is_known_but_not_built_says_so() {
     }
     let built = ["use_dora=false", "optim=adamw", "gradient_checkpointing=none", "zero_stage=0", "offload=false"];
     resolve(MINIMAL, &built).unwrap();
+    for mode in ["selective", "full", "offload"] {
+        resolve(MINIMAL, &[&format!("gradient_checkpointing={mode}")]).unwrap();
+    }
     let run = resolve(MINIMAL, &["devices=[1]", "precision=float32"]).unwrap();
     assert_eq!((run.device, run.stages[0].precision), (Some(DeviceChoice::Index(1)), Some(Precision::Float32)));
 }

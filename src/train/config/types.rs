@@ -1,6 +1,7 @@
 //! The typed values of a resolved config.
 
 use crate::{
+    autograd::Checkpointing,
     error::{Error, Result},
     hub::HubId,
     tensor::Dtype,
@@ -94,7 +95,20 @@ impl Precision {
 }
 
 named! {
+    /// What layers keep for their backward.
     GradientCheckpointing { None = "none", Selective = "selective", Full = "full", Offload = "offload", }
+}
+
+impl GradientCheckpointing {
+    /// The tape's name of it.
+    pub fn mode(self) -> Checkpointing {
+        match self {
+            Self::None => Checkpointing::None,
+            Self::Selective => Checkpointing::Selective,
+            Self::Full => Checkpointing::Full,
+            Self::Offload => Checkpointing::Offload,
+        }
+    }
 }
 
 /// Where weights come from.
