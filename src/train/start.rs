@@ -28,6 +28,7 @@ use crate::{
     models::{
         adapter,
         config::{FeatureSelect, LlavaConfig, ModelConfig, ProjectorType},
+        dora,
         llava::Llava,
         loading::Loading,
         names, open,
@@ -249,6 +250,7 @@ impl Prepared {
         if let Some(llava) = model.config.llava().filter(|_| given.is_some() || !folder.has_projector()) {
             changed.extend(names::projector_tensors(llava).into_iter().map(|(name, _)| name));
         }
+        let fresh = read.is_none();
         let adapter = match (stage.method, read) {
             (Method::Lora, Some(read)) => Some(read),
             (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
@@ -265,6 +267,9 @@ impl Prepared {
         };
         if let Some(adapter) = &adapter {
             adapter::attach(&mut model, adapter, stage.lora_dropout)?;
+            if stage.use_dora && fresh {
+                dora::start(&mut model);
+            }
         }
         Ok(Start { model, folder, adapter, changed })
     }

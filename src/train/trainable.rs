@@ -75,7 +75,8 @@ pub fn trains(stage: &StageConfig, name: &str) -> Option<f64> {
         let trains = stage.method == Method::Projector || !stage.freeze_mm_mlp_adapter;
         return trains.then_some(stage.mm_projector_lr);
     }
-    let is_lora = name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
+    let parts = [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"];
+    let is_lora = parts.iter().any(|part| name.ends_with(part));
     let trains = match stage.method {
         _ if name.starts_with("vision_tower.") => stage.unfreeze_mm_vision_tower,
         Method::Projector => false,

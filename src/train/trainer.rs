@@ -32,7 +32,7 @@ use crate::{
     formats::{HostTensor, hf_write, safetensors::Dtype},
     gpu::Gpu,
     hub::id_or_path,
-    models::{adapter, batch::PackedBatch, llava::Llava, names},
+    models::{adapter, batch::PackedBatch, dora, llava::Llava, names},
     nn::Forward,
     ops::{elementwise, reduce},
     tensor::Tensor,
@@ -109,6 +109,7 @@ impl<'a> Trainer<'a> {
             TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };
         if let Some(folder) = resume {
             state = checkpoint::load(folder, &optimizer, dataset.len(), total_steps)?;
+            dora::update_norms(&mut start.model);
         }
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         let left = used_images(&dataset, &plan, state.step, stage.unfreeze_mm_vision_tower)?;
@@ -205,6 +206,7 @@ impl<'a> Trainer<'a> {
         self.state.updates.pictures += u64::from(pictures);
         let factor = self.schedule.factor(self.state.step);
         self.optimizer.step(factor, self.state.updates, pictures, &self.sums);
+        dora::update_norms(&mut self.start.model);
         let t = self.state.step + 1;
 
         let sums = self.sums.to_vec()?;
@@ -266,7 +268,8 @@ impl<'a> Trainer<'a> {
             adapter::save_tower(model, &self.start.folder, &mut adapter)?;
         }
         for (name, module) in &adapter.modules {
-            [&module.lora_a, &module.lora_b].into_iter().try_for_each(|tensor| check_finite(name, &tensor.data))?;
+            let parts = [Some(&module.lora_a), Some(&module.lora_b), module.magnitude.as_ref()];
+            parts.into_iter().flatten().try_for_each(|tensor| check_finite(name, &tensor.data))?;
         }
         adapter.saved.iter().try_for_each(|(name, tensor)| check_finite(name, &tensor.data))?;
         adapter.write(folder, &model.config, &base)

@@ -190,7 +190,6 @@ fn what_is_known_but_not_built_says_so() {
         "bits=4",
         "quant_type=nf4",
         "double_quant=true",
-        "use_dora=true",
         "optim=adamw_8bit",
         "gradient_checkpointing=selective",
         "gradient_checkpointing=full",
@@ -202,7 +201,7 @@ fn what_is_known_but_not_built_says_so() {
         let message = message(MINIMAL, &[setting]);
         assert!(message.contains("not built yet"), "{message}");
     }
-    let built = ["use_dora=false", "optim=adamw", "gradient_checkpointing=none", "zero_stage=0", "offload=false"];
+    let built = ["use_dora=true", "optim=adamw", "gradient_checkpointing=none", "zero_stage=0", "offload=false"];
     resolve(MINIMAL, &built).unwrap();
     let run = resolve(MINIMAL, &["devices=[1]", "precision=float32"]).unwrap();
     assert_eq!((run.device, run.stages[0].precision), (Some(DeviceChoice::Index(1)), Some(Precision::Float32)));
