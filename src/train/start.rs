@@ -176,7 +176,7 @@ impl Prepared {
             Some(other) => return Err(Error::usage(format!("adapter_name_or_path: there is no folder {other}"))),
             None => adapter,
         };
-        let adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
+        let mut adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
         if let Some(what) =
             adapter.as_ref().filter(|_| stage.method == Method::Lora).and_then(|a| a.beyond_training(&config))
         {
@@ -184,6 +184,9 @@ impl Prepared {
                 "the adapter to start from has {what}, which is not built yet for training"
             ))
             .hint("merge it into its model first, and train a new adapter on that"));
+        }
+        if let Some(adapter) = adapter.as_mut().filter(|_| stage.method == Method::Lora) {
+            trainable::settle(stage, adapter, &config)?;
         }
         Ok(Self { folder, config, projector, adapter })
     }
@@ -266,7 +269,7 @@ impl Prepared {
             (_, None) => None,
         };
         if let Some(adapter) = &adapter {
-            adapter::attach(&mut model, adapter, stage.lora_dropout)?;
+            adapter::attach(&mut model, adapter, adapter.lora_dropout)?;
             if stage.use_dora && fresh {
                 dora::start(&mut model);
             }

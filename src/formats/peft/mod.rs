@@ -11,11 +11,13 @@ use crate::models::{config::ModelConfig, names};
 
 mod config;
 mod merge;
+mod pattern;
 mod read;
 mod write;
 
 pub use config::CONFIG_FILE;
 pub use merge::{Merge, MergeReport};
+pub use pattern::Pattern;
 
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// As PEFT wrote it up to 0.5, and on request since.
