@@ -1,19 +1,22 @@
-// y = x * keep / (1 - p), keep drawn from a counter: the backward is the same kernel on the gradient.
+// y = x * keep / (1 - p), or what x has beyond that, keep drawn from a counter: the backward is the same kernel on the
+// gradient.
 #import index
 #import philox
 
 struct Params {
     count: u32,
     threshold: u32, // an element is kept when its word is at least p * 2^32
-    scale: f32, // 1 / (1 - p)
+    kept: f32, // factor of what is kept: 1 / (1 - p)
     seed: u32,
     stream: u32, // which adapter
     step: u32,
     first: u32, // the quad of the first bound element
+    dropped: f32, // factor of what is not: 0
 }
 #params
 
 #kernel apply
+// y = factor * x, with ADD added to y.
 @group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
 @group(0) @binding(1) var<storage, read_write> y: array<f32>; // [N]
 
@@ -31,7 +34,12 @@ fn apply(
     for (var lane = 0u; lane < 4u; lane++) {
         let i = quad * 4u + lane;
         if (i < params.count) {
-            y[i] = select(0.0, x[i] * params.scale, words[lane] >= params.threshold);
+            let value = x[i] * select(params.dropped, params.kept, words[lane] >= params.threshold);
+#ifdef ADD
+            y[i] += value;
+#else
+            y[i] = value;
+#endif
         }
     }
 }

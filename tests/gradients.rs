@@ -12,7 +12,7 @@ use common::open_gpu;
 use wgpu_llava::{
     autograd::{
         Tape, Var, Weight,
-        functions::{self, DropoutKey, LoraWeights},
+        functions::{self, DoraWeights, DropoutKey, LoraWeights},
     },
     gpu::Gpu,
     models::{
@@ -176,12 +176,13 @@ fn linear_of_a_constant() {
 
 #[test]
 fn linear_lora_with_and_without_dropout() {
-    let inputs = [Leaf(&[11, 12]), Trained(&[10, 12]), Trained(&[10]), Trained(&[3, 12]), Trained(&[10, 3])];
-    for probability in [0.0, 0.3] {
+    for (rank, probability) in [(1, 0.3), (3, 0.0), (3, 0.3), (512, 0.3)] {
+        let (a, b) = ([rank, 12], [10, rank]);
+        let inputs = [Leaf(&[11, 12]), Trained(&[10, 12]), Trained(&[10]), Trained(&a), Trained(&b)];
         // The same key draws the same mask, so that the function is one function.
         let key = DropoutKey { probability, seed: 5, stream: 2, step: 9 };
         let function: Function<'_> = &|tape, x, w| {
-            let lora = LoraWeights { a: w[2].clone(), b: w[3].clone(), scale: 1.5, dropout: Some(key) };
+            let lora = LoraWeights { a: w[2].clone(), b: w[3].clone(), scale: 1.5 / rank as f32, dropout: Some(key) };
             functions::linear_lora(tape, &x[0], &w[0], Some(&w[1]), &lora)
         };
         case(6, &inputs, function).check("linear_lora");
@@ -197,15 +198,27 @@ fn linear_lora_with_and_without_dropout() {
 }
 
 #[test]
-fn dora() {
+fn linear_dora_with_and_without_dropout() {
     // The norms are constants to the backward, one of them zero.
-    let mut norms = Random::new(71).values(9).into_iter().map(|x| x.abs() + 0.5).collect::<Vec<_>>();
-    norms[4] = 0.0;
-    let norms = Tensor::from_f32(gpu(), &norms, &[9]);
-    let inputs = [Leaf(&[7, 9]), Trained(&[9]), Trained(&[9])];
-    case(70, &inputs, &|tape, x, w| functions::dora(tape, &x[0], &w[0], &norms, Some(&w[1]))).check("dora");
-    let inputs = [Leaf(&[70, 9]), Trained(&[9])];
-    case(72, &inputs, &|tape, x, w| functions::dora(tape, &x[0], &w[0], &norms, None)).check("dora without bias");
+    let mut norm = Random::new(71).values(9).into_iter().map(|x| x.abs() + 0.5).collect::<Vec<_>>();
+    norm[4] = 0.0;
+    let norm = Tensor::from_f32(gpu(), &norm, &[9]);
+    let frozen = Weight::frozen(Random::new(7).tensor(gpu(), &[9, 12]).1);
+    for (rank, probability) in [(1, 0.0), (3, 0.3), (70, 0.0), (512, 0.2)] {
+        let (a, b) = ([rank, 12], [9, rank]);
+        let inputs = [Leaf(&[11, 12]), Trained(&a), Trained(&b), Trained(&[9]), Trained(&[9])];
+        let key = DropoutKey { probability, seed: 5, stream: 2, step: 9 };
+        let scale = 1.5 / rank as f32;
+        let function = |tape: &mut Tape, x: &[Var], w: &[Weight], bias: Option<&Weight>| {
+            let lora = LoraWeights { a: w[0].clone(), b: w[1].clone(), scale, dropout: Some(key) };
+            let dora = DoraWeights { magnitude: w[2].clone(), norm: norm.clone() };
+            functions::linear_dora(tape, &x[0], &frozen, bias, &lora, &dora)
+        };
+        let biased: Function<'_> = &|tape, x, w| function(tape, x, w, Some(&w[3]));
+        case(70, &inputs, biased).check("linear_dora");
+        let plain: Function<'_> = &|tape, x, w| function(tape, x, w, None);
+        case(72, &inputs[..4], plain).check("linear_dora without bias");
+    }
 }
 
 #[test]

@@ -63,13 +63,13 @@ macro_rules! cases {
 
 cases! {
     mha_untied_mlp: projector, full, lora;
-    mqa_untied_mlp_full_features: full_global_tokens, full_micro_mean, lora_frozen_projector;
-    gqa_tied_linear_pad: projector, full_truncated, lora_two_targets;
+    mqa_untied_mlp_full_features: full_global_tokens, full_micro_mean, lora_frozen_projector, lora_patterns;
+    gqa_tied_linear_pad: projector, full_truncated, lora_two_targets, lora_regex;
     gqa_tied_mlp_vision: full_vision, lora;
-    mha_untied_linear: projector, lora, full;
-    llama3_rope_biases: full, lora;
+    mha_untied_linear: projector, lora, full, lora_rslora;
+    llama3_rope_biases: full, lora, lora_dora_dropout;
     mistral_window: full;
-    qwen2_dynamic: full, lora;
+    qwen2_dynamic: full, lora, lora_dora, lora_dropout;
 }
 
 #[test]

@@ -20,7 +20,7 @@ const KILLS: usize = 20;
 /// Steps of the two stages.
 const STEPS: [usize; 2] = [16, 28];
 
-/// A run of two stages with all that draws random numbers: order, a fresh adapter, dropout.
+/// A run of two stages with all that draws random numbers: order, a fresh adapter, dropout; and norms to compute again.
 fn write_config(folder: &Path) -> PathBuf {
     let case = golden("parity/mha_untied_linear");
     let path = folder.join("run.toml");
@@ -32,7 +32,7 @@ fn write_config(folder: &Path) -> PathBuf {
          [[stage]]\nname = \"align\"\nmethod = \"projector\"\nversion = \"plain\"\ndata_path = '{case}/captions.json'\n\
          max_steps = {first}\nlearning_rate = 5e-3\n\n\
          [[stage]]\nname = \"tune\"\nmethod = \"lora\"\ndata_path = '{case}/data.jsonl'\nmax_steps = {second}\n\
-         r = 4\nlora_dropout = 0.1\nlearning_rate = 2e-3\ngradient_accumulation_steps = 2\n"
+         r = 4\nlora_dropout = 0.1\nuse_dora = true\nlearning_rate = 2e-3\ngradient_accumulation_steps = 2\n"
     );
     fs::write(&path, text).unwrap();
     path

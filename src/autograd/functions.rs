@@ -35,16 +35,7 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
     })
 }
 
-/// Which random words a dropout draws: the same (seed, stream, step) always gives the same mask.
-#[derive(Clone, Copy, Debug)]
-pub struct DropoutKey {
-    pub probability: f64,
-    pub seed: u32,
-    /// Which adapter.
-    pub stream: u32,
-    /// Which forward pass.
-    pub step: u32,
-}
+pub use dropout::Key as DropoutKey;
 
 /// A low-rank adapter beside a linear layer.
 #[derive(Clone, Debug)]
@@ -57,71 +48,136 @@ pub struct LoraWeights {
     pub dropout: Option<DropoutKey>,
 }
 
-fn dropped(x: &Tensor, key: Option<DropoutKey>) -> Tensor {
-    match key {
-        Some(key) if key.probability > 0.0 => dropout::apply(x, key.probability, key.seed, key.stream, key.step),
-        _ => x.clone(),
+/// The lengths [N] that an adapted weight's rows have, and those that they are given.
+#[derive(Clone, Debug)]
+pub struct DoraWeights {
+    pub magnitude: Weight,
+    /// A constant to the backward.
+    pub norm: Tensor,
+}
+
+impl LoraWeights {
+    /// The dropout, where it drops anything.
+    fn drops(&self) -> Option<DropoutKey> {
+        self.dropout.filter(|key| key.probability > 0.0)
+    }
+
+    fn dropped(&self, x: &Tensor) -> Tensor {
+        self.drops().map_or_else(|| x.clone(), |key| dropout::apply(x, key))
+    }
+
+    /// u = input A^T [T, R], which is all that the backward needs of the input.
+    fn shrunk(&self, input: &Tensor) -> Tensor {
+        product(Layout::Nt, input, &self.a.value)
+    }
+
+    /// y += scale * u B^T.
+    fn add_grown(&self, u: &Tensor, y: &Tensor) {
+        let add_scaled = Epilogue { alpha: Some(self.scale), bias: None, accumulate: true };
+        product_into(Layout::Nt, u, &self.b.value, y, add_scaled);
+    }
+
+    /// Adds the gradients of A and B for dY, that of [`LoraWeights::add_grown`]'s y; x before dropout, whose mask is
+    /// drawn again. Gives dU [T, R].
+    fn backward(&self, x: &Tensor, u: &Tensor, dy: &Tensor) -> Tensor {
+        if let Some(db) = &self.b.grad {
+            let add_scaled = Epilogue { alpha: Some(self.scale), bias: None, accumulate: true };
+            product_into(Layout::Tn, dy, u, db, add_scaled);
+        }
+        let du =
+            product_with(Layout::Nn, dy, &self.b.value, Epilogue { alpha: Some(self.scale), ..Default::default() });
+        if let Some(da) = &self.a.grad {
+            product_into(Layout::Tn, &du, &self.dropped(x), da, ADD);
+        }
+        du
     }
 }
+
+const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true };
 
 /// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
 /// dX is (dY B) A, never dY (B A).
 pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>, lora: &LoraWeights) -> Var {
-    let u = product(Layout::Nt, &dropped(&x.value, lora.dropout), &lora.a.value);
-    let add_scaled = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
+    let u = lora.shrunk(&lora.dropped(&x.value));
     let shape = [x.value.rows(), weight.value.rows()];
     let y = tape.product(shape, x.value.gpu(), || {
         let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
         let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
-        product_into(Layout::Nt, &u, &lora.b.value, &y, add_scaled);
+        lora.add_grown(&u, &y);
         y
     });
     let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
     let (x, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     let needed = x.wants_gradient() || trains;
     tape.record(y, needed, move |gradients, dy| {
-        let add = Epilogue { accumulate: true, ..Default::default() };
-        if let Some(db) = &lora.b.grad {
-            product_into(Layout::Tn, dy, &u, db, add_scaled);
-        }
-        let scaled = Epilogue { alpha: Some(lora.scale), ..Default::default() };
-        let du = product_with(Layout::Nn, dy, &lora.b.value, scaled);
-        if let Some(da) = &lora.a.grad {
-            product_into(Layout::Tn, &du, &dropped(&x.value, lora.dropout), da, add);
-        }
+        let du = lora.backward(&x.value, &u, dy);
         if let Some(dweight) = &weight.grad {
-            product_into(Layout::Tn, dy, &x.value, dweight, add);
+            product_into(Layout::Tn, dy, &x.value, dweight, ADD);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
         }
         if x.wants_gradient() {
             let dx = product(Layout::Nn, dy, &weight.value);
-            if lora.dropout.is_some_and(|key| key.probability > 0.0) {
-                let through = dropped(&product(Layout::Nn, &du, &lora.a.value), lora.dropout);
-                elementwise::add_to(&dx, &through, &dx);
-            } else {
-                product_into(Layout::Nn, &du, &lora.a.value, &dx, add);
+            match lora.drops() {
+                Some(key) => dropout::add_to(&product(Layout::Nn, &du, &lora.a.value), key, &dx),
+                None => product_into(Layout::Nn, &du, &lora.a.value, &dx, ADD),
             }
             gradients.add(&x, dx);
         }
     })
 }
 
-/// y = magnitude / norm * x + bias by columns, for x [T, N] and the others [N]: DoRA. The norm is a constant.
-pub fn dora(tape: &mut Tape, x: &Var, magnitude: &Weight, norm: &Tensor, bias: Option<&Weight>) -> Var {
-    let y = dora::scale_columns(&x.value, &magnitude.value, norm, bias.map(|bias| &bias.value));
-    let needed = x.wants_gradient() || magnitude.trains() || bias.is_some_and(Weight::trains);
-    let (x, magnitude, norm, bias) = (x.clone(), magnitude.clone(), norm.clone(), bias.cloned());
+/// DoRA: y = g * x (W + scale * B A)^T + b with g = magnitude / norm by columns, W frozen.
+///
+/// With dropout it is what PEFT trains: x W^T + b + (g - 1) * x' W^T + g * scale * x' A^T B^T with x' = dropout(x), so
+/// that what was dropped passes as without an adapter; here (x - x') W^T + b + g * x' (W + scale * B A)^T.
+pub fn linear_dora(
+    tape: &mut Tape,
+    x: &Var,
+    weight: &Weight,
+    bias: Option<&Weight>,
+    lora: &LoraWeights,
+    dora: &DoraWeights,
+) -> Var {
+    assert!(!weight.trains(), "the backward of DoRA has no gradient for the weight under it");
+    let input = lora.dropped(&x.value);
+    let z = product(Layout::Nt, &input, &weight.value);
+    let u = lora.shrunk(&input);
+    lora.add_grown(&u, &z);
+    drop(input);
+    let y = dora::scale_columns(&z, &dora.magnitude.value, &dora.norm, bias.map(|bias| &bias.value));
+    if let Some(key) = lora.drops() {
+        product_into(Layout::Nt, &dropout::rest(&x.value, key), &weight.value, &y, ADD);
+    }
+    let trains = lora.a.trains() || lora.b.trains() || dora.magnitude.trains() || bias.is_some_and(Weight::trains);
+    let (x, weight, bias, lora, dora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone(), dora.clone());
+    let needed = x.wants_gradient() || trains;
     tape.record(y, needed, move |gradients, dy| {
-        if let Some(dmagnitude) = &magnitude.grad {
-            dora::backward_magnitude(&x.value, &norm, dy, dmagnitude);
+        if let Some(dmagnitude) = &dora.magnitude.grad {
+            dora::backward_magnitude(&z, &dora.norm, dy, dmagnitude);
         }
+        drop(z);
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
         }
+        let dz = dora::scale_columns(dy, &dora.magnitude.value, &dora.norm, None);
+        let du = lora.backward(&x.value, &u, &dz);
         if x.wants_gradient() {
-            gradients.add(&x, dora::scale_columns(dy, &magnitude.value, &norm, None));
+            let through = product(Layout::Nn, &dz, &weight.value);
+            drop(dz);
+            product_into(Layout::Nn, &du, &lora.a.value, &through, ADD);
+            gradients.add(
+                &x,
+                match lora.drops() {
+                    Some(key) => {
+                        let dx = dropout::rest(&product(Layout::Nn, dy, &weight.value), key);
+                        dropout::add_to(&through, key, &dx);
+                        dx
+                    }
+                    None => through,
+                },
+            );
         }
     })
 }

@@ -1,6 +1,6 @@
 //! LoRA adapters on a loaded model: put on, read back, folded in.
 
-use super::{llava::Llava, names};
+use super::{dora, llava::Llava, names};
 use crate::{
     error::{Error, Result},
     formats::{
@@ -10,10 +10,10 @@ use crate::{
     },
     nn::{Dora, Id, Lora},
     ops::{
-        cast, dora,
+        dora::scale_rows,
         matmul::{Epilogue, Layout, product_into},
     },
-    tensor::{ALIGNMENT, Dtype, Tensor},
+    tensor::Tensor,
 };
 
 /// The parameter names of an adapted module's two matrices.
@@ -61,9 +61,8 @@ pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<
                 .parameters
                 .find(&name)
                 .ok_or_else(|| misfit(format!("the adapter's {name} is not in the model")))?;
-            let value = &model.parameters.get(id).value;
-            let shape = value.shape().to_vec();
-            let mut values = widened(value, 0, value.rows()).to_vec()?;
+            let shape = model.parameters.get(id).value.shape().to_vec();
+            let mut values = dora::weight_rows(&model.parameters, id, 0, shape[0]).to_vec()?;
             if part == "weight" {
                 check_shapes(module, weights, &shape)?;
                 weights.merge_rows(0, &mut values);
@@ -121,18 +120,9 @@ fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<
             if linear.lora.is_some() {
                 return Err(Error::usage(format!("{module} has an adapter already")).hint("load the model afresh"));
             }
-            let weight = parameters.get(linear.weight).value.clone();
-            check_shapes(&module, weights, weight.shape())?;
+            check_shapes(&module, weights, parameters.get(linear.weight).value.shape())?;
             let (scale, [a, b]) = (weights.scale as f32, matrices(&module));
             let (a, b) = (parameters.insert(a, upload(&weights.lora_a)), parameters.insert(b, upload(&weights.lora_b)));
-            let dora = weights.magnitude.as_ref().map(|magnitude| {
-                let matrix = |id: Id| &parameters.get(id).value;
-                let norm = adapted_norm(&weight, matrix(a), matrix(b), scale, NORM_BYTES);
-                Dora {
-                    magnitude: parameters.insert(format!("{module}.lora_magnitude_vector"), upload(magnitude)),
-                    norm,
-                }
-            });
             let bias = match &weights.bias {
                 Some(bias) => {
                     let own = linear.bias.map(|id| parameters.get(id).value.to_vec()).transpose()?;
@@ -142,39 +132,17 @@ fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<
                 }
                 None => None,
             };
-            linear.lora = Some(Lora { a, b, scale, dropout, stream: attached.len() as u32, bias, dora });
+            let lora =
+                linear.lora.insert(Lora { a, b, scale, dropout, stream: attached.len() as u32, bias, dora: None });
+            if let Some(magnitude) = &weights.magnitude {
+                let norm = dora::norm(parameters, linear.weight, lora);
+                let magnitude = parameters.insert(dora::magnitude_name(&module), upload(magnitude));
+                lora.dora = Some(Dora { magnitude, norm });
+            }
             attached.push((module, a, b));
         }
     }
     Ok(attached)
-}
-
-/// Bytes of an adapted weight that are computed at a time.
-const NORM_BYTES: usize = 64 << 20;
-
-/// The lengths [N] of the rows of W + scale * B A, of which about `bytes` are held at a time.
-fn adapted_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32, bytes: usize) -> Tensor {
-    let (n, k) = (weight.rows(), weight.cols());
-    let norm = Tensor::empty(weight.gpu(), &[n]);
-    let step = (bytes / 4 / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
-    for first in (0..n).step_by(step) {
-        let rows = step.min(n - first);
-        let adapted = widened(weight, first, rows);
-        let add_scaled = Epilogue { alpha: Some(scale), bias: None, accumulate: true };
-        product_into(Layout::Nn, &b.row_part(first, rows), a, &adapted, add_scaled);
-        dora::row_norms(&adapted, &norm.part(first, &[rows]));
-    }
-    norm
-}
-
-/// A copy of rows of a weight as f32.
-fn widened(weight: &Tensor, first: usize, rows: usize) -> Tensor {
-    let (cols, copy) = (weight.cols(), Tensor::empty(weight.gpu(), &[rows, weight.cols()]));
-    match weight.dtype() {
-        Dtype::F32 => copy.copy_rows(0, weight, first, rows),
-        _ => cast::cast_into(weight, first * cols, &copy, 0, rows * cols),
-    }
-    copy
 }
 
 /// Folds the adapter beside the model's weights into them, in f32, and takes it off.
@@ -187,12 +155,11 @@ pub fn fold(model: &mut Llava) -> Result<()> {
         for (name, linear) in layer.linears_mut() {
             let Some(lora) = linear.lora.take() else { continue };
             let value = |id: Id| &parameters.get(id).value;
-            let weight = value(linear.weight);
-            let merged = widened(weight, 0, weight.rows());
+            let merged = dora::weight_rows(parameters, linear.weight, 0, value(linear.weight).rows());
             let epilogue = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
             product_into(Layout::Nn, value(lora.b), value(lora.a), &merged, epilogue);
             if let Some(dora) = &lora.dora {
-                dora::scale_rows(&merged, value(dora.magnitude), &dora.norm);
+                scale_rows(&merged, value(dora.magnitude), &dora.norm);
             }
             match (lora.bias, linear.bias) {
                 (Some(sum), Some(bias)) => value(bias).copy_from(value(sum)),
@@ -228,10 +195,9 @@ pub fn export(model: &Llava, settings: &Adapter, with_projector: bool) -> Result
         let lora_a = lora_a?;
         let scale =
             settings.modules.get(&module).map_or_else(|| settings.scale(lora_a.shape[0]), |module| module.scale);
-        let (magnitude, bias) = settings
-            .modules
-            .get(&module)
-            .map_or((None, None), |module| (module.magnitude.clone(), module.bias.clone()));
+        let bias = settings.modules.get(&module).and_then(|module| module.bias.clone());
+        let magnitude = model.parameters.find(&dora::magnitude_name(&module));
+        let magnitude = magnitude.map(|id| read(id, model.parameters.get(id).value.shape())).transpose()?;
         adapter.modules.insert(module, LoraWeights { lora_a, lora_b: lora_b?, scale, magnitude, bias });
     }
     if adapter.modules.is_empty() {
@@ -287,42 +253,4 @@ pub fn to_adapter(
     with_projector: bool,
 ) -> Result<Adapter> {
     export(model, &Adapter::new(r, lora_alpha, lora_dropout, use_rslora), with_projector)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        gpu::{AdapterOptions, Gpu},
-        ops::Random,
-    };
-
-    #[test]
-    fn norms_are_the_same_however_few_rows_are_held() {
-        let gpu = Gpu::open(&AdapterOptions::default()).unwrap();
-        let mut random = Random::new(3);
-        let ((w, weight), (_, a), (_, b)) =
-            (random.tensor(&gpu, &[150, 70]), random.tensor(&gpu, &[3, 70]), random.tensor(&gpu, &[150, 3]));
-        let whole = adapted_norm(&weight, &a, &b, 0.5, NORM_BYTES).to_vec().unwrap();
-        let parts = adapted_norm(&weight, &a, &b, 0.5, 1).to_vec().unwrap();
-        let mut weights = LoraWeights::new(
-            HostTensor::new([3, 70], a.to_vec().unwrap()),
-            HostTensor::new([150, 3], b.to_vec().unwrap()),
-            0.5,
-        );
-        let mut merged = w.clone();
-        weights.merge_rows(0, &mut merged);
-        for (row, (whole, part)) in merged.chunks(70).zip(whole.iter().zip(&parts)) {
-            let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-            assert!((f64::from(*whole) - norm).abs() <= 1e-5 && (f64::from(*part) - norm).abs() <= 1e-5);
-        }
-        // The host's DoRA gives rows the lengths that it is told.
-        weights.magnitude = Some(HostTensor::filled([150], 2.0));
-        let mut merged = w;
-        weights.merge_rows(0, &mut merged);
-        for row in merged.chunks(70) {
-            let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-            assert!((norm - 2.0).abs() <= 1e-5, "{norm}");
-        }
-    }
 }

@@ -10,6 +10,7 @@ pub mod clip;
 pub mod config;
 pub(crate) mod config_fields;
 mod config_json;
+pub mod dora;
 pub mod llama;
 pub mod llava;
 pub mod loading;

@@ -4,7 +4,7 @@ use super::{Forward, Id};
 use crate::{
     autograd::{
         Var,
-        functions::{self, DropoutKey, LoraWeights},
+        functions::{self, DoraWeights, DropoutKey, LoraWeights},
     },
     tensor::Tensor,
 };
@@ -68,7 +68,7 @@ impl Linear {
         let Some(dora) = &lora.dora else {
             return functions::linear_lora(forward.tape, x, &weight, bias.as_ref(), &weights);
         };
-        let y = functions::linear_lora(forward.tape, x, &weight, None, &weights);
-        functions::dora(forward.tape, &y, &parameters.weight(dora.magnitude), &dora.norm, bias.as_ref())
+        let dora = DoraWeights { magnitude: parameters.weight(dora.magnitude), norm: dora.norm.clone() };
+        functions::linear_dora(forward.tape, x, &weight, bias.as_ref(), &weights, &dora)
     }
 }

@@ -28,6 +28,7 @@ use crate::{
     models::{
         adapter,
         config::{FeatureSelect, LlavaConfig, ModelConfig, ProjectorType},
+        dora,
         llava::Llava,
         loading::Loading,
         names, open,
@@ -176,7 +177,7 @@ impl Prepared {
             Some(other) => return Err(Error::usage(format!("adapter_name_or_path: there is no folder {other}"))),
             None => adapter,
         };
-        let adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
+        let mut adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
         if let Some(what) =
             adapter.as_ref().filter(|_| stage.method == Method::Lora).and_then(|a| a.beyond_training(&config))
         {
@@ -184,6 +185,9 @@ impl Prepared {
                 "the adapter to start from has {what}, which is not built yet for training"
             ))
             .hint("merge it into its model first, and train a new adapter on that"));
+        }
+        if let Some(adapter) = adapter.as_mut().filter(|_| stage.method == Method::Lora) {
+            trainable::settle(stage, adapter, &config)?;
         }
         Ok(Self { folder: Arc::new(folder), config, projector, adapter })
     }
@@ -265,6 +269,7 @@ impl Prepared {
         if let Some(llava) = model.config.llava().filter(|_| given.is_some() || !folder.has_projector()) {
             changed.extend(names::projector_tensors(llava).into_iter().map(|(name, _)| name));
         }
+        let fresh = read.is_none();
         let adapter = match (stage.method, read) {
             (Method::Lora, Some(read)) => Some(read.clone()),
             (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
@@ -281,7 +286,10 @@ impl Prepared {
         };
         if let Some(adapter) = &adapter {
             let _trained = gpu.account(Account::Trained);
-            adapter::attach(&mut model, adapter, stage.lora_dropout)?;
+            adapter::attach(&mut model, adapter, adapter.lora_dropout)?;
+            if stage.use_dora && fresh {
+                dora::start(&mut model);
+            }
         }
         Ok(Start { model, folder: folder.clone(), adapter, changed })
     }

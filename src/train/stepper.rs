@@ -13,7 +13,7 @@ use crate::{
     data::image::ImageSource,
     error::Result,
     gpu::Account,
-    models::{batch::PackedBatch, llava::Llava},
+    models::{batch::PackedBatch, dora, llava::Llava},
     nn::Forward,
     ops::{elementwise, reduce},
     tensor::Tensor,
@@ -82,7 +82,7 @@ impl Stepper {
     /// # Errors
     /// A picture that cannot be read; whatever fails on the device.
     pub fn step(
-        &self,
+        &mut self,
         stage: &StageConfig,
         step: &Step<'_>,
         pictures: &PictureStore,
@@ -106,6 +106,7 @@ impl Stepper {
         updates.language += 1;
         updates.pictures += u64::from(sees);
         self.optimizer.step(step.factor, *updates, sees, &self.sums);
+        dora::update_norms(&mut self.start.model);
 
         let sums = self.sums.to_vec()?;
         let losses =

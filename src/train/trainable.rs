@@ -1,5 +1,7 @@
 //! What trains under each method, and fresh adapters.
 
+use std::collections::BTreeSet;
+
 use super::{
     config::{Method, StageConfig, TargetModules},
     optimizer::Trainable,
@@ -22,7 +24,7 @@ use crate::{
 pub fn fresh_adapter(stage: &StageConfig, config: &ModelConfig) -> Result<Adapter> {
     let mut adapter = Adapter::new(stage.r, stage.lora_alpha, stage.lora_dropout, stage.use_rslora);
     for (name, [outputs, inputs]) in names::decoder_linears(config.text()) {
-        if !stage.target_modules.matches(&name) {
+        if !is_target(&stage.target_modules, &name, config)? {
             continue;
         }
         let mut rng = Rng::named(stage.seed, &format!("{name}.lora_A"));
@@ -40,20 +42,78 @@ pub fn fresh_adapter(stage: &StageConfig, config: &ModelConfig) -> Result<Adapte
 /// # Errors
 /// `Usage`, with the name that matches nothing.
 pub fn check_targets(stage: &StageConfig, config: &ModelConfig) -> Result<()> {
-    let linears = names::decoder_linears(config.text());
-    let matches = |targets: &TargetModules| linears.iter().any(|(name, _)| targets.matches(name));
-    let missing = match &stage.target_modules {
-        TargetModules::Names(listed) => {
-            let alone = |name: &&String| !matches(&TargetModules::Names(vec![(*name).clone()]));
-            listed.iter().find(alone).map(|name| format!(": `{name}`"))
-        }
-        _ => None,
+    let alone = match &stage.target_modules {
+        TargetModules::Names(listed) => listed.iter().map(|name| TargetModules::Names(vec![name.clone()])).collect(),
+        other => vec![other.clone()],
     };
-    if missing.is_none() && matches(&stage.target_modules) {
+    for targets in alone {
+        if targets_of(&targets, config)?.is_empty() {
+            let shown = match &targets {
+                TargetModules::Names(names) => names.join(", "),
+                TargetModules::Pattern(pattern) => pattern.text().to_owned(),
+                TargetModules::AllLinear => "all-linear".to_owned(),
+            };
+            let example = names::decoder_linears(config.text());
+            let example = example.first().map(|(name, _)| names::at_runtime(name, config)).unwrap_or_default();
+            return Err(Error::usage(format!("target_modules matches no linear layer of the decoder: `{shown}`"))
+                .hint("use names such as q_proj and down_proj, or \"all-linear\"")
+                .hint(format!("a pattern must match a whole path, such as {example}")));
+        }
+    }
+    Ok(())
+}
+
+/// The decoder's linears that `targets` means, by canonical name.
+fn targets_of(targets: &TargetModules, config: &ModelConfig) -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    for (name, _) in names::decoder_linears(config.text()) {
+        if is_target(targets, &name, config)? {
+            found.insert(name);
+        }
+    }
+    Ok(found)
+}
+
+/// Whether `targets` means a linear, by its path in any of the layouts that adapters are made for: transformers now,
+/// up to 4.51, and the original LLaVA.
+fn is_target(targets: &TargetModules, name: &str, config: &ModelConfig) -> Result<bool> {
+    let original = name.strip_prefix("language_model.").unwrap_or(name);
+    let now = names::at_runtime(name, config);
+    Ok(targets.matches(&now)? || targets.matches(name)? || targets.matches(original)?)
+}
+
+/// Settles what the config and the adapter that training starts from both say: what the adapter is cannot be changed,
+/// how it is trained can.
+///
+/// # Errors
+/// `Usage`, naming every key that the config gives and the adapter has otherwise.
+pub fn settle(stage: &StageConfig, adapter: &mut Adapter, config: &ModelConfig) -> Result<()> {
+    if stage.is_given("lora_dropout") {
+        adapter.lora_dropout = stage.lora_dropout;
+    }
+    let mut conflicts = Vec::new();
+    let mut compare = |key: &str, given: String, found: String| {
+        if stage.is_given(key) && given != found {
+            conflicts.push(format!("{key} is {given}, the adapter's {found}"));
+        }
+    };
+    compare("r", stage.r.to_string(), adapter.r.to_string());
+    compare("lora_alpha", stage.lora_alpha.to_string(), adapter.lora_alpha.to_string());
+    compare("use_rslora", stage.use_rslora.to_string(), adapter.use_rslora.to_string());
+    compare("use_dora", stage.use_dora.to_string(), adapter.use_dora().to_string());
+    if stage.is_given("target_modules") {
+        let wanted = targets_of(&stage.target_modules, config)?;
+        if let Some(name) = wanted.iter().find(|name| !adapter.modules.contains_key(*name)) {
+            conflicts.push(format!("target_modules has {name}, which is not in the adapter"));
+        } else if let Some(name) = adapter.modules.keys().find(|name| !wanted.contains(*name)) {
+            conflicts.push(format!("target_modules leaves out {name}, which is in the adapter"));
+        }
+    }
+    if conflicts.is_empty() {
         return Ok(());
     }
-    Err(Error::usage(format!("target_modules matches no linear layer of the decoder{}", missing.unwrap_or_default()))
-        .hint("use names such as q_proj and down_proj, or \"all-linear\""))
+    Err(Error::usage(format!("the config does not fit the adapter to start from: {}", conflicts.join("; ")))
+        .hint("leave these keys out to go on with the adapter's, or start without adapter_name_or_path"))
 }
 
 /// A fresh projector tensor: uniform in ±1/sqrt(fan_in), weight and bias alike (PyTorch's Linear).
@@ -75,7 +135,8 @@ pub fn trains(stage: &StageConfig, name: &str) -> Option<f64> {
         let trains = stage.method == Method::Projector || !stage.freeze_mm_mlp_adapter;
         return trains.then_some(stage.mm_projector_lr);
     }
-    let is_lora = name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
+    let parts = [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"];
+    let is_lora = parts.iter().any(|part| name.ends_with(part));
     let trains = match stage.method {
         _ if name.starts_with("vision_tower.") => stage.unfreeze_mm_vision_tower,
         Method::Projector => false,

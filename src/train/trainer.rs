@@ -32,7 +32,7 @@ use crate::{
     formats::{HostTensor, hf_write, safetensors::Dtype},
     gpu::Gpu,
     hub::id_or_path,
-    models::{adapter, batch::PackedBatch, names},
+    models::{adapter, batch::PackedBatch, dora, names},
 };
 
 /// A stage's result, for the report.
@@ -86,11 +86,12 @@ impl<'a> Trainer<'a> {
         if let Some(memory) = memory {
             estimate::check(stage, &prepared, &dataset, gpu.facts(), memory)?;
         }
-        let stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
+        let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
         let mut state =
             TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };
         if let Some(folder) = resume {
             state = checkpoint::load(folder, &stepper.optimizer, dataset.len(), total_steps)?;
+            dora::update_norms(&mut stepper.start.model);
         }
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         let left = used_images(&dataset, &plan, state.step, stage.unfreeze_mm_vision_tower)?;
@@ -203,7 +204,8 @@ impl<'a> Trainer<'a> {
             adapter::save_tower(model, &self.stepper.start.folder, &mut adapter)?;
         }
         for (name, module) in &adapter.modules {
-            [&module.lora_a, &module.lora_b].into_iter().try_for_each(|tensor| check_finite(name, &tensor.data))?;
+            let parts = [Some(&module.lora_a), Some(&module.lora_b), module.magnitude.as_ref()];
+            parts.into_iter().flatten().try_for_each(|tensor| check_finite(name, &tensor.data))?;
         }
         adapter.saved.iter().try_for_each(|(name, tensor)| check_finite(name, &tensor.data))?;
         adapter.write(folder, &model.config, &base)

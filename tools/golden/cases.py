@@ -9,6 +9,7 @@ class Run:
 
     name: str
     settings: dict  # config keys of the program, written to <name>.toml as they are
+    adapter: dict = field(default_factory=dict)  # what PEFT's LoraConfig has besides them
 
 
 @dataclass
@@ -154,6 +155,24 @@ CASES = [
                     "max_grad_norm": 1.0,
                 },
             ),
+            Run(
+                "lora_patterns",
+                {
+                    **LORA,
+                    **micro(2, 1),
+                    "freeze_mm_mlp_adapter": True,
+                    "learning_rate": 3e-3,
+                    "weight_decay": 0.1,
+                    "lr_scheduler_type": "linear",
+                },
+                {
+                    "r": 2,
+                    "lora_alpha": 6,
+                    "use_dora": True,
+                    "rank_pattern": {"layers.1.mlp.up_proj": 5, "q_proj": 1},
+                    "alpha_pattern": {r"layers\.[02]\..*v_proj": 3, "down_proj": 1},
+                },
+            ),
         ],
     ),
     Case(
@@ -203,6 +222,20 @@ CASES = [
                     "learning_rate": 5e-3,
                     "lr_scheduler_type": "cosine",
                     "warmup_ratio": 0.1,
+                },
+            ),
+            Run(
+                "lora_regex",
+                {
+                    **LORA,
+                    **micro(2, 1),
+                    "target_modules": r"^(?!.*(k_proj|gate)).*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+                    "r": 1,
+                    "lora_alpha": 3,
+                    "use_dora": True,
+                    "use_rslora": True,
+                    "learning_rate": 5e-3,
+                    "mm_projector_lr": 1e-3,
                 },
             ),
         ],
@@ -276,6 +309,10 @@ CASES = [
                 },
             ),
             Run("full", {**FULL, **micro(1, 1), "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}),
+            Run(
+                "lora_rslora",
+                {**LORA, **micro(2, 1), "r": 64, "lora_alpha": 16, "use_rslora": True, "learning_rate": 1e-3},
+            ),
         ],
     ),
     Case(
@@ -292,6 +329,20 @@ CASES = [
         runs=[
             Run("full", {**FULL, **micro(2, 1), "learning_rate": 1e-3, "weight_decay": 0.1}),
             Run("lora", {**LORA, **micro(2, 1), "r": 4, "lora_alpha": 8, "learning_rate": 2e-3}),
+            Run(
+                "lora_dora_dropout",
+                {
+                    **LORA,
+                    **micro(2, 2),
+                    "r": 3,
+                    "lora_alpha": 4,
+                    "use_dora": True,
+                    "use_rslora": True,
+                    "lora_dropout": 0.15,
+                    "seed": 21,
+                    "learning_rate": 2e-3,
+                },
+            ),
         ],
     ),
     Case(
@@ -319,6 +370,21 @@ CASES = [
         runs=[
             Run("full", {**FULL, **micro(3, 1), "learning_rate": 1e-3}),
             Run("lora", {**LORA, **micro(2, 1), "r": 3, "lora_alpha": 6, "learning_rate": 2e-3, "freeze_mm_mlp_adapter": True}),
+            Run("lora_dora", {**LORA, **micro(2, 1), "r": 3, "lora_alpha": 6, "use_dora": True, "learning_rate": 2e-3}),
+            Run(
+                "lora_dropout",
+                {
+                    **LORA,
+                    **micro(3, 1),
+                    "freeze_mm_mlp_adapter": True,
+                    "target_modules": ["model.language_model.layers.1.self_attn.q_proj", "v_proj", "mlp.down_proj"],
+                    "r": 2,
+                    "lora_alpha": 4,
+                    "lora_dropout": 0.4,
+                    "seed": 5,
+                    "learning_rate": 2e-3,
+                },
+            ),
         ],
     ),
 ]

@@ -157,12 +157,12 @@ def assert_same_weights(model, other):
 def write_adapter(folder: Path, checkpoint, run, seed, linear_projector):
     """A LoRA folder whose B is not zero, so that the first step already shows errors in its path."""
     settings = run.settings
+    copied = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
     trains_projector = not settings.get("freeze_mm_mlp_adapter", False)
     chosen = settings.get("target_modules")
     config = LoraConfig(
-        r=settings["r"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=0.0,
+        **{key: settings[key] for key in copied if key in settings},
+        **run.adapter,
         target_modules=chosen or rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({LAYER_LINEARS})",
         exclude_modules=r".*vision_tower.*" if chosen else None,
         modules_to_save=["multi_modal_projector"] if trains_projector else None,
@@ -177,6 +177,8 @@ def write_adapter(folder: Path, checkpoint, run, seed, linear_projector):
                 weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
             elif "lora_B" in name:
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
+            elif "lora_magnitude" in name:
+                weight.mul_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
             elif "modules_to_save" in name and not (linear_projector and "linear_2" in name):
                 weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
     model.save_pretrained(folder)

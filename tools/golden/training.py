@@ -9,6 +9,7 @@ import torch
 from transformers import get_scheduler
 
 from .checkpoint import forget_lengths
+from .masks import Clock, draw_masks
 from .precision import float64_mode
 from .reference import IGNORE_INDEX, encode
 
@@ -153,6 +154,8 @@ def train(checkpoint, config_path, linear_projector, double):
             linear_projector,
         )
         weights = [weight for _, weight in named]
+        clock = Clock(config.get("seed", 0))
+        draw_masks(model, config.get("lora_dropout", 0.0), clock)
         rate = config["learning_rate"]
         optimizer = torch.optim.AdamW(
             parameter_groups(named, rate, config.get("mm_projector_lr", rate), config.get("weight_decay", 0.0)),
@@ -166,7 +169,8 @@ def train(checkpoint, config_path, linear_projector, double):
         metrics = []
         for number, micro_batches in enumerate(steps):
             loss_norm = config.get("loss_norm", "global_tokens")
-            loss, token_mean = optimizer_step_gradients(model, records, micro_batches, loss_norm)
+            clock.step = number * config.get("gradient_accumulation_steps", 1)
+            loss, token_mean = optimizer_step_gradients(model, records, micro_batches, loss_norm, clock)
             norm = torch.linalg.vector_norm(
                 torch.stack([w.grad.norm() for w in weights if w.grad is not None])
             ).item()
@@ -191,7 +195,7 @@ def train(checkpoint, config_path, linear_projector, double):
     return metrics, trainable
 
 
-def optimizer_step_gradients(model, records, micro_batches, loss_norm):
+def optimizer_step_gradients(model, records, micro_batches, loss_norm, clock):
     """Accumulates the gradients of one optimizer step; returns the loss they are of, and the mean over tokens."""
     total = sum(records[i].target_tokens() for micro in micro_batches for i in micro)
     loss = token_sum = 0.0
@@ -200,9 +204,12 @@ def optimizer_step_gradients(model, records, micro_batches, loss_norm):
             divisor = len(micro_batches) * sum(records[i].target_tokens() for i in micro)
         else:
             divisor = total
+        clock.row = 0
         for index in micro:
             record_sum = token_losses(model, records[index]).sum()
             (record_sum / divisor).backward()
             loss += record_sum.item() / divisor
             token_sum += record_sum.item()
+            clock.row += len(records[index].input_ids)
+        clock.step += 1
     return loss, token_sum / total

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use regex::Regex;
 use serde_json::{Map, Value};
 
+use super::Pattern;
 use crate::{
     error::{Error, Result},
     models::config_fields::Fields,
@@ -40,8 +40,8 @@ pub(super) struct AdapterConfig {
     pub excludes: bool,
     /// What is done to one of tied embeddings and head is done to both.
     pub ensure_weight_tying: bool,
-    rank_pattern: Vec<(Regex, usize)>,
-    alpha_pattern: Vec<(Regex, f64)>,
+    rank_pattern: Vec<(Pattern, usize)>,
+    alpha_pattern: Vec<(Pattern, f64)>,
 }
 
 impl AdapterConfig {
@@ -101,12 +101,16 @@ impl AdapterConfig {
     }
 
     /// The rank of the module at this path in the adapted model.
-    pub fn rank_of(&self, path: &str) -> usize {
-        first_match(&self.rank_pattern, path).unwrap_or(self.r)
+    ///
+    /// # Errors
+    /// `Data`: a pattern that takes too long to match.
+    pub fn rank_of(&self, path: &str) -> Result<usize> {
+        Ok(first_match("rank_pattern", &self.rank_pattern, path)?.unwrap_or(self.r))
     }
 
-    pub fn alpha_of(&self, path: &str) -> f64 {
-        first_match(&self.alpha_pattern, path).unwrap_or(self.lora_alpha)
+    /// As [`AdapterConfig::rank_of`].
+    pub fn alpha_of(&self, path: &str) -> Result<f64> {
+        Ok(first_match("alpha_pattern", &self.alpha_pattern, path)?.unwrap_or(self.lora_alpha))
     }
 }
 
@@ -134,19 +138,27 @@ fn names(fields: &Fields, key: &str) -> Result<Vec<String>> {
     }
 }
 
-fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
-    patterns.iter().find(|(pattern, _)| pattern.is_match(path)).map(|&(_, value)| value)
+fn first_match<T: Copy>(key: &str, patterns: &[(Pattern, T)], path: &str) -> Result<Option<T>> {
+    for (pattern, value) in patterns {
+        let endless = |source| {
+            Error::data(format!("{key}: `{}` takes too long to match {path}", pattern.text())).caused_by(source)
+        };
+        if pattern.matches(path).map_err(endless)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
 }
 
 /// Each key is a regular expression for the end of a module's path, from a dot on; the first that matches counts.
-fn patterns<T>(fields: &Fields, key: &str, value: impl Fn(&Fields, &str) -> Result<T>) -> Result<Vec<(Regex, T)>> {
+fn patterns<T>(fields: &Fields, key: &str, value: impl Fn(&Fields, &str) -> Result<T>) -> Result<Vec<(Pattern, T)>> {
     let Some(map) = fields.object(key)? else { return Ok(Vec::new()) };
     let path = format!("{key}.");
     let inner = Fields { path: &path, map, ..*fields };
     let compile = |pattern: &String| {
-        let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+        let compiled = Pattern::end(pattern)
             .map_err(|source| inner.bad(pattern, "is not a pattern that can be read").caused_by(source))?;
-        Ok((regex, value(&inner, pattern)?))
+        Ok((compiled, value(&inner, pattern)?))
     };
     map.keys().map(compile).collect()
 }

@@ -11,11 +11,13 @@ use crate::models::{config::ModelConfig, names};
 
 mod config;
 mod merge;
+mod pattern;
 mod read;
 mod write;
 
 pub use config::CONFIG_FILE;
 pub use merge::{Merge, MergeReport};
+pub use pattern::Pattern;
 
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// As PEFT wrote it up to 0.5, and on request since.
@@ -93,14 +95,11 @@ impl Adapter {
         self.modules.values().any(|module| module.magnitude.is_some())
     }
 
-    /// What in this adapter goes beyond A and B of the decoder's linears, which is what training moves; `None` when
-    /// nothing does.
+    /// What in this adapter goes beyond A, B and magnitudes of the decoder's linears, which is what training moves;
+    /// `None` when nothing does.
     pub fn beyond_training(&self, config: &ModelConfig) -> Option<String> {
         let linears: BTreeSet<String> =
             names::decoder_linears(config.text()).into_iter().map(|(name, _)| name).collect();
-        if self.use_dora() {
-            return Some("DoRA".to_owned());
-        }
         if self.modules.values().any(|module| module.bias.is_some()) {
             return Some("lora_bias".to_owned());
         }

@@ -324,7 +324,7 @@ impl Parts {
         settings: &AdapterConfig,
     ) -> Result<LoraWeights> {
         let shown = weights.display();
-        let rank = settings.rank_of(&self.path);
+        let rank = settings.rank_of(&self.path)?;
         let (a, b) = match name == embeddings() {
             true => (
                 (Part::EmbeddingA, "lora_embedding_A", [rank, out]),
@@ -360,7 +360,7 @@ impl Parts {
         for (tensor, which) in [(&magnitude, "lora_magnitude_vector"), (&bias, "lora_B.bias")] {
             tensor.as_ref().map_or(Ok(()), |tensor| fits(weights, name, which, tensor, &[out]))?;
         }
-        let scale = scale(settings.alpha_of(&self.path), rank, settings.use_rslora);
+        let scale = scale(settings.alpha_of(&self.path)?, rank, settings.use_rslora);
         Ok(LoraWeights { lora_a, lora_b, scale, magnitude, bias })
     }
 }

@@ -135,7 +135,7 @@ pub static KEYS: &[Key] = &[
     stage("lora_dropout", Kind::Number(Range::BelowOne), "0.0", "dropout on the adapters' input"),
     stage("target_modules", Kind::Modules, "\"all-linear\"", "every linear of every decoder layer"),
     stage("use_rslora", Kind::Flag, "false", "scale by alpha over the root of r"),
-    unset("use_dora", Kind::Flag, "weight-decomposed adapters"),
+    stage("use_dora", Kind::Flag, "false", "weight-decomposed adapters"),
     unset("bits", Kind::Integer { least: 4, most: 8 }, "for `qlora`"),
     unset("quant_type", Kind::Choice(&["nf4", "fp4"]), "for `qlora`"),
     unset("double_quant", Kind::Flag, "for `qlora`"),
@@ -177,7 +177,6 @@ pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
     let instead = match key.name {
         "method" if text == "qlora" => "use `lora`",
         "bits" | "quant_type" | "double_quant" => "leave it out: `qlora` is not built either",
-        "use_dora" if value.as_bool() == Some(true) => "use plain LoRA, or use_rslora",
         "optim" if text != "adamw" => "use `adamw`",
         "zero_stage" if value.as_integer() != Some(0) => "use 0",
         "offload" if value.as_bool() == Some(true) => "use false",

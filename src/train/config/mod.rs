@@ -101,7 +101,8 @@ impl RunConfig {
         for (index, name) in names.iter().enumerate() {
             let first = index == 0;
             let settings = settings(&layers, |key| key.scope != Scope::Run, name, first)?;
-            stages.push(StageConfig::new(name, &output_dir, settings, first, &source)?);
+            let stage = StageConfig::new(name, &output_dir, settings, stages.last(), &source)?;
+            stages.push(stage);
         }
         Ok(Self { output_dir, device, eval_after, eval_limit, stages, values })
     }

@@ -72,6 +72,7 @@ pub struct StageConfig {
     pub lora_dropout: f64,
     pub target_modules: TargetModules,
     pub use_rslora: bool,
+    pub use_dora: bool,
     pub num_train_epochs: f64,
     pub max_steps: Option<u64>,
     pub per_device_train_batch_size: usize,
@@ -97,6 +98,9 @@ pub struct StageConfig {
     /// All of the above as TOML values, with their origins; keys without a value are left out.
     pub values: Vec<Setting>,
 }
+
+/// What an adapter to start from decides where the config does not say it.
+const ADAPTERS_OWN: [&str; 6] = ["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"];
 
 /// Reads one value after another; a value that is missing or of another kind is a fault of the key list, not of the
 /// user, and still an error instead of a panic.
@@ -136,8 +140,14 @@ impl StageConfig {
         Checkpoints { mode: self.gradient_checkpointing.mode(), dtype }
     }
 
-    /// `config` is what errors call the config; `first`: no stage comes before.
-    pub(super) fn new(name: &str, run_dir: &Path, mut values: Vec<Setting>, first: bool, config: &str) -> Result<Self> {
+    /// `config` is what errors call the config; `before`: the stage that this one goes on from.
+    pub(super) fn new(
+        name: &str,
+        run_dir: &Path,
+        mut values: Vec<Setting>,
+        before: Option<&Self>,
+        config: &str,
+    ) -> Result<Self> {
         fill_dependent_defaults(&mut values);
         let place = if name.is_empty() { config.to_string() } else { format!("{config}, stage `{name}`") };
         let missing = |key: &str, example: &str| {
@@ -145,7 +155,7 @@ impl StageConfig {
         };
         let read = Reader(&values);
         let model_name_or_path = read.source("model_name_or_path")?;
-        if first && model_name_or_path.is_none() {
+        if before.is_none() && model_name_or_path.is_none() {
             return Err(missing("model_name_or_path", "\"embedded:tiny\", or the folder of a LLaVA model"));
         }
         if get(&values, "data_path").is_none() {
@@ -153,7 +163,7 @@ impl StageConfig {
         }
         let output_dir = if name.is_empty() { run_dir.to_path_buf() } else { run_dir.join(name) };
         let choice = |value: &'_ Value| value.as_str().map(str::to_string);
-        let stage = Self {
+        let mut stage = Self {
             name: name.to_string(),
             output_dir,
             model_name_or_path,
@@ -181,6 +191,7 @@ impl StageConfig {
             lora_dropout: read.number("lora_dropout")?,
             target_modules: read.required("target_modules", target_modules)?,
             use_rslora: read.flag("use_rslora")?,
+            use_dora: read.flag("use_dora")?,
             num_train_epochs: read.number("num_train_epochs")?,
             max_steps: read.optional("max_steps", count)?,
             per_device_train_batch_size: read.required("per_device_train_batch_size", count)?,
@@ -201,8 +212,14 @@ impl StageConfig {
             logging_steps: read.required("logging_steps", count)?,
             save_steps: read.required("save_steps", count)?,
             save_total_limit: read.required("save_total_limit", count)?,
-            values: values.clone(),
+            values: Vec::new(),
         };
+        // An adapter to go on from says these itself.
+        let continues = stage.model_name_or_path.is_none() && before.is_some_and(|stage| stage.method == Method::Lora);
+        if stage.method == Method::Lora && (continues || stage.adapter_name_or_path.is_some()) {
+            values.retain(|setting| setting.origin != Origin::Default || !ADAPTERS_OWN.contains(&setting.key));
+        }
+        stage.values = values;
         if stage.method == Method::Projector && stage.freeze_mm_mlp_adapter {
             return Err(Error::usage(format!(
                 "{place}: method = \"projector\" with freeze_mm_mlp_adapter = true leaves nothing to train"
@@ -210,6 +227,11 @@ impl StageConfig {
             .hint("leave freeze_mm_mlp_adapter out, or choose another method"));
         }
         Ok(stage)
+    }
+
+    /// Whether a value was given, and is not a default.
+    pub fn is_given(&self, key: &str) -> bool {
+        self.values.iter().any(|setting| setting.key == key && setting.origin != Origin::Default)
     }
 
     /// The name, or `train` for the stage of a config without stages.

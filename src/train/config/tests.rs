@@ -190,7 +190,6 @@ fn what_is_known_but_not_built_says_so() {
         "bits=4",
         "quant_type=nf4",
         "double_quant=true",
-        "use_dora=true",
         "optim=adamw_8bit",
         "zero_stage=2",
         "offload=true",
@@ -199,7 +198,7 @@ fn what_is_known_but_not_built_says_so() {
         let message = message(MINIMAL, &[setting]);
         assert!(message.contains("not built yet"), "{message}");
     }
-    let built = ["use_dora=false", "optim=adamw", "gradient_checkpointing=none", "zero_stage=0", "offload=false"];
+    let built = ["use_dora=true", "optim=adamw", "gradient_checkpointing=none", "zero_stage=0", "offload=false"];
     resolve(MINIMAL, &built).unwrap();
     for mode in ["selective", "full", "offload"] {
         resolve(MINIMAL, &[&format!("gradient_checkpointing={mode}")]).unwrap();

@@ -3,6 +3,7 @@
 use crate::{
     autograd::Checkpointing,
     error::{Error, Result},
+    formats::peft::Pattern,
     hub::HubId,
     tensor::Dtype,
 };
@@ -209,30 +210,37 @@ pub enum TargetModules {
     AllLinear,
     /// A module whose path is one of these, or ends in `.` and one of these.
     Names(Vec<String>),
-    /// A module whose whole path matches; the text and the pattern made of it.
-    Pattern(String, regex::Regex),
+    /// A module whose whole path matches.
+    Pattern(Pattern),
 }
 
 impl TargetModules {
     /// # Errors
     /// Not a regular expression.
     pub fn parse(text: &str) -> Result<Self> {
-        if text == "all-linear" {
+        if text.eq_ignore_ascii_case("all-linear") {
             return Ok(Self::AllLinear);
         }
-        let pattern = regex::Regex::new(&format!("^(?:{text})$"))
-            .map_err(|error| Error::usage("not a regular expression").caused_by(error))?;
-        Ok(Self::Pattern(text.to_string(), pattern))
+        let pattern =
+            Pattern::whole(text).map_err(|error| Error::usage("not a regular expression").caused_by(error))?;
+        Ok(Self::Pattern(pattern))
     }
 
     /// Whether the linear layer at `path` (`model.layers.0.self_attn.q_proj`) gets an adapter.
-    pub fn matches(&self, path: &str) -> bool {
+    ///
+    /// # Errors
+    /// `Usage`: a pattern that takes too long to match.
+    pub fn matches(&self, path: &str) -> Result<bool> {
         match self {
-            Self::AllLinear => true,
-            Self::Names(names) => names.iter().any(|name| {
+            Self::AllLinear => Ok(true),
+            Self::Names(names) => Ok(names.iter().any(|name| {
                 path.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+            })),
+            Self::Pattern(pattern) => pattern.matches(path).map_err(|error| {
+                Error::usage(format!("target_modules: `{}` takes too long to match {path}", pattern.text()))
+                    .caused_by(error)
+                    .hint("use a simpler pattern, or a list of names")
             }),
-            Self::Pattern(_, pattern) => pattern.is_match(path),
         }
     }
 }
@@ -242,7 +250,7 @@ impl PartialEq for TargetModules {
         match (self, other) {
             (Self::AllLinear, Self::AllLinear) => true,
             (Self::Names(a), Self::Names(b)) => a == b,
-            (Self::Pattern(a, _), Self::Pattern(b, _)) => a == b,
+            (Self::Pattern(a), Self::Pattern(b)) => a == b,
             _ => false,
         }
     }
@@ -264,13 +272,20 @@ mod tests {
     #[test]
     fn names_match_by_suffix_and_patterns_match_whole_paths() {
         let q = "model.layers.0.self_attn.q_proj";
-        assert!(TargetModules::Names(vec!["v_proj".into(), "q_proj".into()]).matches(q));
-        assert!(TargetModules::Names(vec!["self_attn.q_proj".into()]).matches(q));
-        assert!(!TargetModules::Names(vec!["proj".into()]).matches(q));
-        assert!(TargetModules::parse(r"model\.layers\.\d+\.self_attn\.(q|v)_proj").unwrap().matches(q));
-        // Alternatives must not escape the anchors.
-        assert!(!TargetModules::parse("model|q_proj").unwrap().matches(q));
-        assert!(TargetModules::parse("all-linear").unwrap().matches(q));
+        let names = |names: &[&str]| TargetModules::Names(names.iter().map(|&name| name.to_owned()).collect());
+        let pattern = |text| TargetModules::parse(text).unwrap();
+        for (targets, expected) in [
+            (names(&["v_proj", "q_proj"]), true),
+            (names(&["self_attn.q_proj"]), true),
+            (names(&["proj"]), false),
+            (pattern(r"model\.layers\.\d+\.self_attn\.(q|v)_proj"), true),
+            // Alternatives must not escape the anchors.
+            (pattern("model|q_proj"), false),
+            (pattern("all-linear"), true),
+            (pattern("All-Linear"), true),
+        ] {
+            assert_eq!(targets.matches(q).unwrap(), expected, "{targets:?}");
+        }
         assert!(TargetModules::parse("(").is_err());
     }
 

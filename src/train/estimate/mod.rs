@@ -177,7 +177,7 @@ pub(super) fn simulate(
     facts: &AdapterFacts,
 ) -> Result<Estimate> {
     let gpu = Gpu::counting(facts.clone());
-    let stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?)?;
+    let mut stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?)?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
     let (mut flops, mut updates) = (0, Updates::default());
     for batches in &steps.steps {

@@ -1,0 +1,129 @@
+//! DoRA's lengths of rows: those that adapted weights have, which follow every change of A and B, and those that they
+//! are given, which start as the former and train.
+
+use super::llava::Llava;
+use crate::{
+    nn::{Dora, Id, Lora, Parameters},
+    ops::{
+        cast,
+        dora::row_norms,
+        matmul::{Epilogue, Layout, product_into},
+    },
+    tensor::{ALIGNMENT, Dtype, Tensor},
+};
+
+/// Bytes of an adapted weight that are computed at a time.
+const NORM_BYTES: usize = 64 << 20;
+
+/// The parameter name of an adapted module's magnitudes.
+pub fn magnitude_name(module: &str) -> String {
+    format!("{module}.lora_magnitude_vector")
+}
+
+/// Makes DoRA of every plain LoRA on the decoder, with the lengths that the adapted rows have as their magnitudes: what
+/// the model computes stays as it is.
+pub fn start(model: &mut Llava) {
+    let Llava { language, parameters, .. } = model;
+    for (index, layer) in language.layers_mut().iter_mut().enumerate() {
+        for (name, linear) in layer.linears_mut() {
+            let Some(lora) = linear.lora.as_mut().filter(|lora| lora.dora.is_none()) else { continue };
+            let norm = norm(parameters, linear.weight, lora);
+            let magnitude = Tensor::empty(norm.gpu(), norm.shape());
+            magnitude.copy_from(&norm);
+            let name = magnitude_name(&format!("language_model.model.layers.{index}.{name}"));
+            lora.dora = Some(Dora { magnitude: parameters.insert(name, magnitude), norm });
+        }
+    }
+}
+
+/// Computes the norms again, after A and B have changed.
+pub fn update_norms(model: &mut Llava) {
+    let Llava { language, parameters, .. } = model;
+    for layer in language.layers_mut() {
+        for (_, linear) in layer.linears_mut() {
+            if let Some(lora) = &linear.lora
+                && let Some(dora) = &lora.dora
+            {
+                write_norm(parameters, linear.weight, lora, &dora.norm, NORM_BYTES);
+            }
+        }
+    }
+}
+
+/// The lengths [N] of the rows of W + scale * B A.
+pub(super) fn norm(parameters: &Parameters, weight: Id, lora: &Lora) -> Tensor {
+    let w = &parameters.get(weight).value;
+    let norm = Tensor::empty(w.gpu(), &[w.rows()]);
+    write_norm(parameters, weight, lora, &norm, NORM_BYTES);
+    norm
+}
+
+/// Writes [`norm`] with about `bytes` of the adapted weight held at a time.
+fn write_norm(parameters: &Parameters, weight: Id, lora: &Lora, norm: &Tensor, bytes: usize) {
+    let value = |id: Id| &parameters.get(id).value;
+    let (n, k) = (value(weight).rows(), value(weight).cols());
+    let step = (bytes / 4 / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
+    for first in (0..n).step_by(step) {
+        let rows = step.min(n - first);
+        let adapted = weight_rows(parameters, weight, first, rows);
+        let add_scaled = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
+        product_into(Layout::Nn, &value(lora.b).row_part(first, rows), value(lora.a), &adapted, add_scaled);
+        row_norms(&adapted, &norm.part(first, &[rows]));
+    }
+}
+
+/// A copy of rows of a weight as f32, however the weight is kept.
+pub(super) fn weight_rows(parameters: &Parameters, weight: Id, first: usize, rows: usize) -> Tensor {
+    let weight = &parameters.get(weight).value;
+    let (cols, copy) = (weight.cols(), Tensor::empty(weight.gpu(), &[rows, weight.cols()]));
+    match weight.dtype() {
+        Dtype::F32 => copy.copy_rows(0, weight, first, rows),
+        _ => cast::cast_into(weight, first * cols, &copy, 0, rows * cols),
+    }
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        formats::{HostTensor, peft::LoraWeights},
+        gpu::{AdapterOptions, Gpu},
+        ops::Random,
+    };
+
+    fn length(row: &[f32]) -> f64 {
+        row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt()
+    }
+
+    #[test]
+    fn norms_are_the_same_however_few_rows_are_held_and_however_the_weight_is_kept() {
+        let gpu = Gpu::open(&AdapterOptions::default()).unwrap();
+        let mut random = Random::new(3);
+        let (w, (a, ta), (b, tb)) =
+            (random.values(150 * 70), random.tensor(&gpu, &[3, 70]), random.tensor(&gpu, &[150, 3]));
+        let host = LoraWeights::new(HostTensor::new([3, 70], a), HostTensor::new([150, 3], b), 0.5);
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+            let bytes = dtype.narrow(&w);
+            let mut parameters = Parameters::default();
+            let weight = parameters.insert("w", Tensor::from_bytes(&gpu, dtype, &bytes, &[150, 70]));
+            let (a, b) = (parameters.insert("a", ta.clone()), parameters.insert("b", tb.clone()));
+            let lora = Lora { a, b, scale: 0.5, dropout: 0.0, stream: 0, bias: None, dora: None };
+            let whole = norm(&parameters, weight, &lora).to_vec().unwrap();
+            let parts = Tensor::empty(&gpu, &[150]);
+            write_norm(&parameters, weight, &lora, &parts, 1);
+            assert_eq!(parts.to_vec().unwrap(), whole);
+            let mut merged: Vec<f32> = dtype.widen(&bytes);
+            host.merge_rows(0, &mut merged);
+            for (row, &got) in merged.chunks(70).zip(&whole) {
+                assert!((f64::from(got) - length(row)).abs() <= 1e-5, "{dtype:?}: {got} for {}", length(row));
+            }
+        }
+        // The host's DoRA gives rows the lengths that it is told.
+        let mut dora = host;
+        dora.magnitude = Some(HostTensor::filled([150], 2.0));
+        let mut merged = w;
+        dora.merge_rows(0, &mut merged);
+        assert!(merged.chunks(70).all(|row| (length(row) - 2.0).abs() <= 1e-5));
+    }
+}
