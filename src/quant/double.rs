@@ -5,6 +5,28 @@ use std::sync::LazyLock;
 
 use super::NESTED_BLOCK;
 
+/// The factors of a tensor's blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Factors {
+    Plain(Vec<f32>),
+    Nested(Nested),
+}
+
+impl Factors {
+    /// Factors kept as they are, or in eight bits each.
+    pub fn new(absmax: Vec<f32>, double: bool) -> Self {
+        if double { Self::Nested(Nested::new(&absmax)) } else { Self::Plain(absmax) }
+    }
+
+    /// One for each block.
+    pub fn values(&self) -> std::borrow::Cow<'_, [f32]> {
+        match self {
+            Self::Plain(absmax) => absmax.into(),
+            Self::Nested(nested) => nested.factors().into(),
+        }
+    }
+}
+
 /// The factors of a tensor's blocks in eight bits each: `map[code] * absmax[block / 256] + offset`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Nested {

@@ -7,7 +7,7 @@
 
 mod double;
 
-pub use double::{Nested, dynamic_map};
+pub use double::{Factors, Nested, dynamic_map};
 
 /// Values that share a factor.
 pub const BLOCK: usize = 64;
