@@ -2,7 +2,7 @@
 //!
 //! The layers, each knowing only those before it:
 //! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub` → `models` → `train`, `generate`, `eval` → `cli`.
-//! `error` and `rng` are below all of them. ARCHITECTURE.md says what lives where and why.
+//! `error`, `rng` and `quant` (weights in four bits, as bytes) are below all of them. ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
 pub mod cli;
@@ -17,6 +17,7 @@ pub mod hub;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod quant;
 pub mod rng;
 pub mod tensor;
 pub mod train;

@@ -42,7 +42,7 @@ const WAYS: [Way; 4] = [
         name: "as_gpu",
         options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
         sizes: &[1, 7, 63, 65, 257],
-        concerns: |op| ["matmul", "attention", "patch_embed"].iter().any(|family| op.starts_with(family)),
+        concerns: |op| ["matmul", "nf4", "attention", "patch_embed"].iter().any(|family| op.starts_with(family)),
     },
 ];
 
@@ -58,7 +58,7 @@ fn main() {
     trials.push(Trial::test("as_gpu_small_binding::matmul", || {
         let options = AdapterOptions { treat_as_gpu: true, max_binding: Some(1 << 16), ..Default::default() };
         let gpu = open(&options)?;
-        OPS.iter().filter(|op| op.name.starts_with("matmul")).try_for_each(|op| compare(op, &gpu, 257))
+        OPS.iter().filter(|op| op.name.contains("matmul")).try_for_each(|op| compare(op, &gpu, 257))
     }));
     trials.push(Trial::test("names_are_unique_and_cost_something", || {
         for (index, op) in OPS.iter().enumerate() {

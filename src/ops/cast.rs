@@ -3,7 +3,7 @@
 //! Every value of a 16-bit type widens exactly; NaN stays NaN, and what is too large for f16 becomes infinite.
 //! [`Upload`] converts while a tensor arrives.
 
-use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for, testing::wide};
+use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for, nf4, testing::wide};
 use crate::{
     error::Result,
     gpu::{Binding, Gpu},
@@ -24,6 +24,9 @@ pub fn cast(x: &Tensor, to: Dtype) -> Tensor {
 /// y is packed, `y_start` is even, and an odd `count` ends where y does.
 pub fn cast_into(x: &Tensor, x_start: usize, y: &Tensor, y_start: usize, count: usize) {
     assert!(x_start + count <= x.len() && y_start + count <= y.len(), "{count} elements of {x:?} into {y:?}");
+    if x.dtype().is_quantized() && y.dtype() == Dtype::F32 {
+        return nf4::dequantize_into(x, &nf4::factors(x), x_start, y, y_start, count);
+    }
     let kernel = match (x.dtype(), y.dtype()) {
         (Dtype::Bf16, Dtype::F32) => "cast.to_f32.bf16",
         (Dtype::F16, Dtype::F32) => "cast.to_f32.f16",

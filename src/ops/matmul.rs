@@ -6,14 +6,15 @@
 //! | NN | [M, K] | [K, N] | dX = dY W |
 //! | TN | [K, M] | [K, N] | dW = dY^T X |
 //!
-//! B may be a weight in 16 bits in NT and NN; kernels widen what they load of it.
+//! B may be a weight in 16 bits in NT and NN; kernels widen what they load of it. Weights in four bits have kernels of
+//! their own (`nf4_matmul.rs`).
 //!
 //! Which kernel runs is chosen per adapter and shape: GPUs stage tiles in workgroup memory, host processors want
 //! their operands as uniforms (`host.rs`), and a few rows of A go to a kernel that reads W once.
 
 mod host;
 
-use super::{Comparison, Cost, Op, Random, testing::wide};
+use super::{Comparison, Cost, Op, Random, nf4_matmul, testing::wide};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -63,15 +64,36 @@ fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, usize) {
 pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
     let (m, n, k) = sizes(layout, a, b);
     assert_eq!((c.rows(), c.cols()), (m, n), "{layout:?} product of {a:?} and {b:?} into {c:?}");
+    a.gpu().add_flops(2 * (m * n * k) as u64);
+    if b.dtype().is_quantized() {
+        return nf4_matmul::product_into(layout, a, b, c, epilogue);
+    }
     let packed = b.dtype().is_packed() && layout != Layout::Tn;
     assert!(packed || b.dtype() == Dtype::F32, "{layout:?} product of {a:?} and {b:?}: B's type");
     assert!(a.dtype() == Dtype::F32 && c.dtype() == Dtype::F32, "{layout:?} product of {a:?} and {b:?} into {c:?}");
     if m == 0 || n == 0 {
         return;
     }
-    a.gpu().add_flops(2 * (m * n * k) as u64);
-    let call = Call { layout, a, b, c, epilogue };
+    let call = Call { layout, a, b, b_first: 0, c, epilogue };
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
+}
+
+/// The part of a product that the rows of B from `first` on have in it, which are all of `b`: NT columns of C, an NN
+/// summand of C that is added to the parts before it.
+pub(super) fn product_of_rows(
+    layout: Layout,
+    a: &Tensor,
+    b: &Tensor,
+    first: usize,
+    c: &Tensor,
+    epilogue: Epilogue<'_>,
+) {
+    let rows = (first, first + b.rows());
+    let (n, k) = match layout {
+        Layout::Nt => (rows, (0, b.cols())),
+        Layout::Nn | Layout::Tn => ((0, b.cols()), rows),
+    };
+    Call { layout, a, b, b_first: first, c, epilogue }.run(Region { m: (0, c.rows()), n, k });
 }
 
 /// A block of the product: half-open ranges of M, N, K.
@@ -86,6 +108,8 @@ struct Call<'a> {
     layout: Layout,
     a: &'a Tensor,
     b: &'a Tensor,
+    /// Where B is a part of the whole: its first row there, as regions count them.
+    b_first: usize,
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
 }
@@ -150,7 +174,7 @@ impl Call<'_> {
     }
 
     fn launch(&self, region: Region) {
-        let Self { layout, a, b, c, epilogue } = *self;
+        let Self { layout, a, b, b_first, c, epilogue } = *self;
         let (m, n, k) = (length(region.m), length(region.n), length(region.k));
         // Row ranges are bound; column ranges are offsets inside the binding.
         let (a_rows, b_rows) = self.operand_rows(region);
@@ -159,7 +183,7 @@ impl Call<'_> {
         let first = region.k.0 == 0;
         let bias = epilogue.bias.filter(|_| first);
         let a_binding = a.range(a_rows.0 * a.cols(), length(a_rows) * a.cols());
-        let (b_start, b_count) = (b_rows.0 * b.cols(), length(b_rows) * b.cols());
+        let (b_start, b_count) = ((b_rows.0 - b_first) * b.cols(), length(b_rows) * b.cols());
         let (b_binding, b_before) =
             if b.dtype().is_packed() { b.packed_range(b_start, b_count) } else { (b.range(b_start, b_count), 0) };
         let c_binding = c.range(region.m.0 * c.cols(), m * c.cols());
@@ -192,7 +216,7 @@ fn typed(dtype: Dtype, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
     match dtype {
         Dtype::Bf16 => bf16,
         Dtype::F16 => f16,
-        Dtype::F32 | Dtype::U32 => f32,
+        Dtype::F32 | Dtype::U32 | Dtype::Quantized(_) => f32,
     }
 }
 

@@ -15,6 +15,8 @@ pub mod elementwise;
 pub mod embedding;
 pub mod layer_norm;
 pub mod matmul;
+pub mod nf4;
+mod nf4_matmul;
 pub mod patch_embed;
 pub mod reduce;
 pub mod rms_norm;
@@ -59,6 +61,12 @@ pub const OPS: &[Op] = &[
     matmul::NT_F16,
     matmul::NN_BF16,
     matmul::NN_F16,
+    nf4::NF4,
+    nf4::FP4,
+    nf4_matmul::NT_NF4,
+    nf4_matmul::NT_FP4,
+    nf4_matmul::NN_NF4,
+    nf4_matmul::NN_FP4,
     rms_norm::OP,
     layer_norm::OP,
     rope::OP,

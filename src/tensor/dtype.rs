@@ -3,6 +3,7 @@
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 use super::ALIGNMENT;
+use crate::quant::QuantType;
 
 /// The type of a tensor's elements. 16-bit elements are packed, two to a word of the device, the first in the low
 /// half: the bytes are those of a little-endian file. They are storage alone; arithmetic is f32.
@@ -12,12 +13,23 @@ pub enum Dtype {
     U32,
     F16,
     Bf16,
+    /// Codes of four bits, two to a byte, whose factors are the tensor's [`Scales`](super::Scales).
+    Quantized(QuantType),
 }
 
 impl Dtype {
     /// Bytes of an element.
+    ///
+    /// # Panics
+    /// Where it is half a byte.
     pub fn bytes(self) -> usize {
+        assert!(!self.is_quantized(), "an element of {self:?} is no whole byte");
         if self.is_packed() { 2 } else { 4 }
+    }
+
+    /// Whether elements are codes of four bits.
+    pub fn is_quantized(self) -> bool {
+        matches!(self, Self::Quantized(_))
     }
 
     /// Whether two elements share a word.
@@ -32,10 +44,11 @@ impl Dtype {
 
     /// Bytes that `elements` elements take on the device: whole words.
     pub(super) fn padded_bytes(self, elements: usize) -> u64 {
-        (elements * self.bytes()).next_multiple_of(4) as u64
+        let bytes = if self.is_quantized() { elements.div_ceil(2) } else { elements * self.bytes() };
+        bytes.next_multiple_of(4) as u64
     }
 
-    /// Elements as f32: exact for 16-bit floats. A `U32` keeps its bits.
+    /// Elements as f32: exact for 16-bit floats. A `U32` keeps its bits. Codes mean nothing without their factors.
     pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
         let halves = || bytes.chunks_exact(2).map(|half| u16::from_le_bytes([half[0], half[1]]));
         match self {
@@ -47,6 +60,7 @@ impl Dtype {
                 halves.convert_to_f32_slice(&mut wide);
                 wide
             }
+            Self::Quantized(_) => panic!("{self:?} without factors"),
             Self::F32 | Self::U32 => {
                 bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
             }
@@ -65,6 +79,7 @@ impl Dtype {
                 halves.convert_from_f32_slice(values);
                 bytemuck::cast_slice(&halves).to_vec()
             }
+            Self::Quantized(_) => panic!("{self:?} without factors"),
             Self::F32 | Self::U32 => bytemuck::cast_slice(values).to_vec(),
         }
     }

@@ -9,12 +9,14 @@
 
 mod dtype;
 mod offloaded;
+mod quantized;
 mod upload;
 
 use std::{fmt, sync::Arc};
 
 pub use dtype::Dtype;
 pub use offloaded::Offloaded;
+pub use quantized::Scales;
 pub use upload::Upload;
 
 use crate::{
@@ -31,6 +33,8 @@ pub struct Tensor {
     /// In elements.
     offset: usize,
     shape: Vec<usize>,
+    /// Of a quantised tensor.
+    scales: Option<Arc<Scales>>,
 }
 
 /// Parts of an arena start at multiples of this many elements, so that they can be bound on every device.
@@ -45,7 +49,14 @@ impl Tensor {
     /// A tensor with unspecified content.
     pub fn empty_of(gpu: &Gpu, dtype: Dtype, shape: &[usize]) -> Self {
         let bytes = dtype.padded_bytes(shape.iter().product());
-        Self { gpu: gpu.clone(), buffer: Arc::new(gpu.buffer(bytes)), dtype, offset: 0, shape: shape.to_vec() }
+        Self {
+            gpu: gpu.clone(),
+            buffer: Arc::new(gpu.buffer(bytes)),
+            dtype,
+            offset: 0,
+            shape: shape.to_vec(),
+            scales: None,
+        }
     }
 
     pub fn from_f32(gpu: &Gpu, data: &[f32], shape: &[usize]) -> Self {
@@ -79,6 +90,9 @@ impl Tensor {
     /// # Errors
     /// Whatever has failed on the device so far.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
+        if let Some(values) = self.dequantized()? {
+            return Ok(values);
+        }
         Ok(self.dtype.widen(&self.to_bytes()?))
     }
 
@@ -88,7 +102,11 @@ impl Tensor {
     /// Whatever has failed on the device so far.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = self.gpu.read(&self.buffer, self.byte_offset(0), self.dtype.padded_bytes(self.len()))?;
-        bytes.truncate(self.len() * self.dtype.bytes());
+        bytes.truncate(if self.dtype.is_quantized() {
+            self.len().div_ceil(2)
+        } else {
+            self.len() * self.dtype.bytes()
+        });
         Ok(bytes)
     }
 
@@ -126,6 +144,9 @@ impl Tensor {
     }
 
     fn byte_offset(&self, element: usize) -> u64 {
+        if self.dtype.is_quantized() && self.offset + element == 0 {
+            return 0;
+        }
         ((self.offset + element) * self.dtype.bytes()) as u64
     }
 
@@ -138,6 +159,7 @@ impl Tensor {
     /// A part that starts `offset` elements in, a multiple of [`ALIGNMENT`]; of a packed tensor it ends with a whole
     /// word, or where the tensor ends.
     pub fn part(&self, offset: usize, shape: &[usize]) -> Self {
+        assert!(!self.dtype.is_quantized(), "a part of {self:?}, whose blocks go across rows");
         let end = offset + shape.iter().product::<usize>();
         assert!(offset.is_multiple_of(ALIGNMENT) && end <= self.len(), "a part inside");
         assert!(!self.dtype.is_packed() || end.is_multiple_of(2) || end == self.len(), "a part of whole words");
@@ -185,9 +207,13 @@ impl Tensor {
         self.range(0, self.len())
     }
 
+    fn is_wide(&self) -> bool {
+        !self.dtype.is_packed() && !self.dtype.is_quantized()
+    }
+
     /// `count` four-byte elements from `start` on, a multiple of [`ALIGNMENT`].
     pub fn range(&self, start: usize, count: usize) -> Binding<'_> {
-        assert!(!self.dtype.is_packed(), "{self:?} goes to a kernel that takes four-byte elements");
+        assert!(self.is_wide(), "{self:?} goes to a kernel that takes four-byte elements");
         debug_assert!((self.offset + start).is_multiple_of(ALIGNMENT), "binding at element {}", self.offset + start);
         let offset = self.byte_offset(start);
         // Whole vec4s: every buffer, and every part of an arena, ends in padding.
@@ -214,7 +240,7 @@ impl Tensor {
     /// The four-byte elements from `start` on as a uniform of fixed size, and how many elements before `start` it
     /// begins (offsets of uniforms are aligned). For devices that run on the host's processor.
     pub fn uniform(&self, start: usize) -> (Binding<'_>, usize) {
-        assert!(!self.dtype.is_packed(), "{self:?} goes to a kernel that takes four-byte elements");
+        assert!(self.is_wide(), "{self:?} goes to a kernel that takes four-byte elements");
         self.any_uniform(start)
     }
 
