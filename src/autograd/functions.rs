@@ -2,6 +2,7 @@
 
 use super::{Node, Tape, Var, Weight};
 use crate::{
+    gpu::Account,
     ops::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
@@ -355,6 +356,7 @@ pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale
     let needed = tape.is_recording() && (x.wants_gradient() || head.trains());
     let dx = (needed && x.wants_gradient()).then(|| Tensor::empty(gpu, &[n, d]));
     let chunk = (n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two()).max(256);
+    let _logits = gpu.account(Account::Logits);
     for first in (0..n).step_by(chunk) {
         let rows = chunk.min(n - first);
         let part = x.value.row_part(first, rows);

@@ -4,6 +4,7 @@
 
 mod answer;
 pub mod args;
+mod bench;
 mod chat;
 mod config;
 mod convert;
@@ -58,9 +59,6 @@ pub fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<()> {
     let global = &cli.global;
-    if let Some(error) = cli.command.not_built() {
-        return Err(error);
-    }
     match &cli.command {
         Command::Devices(args) => devices::run(args, global),
         Command::Train(args) => train::run(args, global),
@@ -81,7 +79,7 @@ fn run(cli: &Cli) -> Result<()> {
         }
         Command::Completions(args) => report::print_data(&args::completions(args.shell)),
         Command::Estimate(args) => estimate::run(args, global),
-        Command::Bench(_) => Ok(()),
+        Command::Bench(args) => bench::run(args, global),
     }
 }
 

@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod estimate;
 pub mod events;
+pub mod measure;
 pub mod metrics;
 pub mod optimizer;
 pub mod pictures;

@@ -1,10 +1,12 @@
 //! One optimizer step: micro-batches through the model, gradients into arenas, the update. Holds all of a stage that
 //! lives on the device, and knows neither data nor files.
 
+use std::time::Instant;
+
 use super::{
     config::{LossNorm, StageConfig},
     optimizer::{AdamW, Optimizer, Updates},
-    pictures::PictureStore,
+    pictures::{Loaded, PictureStore},
     start::Start,
     trainable,
 };
@@ -19,10 +21,21 @@ use crate::{
     tensor::Tensor,
 };
 
+/// Seconds of a step's parts, each waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Phases {
+    pub forward: f64,
+    pub backward: f64,
+    /// Gradient norm and update.
+    pub optimizer: f64,
+}
+
 /// A model, what trains of it, and what its updates need.
 pub struct Stepper {
     pub start: Start,
     pub optimizer: Optimizer,
+    /// Where the step under way is timed.
+    phases: Option<Phases>,
     /// Square sum of the gradients, then one loss sum for each micro-batch.
     sums: Tensor,
 }
@@ -39,7 +52,7 @@ pub struct Step<'a> {
 }
 
 /// What a step has measured.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Measured {
     /// Mean over the supervised tokens, or of the micro-batches' means, in nats.
     pub loss: f64,
@@ -70,11 +83,37 @@ impl Stepper {
         gpu.trim();
         let sums = elementwise::zeros(gpu, &[1 + stage.gradient_accumulation_steps]);
         gpu.start_peak();
-        Ok(Self { start, optimizer, sums })
+        Ok(Self { start, optimizer, phases: None, sums })
     }
 
     pub fn model(&self) -> &Llava {
         &self.start.model
+    }
+
+    /// As [`Stepper::step`], with the time of its parts.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn timed_step(
+        &mut self,
+        stage: &StageConfig,
+        step: &Step<'_>,
+        pictures: &PictureStore,
+        updates: &mut Updates,
+    ) -> Result<(Measured, Phases)> {
+        self.phases = Some(Phases::default());
+        let measured = self.step(stage, step, pictures, updates);
+        let phases = self.phases.take().unwrap_or_default();
+        Ok((measured?, phases))
+    }
+
+    /// Where the step is timed: waits for the device and notes the seconds since `begun`.
+    fn note(&mut self, begun: Instant, phase: fn(&mut Phases) -> &mut f64) -> Result<()> {
+        if let Some(phases) = &mut self.phases {
+            self.start.model.gpu().sync()?;
+            *phase(phases) += begun.elapsed().as_secs_f64();
+        }
+        Ok(())
     }
 
     /// One step; `updates` counts it.
@@ -101,12 +140,14 @@ impl Stepper {
             let dropout = (stage.seed as u32, pass as u32);
             self.micro_batch(batch, &pictures.load(images)?, scale as f32, dropout, index)?;
         }
+        let begun = Instant::now();
         self.optimizer.add_square_sum(&self.sums, 0);
         let sees = batches.iter().any(|batch| batch.images > 0);
         updates.language += 1;
         updates.pictures += u64::from(sees);
         self.optimizer.step(step.factor, *updates, sees, &self.sums);
         dora::update_norms(&mut self.start.model);
+        self.note(begun, |phases| &mut phases.optimizer)?;
 
         let sums = self.sums.to_vec()?;
         let losses =
@@ -127,21 +168,25 @@ impl Stepper {
 
     /// Forward and backward of one micro-batch; its loss goes to its slot of `sums`.
     fn micro_batch(
-        &self,
+        &mut self,
         batch: &PackedBatch,
-        pictures: &super::pictures::Loaded,
+        pictures: &Loaded,
         scale: f32,
         dropout: (u32, u32),
         index: usize,
     ) -> Result<()> {
-        let _activations = self.model().gpu().account(Account::Activations);
-        let views = pictures.views();
+        let model = &self.start.model;
+        let _activations = model.gpu().account(Account::Activations);
+        let (begun, views) = (Instant::now(), pictures.views());
         let mut tape = Tape::recording();
-        let model = self.model();
         let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
-        if let Some(losses) = model.losses(&mut forward, batch, pictures.as_pictures(&views), scale)? {
+        let losses = model.losses(&mut forward, batch, pictures.as_pictures(&views), scale)?;
+        self.note(begun, |phases| &mut phases.forward)?;
+        if let Some(losses) = losses {
+            let begun = Instant::now();
             reduce::add_sum(&losses.value, &self.sums, 1 + index);
             tape.backward(&losses, losses.value.clone());
+            self.note(begun, |phases| &mut phases.backward)?;
         }
         Ok(())
     }

@@ -7,9 +7,7 @@ mod batches;
 use std::path::PathBuf;
 
 pub use advice::{Advice, advise};
-pub use batches::Batch;
-
-use batches::Steps;
+pub use batches::{Batch, Steps};
 
 use super::{
     config::{Method, ProjectorType as WantedProjector, Source, StageConfig},
@@ -62,7 +60,7 @@ impl Observer for Silent {
 }
 
 /// Stands for a picture that is made up.
-fn no_picture() -> ImageSource {
+pub(super) fn no_picture() -> ImageSource {
     ImageSource::File(PathBuf::new())
 }
 

@@ -1,0 +1,72 @@
+//! What is typed to measure.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::at_least_one;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Bench {
+    /// The shaders one by one (not built yet)
+    Ops,
+    /// Optimizer steps of a model with random weights
+    Step,
+    /// Answers (not built yet)
+    Generate,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    #[arg(value_enum, value_name = "WHAT", default_value_t = Bench::Step)]
+    pub what: Bench,
+    /// The settings and the model's size of a recipe's last stage (see `recipes ls`)
+    #[arg(long, short, value_name = "NAME")]
+    pub recipe: Option<String>,
+    /// Override a config key; may be given several times
+    #[arg(long, short, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// A released model's size by its name, such as llama-7b
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub hidden_size: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub intermediate_size: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub num_layers: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub num_heads: Option<usize>,
+    /// Key and value heads [default: as many as heads]
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub num_kv_heads: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub vocab_size: Option<usize>,
+    /// Sequences of a step
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one())]
+    pub batch: usize,
+    /// Positions of each
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one())]
+    pub seq: usize,
+    /// projector, full, lora or qlora
+    #[arg(long, value_name = "M")]
+    pub method: Option<String>,
+    /// none, selective, full or offload
+    #[arg(long, value_name = "G")]
+    pub gradient_checkpointing: Option<String>,
+    /// Steps that are timed; the median counts
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one())]
+    pub steps: usize,
+    /// Steps before them
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub warm_up: usize,
+    /// Write the JSON there too
+    #[arg(long, value_name = "FILE.json")]
+    pub out: Option<PathBuf>,
+    /// Show the ratios to a run that `--out` wrote
+    #[arg(long, value_name = "FILE.json")]
+    pub compare: Option<PathBuf>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
