@@ -288,7 +288,7 @@ fn check_finite(name: &str, values: &[f32]) -> Result<()> {
 }
 
 /// The pictures of the records that the steps after `first` will meet; none when the tower trains.
-fn used_images(dataset: &Dataset, plan: &Plan, first: u64, tower_trains: bool) -> Result<Vec<ImageSource>> {
+pub(super) fn used_images(dataset: &Dataset, plan: &Plan, first: u64, tower_trains: bool) -> Result<Vec<ImageSource>> {
     let mut seen = vec![false; dataset.len()];
     let mut images = Vec::new();
     if tower_trains {

@@ -1,5 +1,7 @@
 //! The micro-batches that an estimate runs: those of the stage's own first steps, and its largest ones.
 
+use std::collections::HashSet;
+
 use super::super::{config::StageConfig, start::Prepared, trainer};
 use crate::{
     data::{ImageSource, Sample, dataset::Dataset},
@@ -102,7 +104,8 @@ impl Steps {
         }
         let largest = steps.iter().flatten().max_by_key(|batch| batch.tokens());
         let largest = largest.map(|batch| Batch::of(batch, true)).unwrap_or_default();
-        let pictures: std::collections::HashSet<ImageSource> = dataset.images().into_iter().collect();
+        let shown = trainer::used_images(dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
+        let pictures: HashSet<ImageSource> = shown.into_iter().collect();
         Ok(Self { steps, largest, pictures: pictures.len() })
     }
 

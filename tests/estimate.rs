@@ -1,0 +1,105 @@
+//! What `estimate` says beside what a run then holds, and what is told when it is too much.
+
+mod common;
+
+use std::path::Path;
+
+use common::{program, read_lines, run, stderr};
+use serde_json::Value;
+
+/// Methods and what else they need to be set.
+const METHODS: [(&str, &[&str]); 4] = [
+    ("projector", &["version=plain", "mm_projector_type=mlp2x_gelu"]),
+    ("full", &[]),
+    ("lora", &["lora_dropout=0.1"]),
+    ("qlora", &["optim=adamw_8bit"]),
+];
+
+fn settings<'a>(method: &'a str, others: &[&'a str], mode: &'a str) -> Vec<String> {
+    let mut set = vec![
+        format!("method={method}"),
+        format!("gradient_checkpointing={mode}"),
+        "per_device_train_batch_size=8".to_owned(),
+        "gradient_accumulation_steps=2".to_owned(),
+        "max_steps=4".to_owned(),
+        "r=8".to_owned(),
+    ];
+    set.extend(others.iter().map(|&other| other.to_owned()));
+    set.into_iter().flat_map(|set| ["--set".to_owned(), set]).collect()
+}
+
+fn config(folder: &Path) -> String {
+    let path = folder.join("run.toml");
+    let text = "model_name_or_path = \"embedded:tiny\"\n\
+                data_path = [{ path = \"embedded:easy-vqa-questions\", limit = 48 }]\n";
+    std::fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+fn estimate(config: &str, set: &[String], others: &[&str]) -> Value {
+    let mut arguments = vec!["estimate".to_owned(), config.to_owned(), "--json".to_owned()];
+    arguments.extend(set.iter().cloned().chain(others.iter().map(|&other| other.to_owned())));
+    serde_json::from_slice(&run(arguments).stdout).unwrap()
+}
+
+#[test]
+fn a_run_holds_what_was_estimated() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    for (method, others) in METHODS {
+        for mode in ["none", "selective", "full", "offload"] {
+            let set = settings(method, others, mode);
+            let estimated = estimate(&config, &set, &[]);
+            let stage = &estimated["stages"][0];
+            assert_eq!((&stage["fits"], &stage["batch"]["from_data"]), (&true.into(), &true.into()));
+            let out = dir.path().join(format!("{method}-{mode}"));
+            let mut arguments = vec!["train".to_owned(), config.clone(), "--quiet".to_owned()];
+            arguments.extend(set.iter().cloned());
+            arguments.extend(["--output-dir".to_owned(), out.display().to_string()]);
+            run(&arguments);
+            let held = read_lines(&out.join("metrics.jsonl")).last().unwrap()["device_bytes"].as_u64().unwrap();
+            let told = stage["device_bytes"].as_u64().unwrap();
+            let ratio = held as f64 / told as f64;
+            println!("{method:9} {mode:9} {told:>11} estimated, {held:>11} held: {ratio:.4}");
+            assert!((0.95..1.05).contains(&ratio), "{method} {mode}: {told} estimated, {held} held");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_what_would_make_it_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    let set = settings("full", &[], "none");
+    let estimated = estimate(&config, &set, &["--memory", "90MB"]);
+    let stage = &estimated["stages"][0];
+    assert_eq!(stage["fits"], false);
+    let changes = stage["changes"].as_array().unwrap();
+    let mut before = stage["total_bytes"].as_u64().unwrap();
+    for change in changes {
+        let bytes = change["bytes"].as_u64().unwrap();
+        assert!(bytes < before, "{changes:?}");
+        before = bytes;
+    }
+    assert!(changes[0]["change"].as_str().unwrap().contains("gradient_checkpointing"), "{changes:?}");
+}
+
+/// Models that are not here have the shapes of the released ones of that name.
+#[test]
+fn released_models_are_known_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    let text = "model_name_or_path = \"lmsys/vicuna-7b-v1.3\"\nvision_tower = \"openai/clip-vit-large-patch14-336\"\n\
+                data_path = \"llava_instruct_80k.json\"\nmethod = \"lora\"\nr = 64\nmodel_max_length = 1024\n";
+    std::fs::write(&path, text).unwrap();
+    let estimated = estimate(&path.display().to_string(), &[], &["--memory", "24GB"]);
+    let stage = &estimated["stages"][0];
+    // 7B and the tower in bf16, adapters and their states in f32.
+    let bytes = |kind: &str| stage["bytes"][kind].as_f64().unwrap();
+    assert!((14.0e9..14.3e9).contains(&bytes("weights")), "{stage}");
+    assert!((0.6e9..0.7e9).contains(&bytes("trained")) && bytes("optimizer") > 1.9 * bytes("trained"), "{stage}");
+    assert_eq!(stage["model_found"], false);
+    let unknown = program(["estimate", "--set", "model_name_or_path=some/model"]).output().unwrap();
+    assert_eq!(unknown.status.code(), Some(3), "{}", stderr(&unknown));
+    assert!(stderr(&unknown).contains("its size is not known"), "{}", stderr(&unknown));
+}
