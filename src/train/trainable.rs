@@ -75,9 +75,11 @@ pub fn trains(stage: &StageConfig, name: &str) -> Option<f64> {
         let trains = stage.method == Method::Projector || !stage.freeze_mm_mlp_adapter;
         return trains.then_some(stage.mm_projector_lr);
     }
+    if name.starts_with("vision_tower.") {
+        return stage.unfreeze_mm_vision_tower.then_some(stage.mm_vision_tower_lr);
+    }
     let is_lora = name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
     let trains = match stage.method {
-        _ if name.starts_with("vision_tower.") => stage.unfreeze_mm_vision_tower,
         Method::Projector => false,
         Method::Full => !is_lora,
         Method::Lora => is_lora,

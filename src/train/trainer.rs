@@ -8,10 +8,11 @@ use std::{
 
 use super::{
     checkpoint::{self, TrainerState},
-    config::{ImageAspectRatio, LossNorm, Method, StageConfig},
+    config::{ImageAspectRatio, LossNorm, Method, Optim, Precision, StageConfig},
     events::{Event, Observer, StageHeader, StepMetrics},
+    loss_scale::{LossScaler, LossScaling},
     metrics::{self, MetricsWriter},
-    optimizer::{AdamW, Optimizer, Updates},
+    optimizer::{AdamW, Keep, Optimizer, Update, Updates},
     pictures::PictureStore,
     plot,
     run_folder::{self, FinishedStage},
@@ -78,6 +79,8 @@ struct Measured {
     grad_norm: f64,
     target_tokens: u64,
     positions: usize,
+    /// Where losses are scaled.
+    loss_scale: Option<f64>,
 }
 
 impl<'a> Trainer<'a> {
@@ -103,10 +106,20 @@ impl<'a> Trainer<'a> {
             beta2: stage.adam_beta2,
             epsilon: stage.adam_epsilon,
             max_grad_norm: stage.max_grad_norm,
+            moments_8bit: stage.optim == Optim::AdamW8bit,
+            keep: kept(stage),
+            seed: stage.seed,
         };
         let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings);
-        let mut state =
-            TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };
+        let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));
+        let mut state = TrainerState {
+            step: 0,
+            updates: Updates::default(),
+            total_steps,
+            records: dataset.len(),
+            seconds: 0.0,
+            loss_scaler,
+        };
         if let Some(folder) = resume {
             state = checkpoint::load(folder, &optimizer, dataset.len(), total_steps)?;
         }
@@ -146,7 +159,7 @@ impl<'a> Trainer<'a> {
         let total = self.state.total_steps;
         while self.state.step < total {
             let begun = Instant::now();
-            let measured = self.step()?;
+            let measured = self.step(observer)?;
             let seconds = begun.elapsed().as_secs_f64();
             self.state.seconds += seconds;
             self.state.step += 1;
@@ -161,6 +174,8 @@ impl<'a> Trainer<'a> {
                 tokens_per_second: measured.positions as f64 / seconds,
                 step_seconds: seconds,
                 device_bytes: self.start.model.gpu().device_bytes(),
+                loss_scale: measured.loss_scale,
+                skipped_steps: self.state.loss_scaler.map(|scaler| scaler.skipped_steps),
             };
             if step.is_multiple_of(self.stage.logging_steps) || step == total {
                 writer.write(&metrics)?;
@@ -180,7 +195,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// One optimizer step.
-    fn step(&mut self) -> Result<Measured> {
+    fn step(&mut self, observer: &mut dyn Observer) -> Result<Measured> {
         let micro_batches = self.plan.step(self.state.step);
         let samples: Vec<Vec<Sample>> = micro_batches
             .iter()
@@ -192,23 +207,33 @@ impl<'a> Trainer<'a> {
 
         elementwise::fill(&self.sums, 0.0);
         self.optimizer.zero_gradients();
+        let loss_scale = self.state.loss_scaler.map(|scaler| scaler.scale);
         for (index, (samples, batch)) in samples.iter().zip(&batches).enumerate() {
-            let scale = match self.stage.loss_norm {
-                LossNorm::GlobalTokens => 1.0 / target_tokens.max(1) as f64,
-                LossNorm::MicroMean => 1.0 / (batch.targets.len().max(1) * batches.len()) as f64,
-            };
+            let scale = loss_scale.unwrap_or(1.0);
+            let scale = scale
+                * match self.stage.loss_norm {
+                    LossNorm::GlobalTokens => 1.0 / target_tokens.max(1) as f64,
+                    LossNorm::MicroMean => 1.0 / (batch.targets.len().max(1) * batches.len()) as f64,
+                };
             self.micro_batch(samples, batch, scale as f32, index)?;
         }
         self.optimizer.add_square_sum(&self.sums, 0);
         let pictures = batches.iter().any(|batch| batch.images > 0);
+        let before = self.state.updates;
         self.state.updates.language += 1;
         self.state.updates.pictures += u64::from(pictures);
-        let factor = self.schedule.factor(self.state.step);
-        self.optimizer.step(factor, self.state.updates, pictures, &self.sums);
+        let update = Update {
+            factor: self.schedule.factor(self.state.step),
+            updates: self.state.updates,
+            pictures,
+            loss_scale: loss_scale.unwrap_or(1.0),
+            step: self.state.step,
+        };
+        self.optimizer.step(&update, &self.sums);
         let t = self.state.step + 1;
 
         let sums = self.sums.to_vec()?;
-        let grad_norm = f64::from(sums[0]).sqrt();
+        let grad_norm = f64::from(sums[0]).sqrt() / update.loss_scale;
         let losses =
             sums[1..=batches.len()].iter().zip(&batches).map(|(&sum, batch)| (f64::from(sum), batch.targets.len()));
         let loss = match self.stage.loss_norm {
@@ -217,7 +242,17 @@ impl<'a> Trainer<'a> {
                 losses.map(|(sum, count)| sum / count.max(1) as f64).sum::<f64>() / batches.len() as f64
             }
         };
-        if !loss.is_finite() || !grad_norm.is_finite() {
+        if let (Some(scaling), Some(scaler)) = (LossScaling::of(self.stage), &mut self.state.loss_scaler)
+            && loss.is_finite()
+        {
+            if grad_norm.is_finite() {
+                scaler.good(&scaling);
+            } else {
+                self.state.updates = before;
+                let more = scaler.overflow(&scaling);
+                overflowed(t, update.loss_scale, more.then_some(scaler.scale), observer)?;
+            }
+        } else if !loss.is_finite() || !grad_norm.is_finite() {
             let ids: Vec<&str> = samples.iter().flatten().take(4).map(|sample| sample.id.as_str()).collect();
             return Err(Error::failed(format!("the loss became {loss} (gradient norm {grad_norm}) in step {t}"))
                 .hint(format!("lower learning_rate (now {:e}) or raise warmup_ratio", self.stage.learning_rate))
@@ -225,7 +260,7 @@ impl<'a> Trainer<'a> {
                 .hint("start again in another --output-dir: --resume would come to the same step"));
         }
         let positions = batches.iter().map(PackedBatch::tokens).sum();
-        Ok(Measured { loss, grad_norm, target_tokens: target_tokens as u64, positions })
+        Ok(Measured { loss, grad_norm, target_tokens: target_tokens as u64, positions, loss_scale })
     }
 
     /// Forward and backward of one micro-batch; its loss goes to its slot of `sums`.
@@ -289,7 +324,13 @@ impl<'a> Trainer<'a> {
             check_finite(name, &values)?;
             Ok(HostTensor::new(shape.clone(), values))
         };
-        let changes = hf_write::Changes::of(is_changed, fetch, Some(Dtype::F32));
+        // As what the model read in training: PyTorch writes a model in the type it has.
+        let dtype = match (self.stage.method, self.stage.precision) {
+            (Method::Full, Some(Precision::Bfloat16)) => Dtype::BF16,
+            (Method::Full, Some(Precision::Float16)) => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        let changes = hf_write::Changes::of(is_changed, fetch, Some(dtype));
         let writing = hf_write::Writing {
             dtype: None,
             template: Template::named(&self.stage.version).ok(),
@@ -321,6 +362,32 @@ impl<'a> Trainer<'a> {
         observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
         Ok(StageOutcome::of(dir, &finished))
     }
+}
+
+/// What of the matrices that train is on the device. Adapters, and a projector that trains without the language model,
+/// are small: they stay in f32.
+fn kept(stage: &StageConfig) -> Keep {
+    match stage.precision {
+        _ if stage.method != Method::Full => Keep::Full,
+        Some(_) if stage.stochastic_rounding => Keep::Stochastic,
+        Some(half @ (Precision::Float16 | Precision::Bfloat16)) => Keep::Master(half.dtype()),
+        Some(Precision::Float32) | None => Keep::Full,
+    }
+}
+
+/// Says that step `t` was skipped, whose loss was multiplied with `scale`, and what the `next` one's will be.
+///
+/// # Errors
+/// `Failed` where there is none.
+fn overflowed(t: u64, scale: f64, next: Option<f64>, observer: &mut dyn Observer) -> Result<()> {
+    let what = format!("step {t}: the gradients of the loss times {scale} overflowed");
+    let Some(next) = next else {
+        return Err(Error::failed(format!("{what}, and no smaller factor is left to try"))
+            .hint("use precision = \"bfloat16\", whose range is that of float32")
+            .hint("lower learning_rate, loss_scale or min_loss_scale"));
+    };
+    observer.event(Event::Note(&format!("{what}; the step is skipped, the next one's factor is {next}")));
+    Ok(())
 }
 
 /// Which records each step of the stage takes.
