@@ -34,8 +34,8 @@ fn decoded(word: u32, first: u32) -> vec4<f32> {
 }
 
 // The map has seven decades, from 1e-7 to 1: `levels` << decade values to each, in the middles of as many equal parts
-// of it, negative ones below `zero`. Between decades the nearest value may be the neighbour of the one whose part it is.
-// Halfway between two values the even index wins.
+// of it, negative ones below `zero`. Between decades the nearest value may be the neighbour of the one whose part it
+// is. Halfway between two values the even index wins.
 fn nearest(x: vec4<f32>, levels: u32, zero: i32, bounds: u32) -> vec4<i32> {
     let size = abs(x);
     var decade = vec4<u32>(0u);

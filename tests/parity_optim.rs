@@ -70,6 +70,8 @@ runs! {
     full_8bit: EIGHT_BITS;
     full_8bit_tied: EIGHT_BITS;
     lora_8bit: EIGHT_BITS;
+    lora_bf16: ROUNDED;
+    lora_f16: EIGHT_BITS;
     full_bf16: ROUNDED;
     full_bf16_biases: ROUNDED;
     full_bf16_8bit: EIGHT_BITS;
@@ -102,7 +104,8 @@ fn an_overflow_is_skipped_and_training_recovers() {
     let metrics = read_lines(&out.join("metrics.jsonl"));
     let skipped: Vec<bool> = metrics.iter().map(|line| line["grad_norm"].is_null()).collect();
     let count = skipped.iter().filter(|&&skipped| skipped).count();
-    assert!(skipped[0] && !skipped[20] && (4..15).contains(&count), "{skipped:?}");
+    let first_good = skipped.iter().position(|&skipped| !skipped).unwrap();
+    assert!((4..20).contains(&first_good) && skipped[first_good..][..8] == [false; 8], "{skipped:?}");
     assert_eq!(metrics[29]["skipped_steps"], count);
     // Nothing changes in a skipped step: the first loss comes again with its records.
     let loss = |step: usize| metrics[step]["loss"].as_f64().unwrap();
@@ -145,7 +148,7 @@ fn a_model_trained_in_16_bits_is_written_so() {
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", stderr(&output));
         let written = wgpu_llava::formats::safetensors::Checkpoint::open(&out.join("model")).unwrap();
-        let weight = written.require("model.language_model.layers.0.self_attn.q_proj.weight").unwrap();
+        let weight = written.require("language_model.model.layers.0.self_attn.q_proj.weight").unwrap();
         assert_eq!(weight.bytes.len(), 2 * weight.len(), "{run_name}");
         assert_eq!(read_json(&out.join("model/config.json"))["dtype"], dtype);
         let metrics = read_lines(&out.join("metrics.jsonl"));

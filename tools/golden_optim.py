@@ -26,6 +26,8 @@ from golden_parity import ROOT, one_line_lists, rounded, toml_text
 
 FULL = {"method": "full", "max_steps": 12, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
 LORA = {**FULL, "method": "lora"}
+ADAPTER = {"r": 64, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"],
+           "adapter_name_or_path": "../lora_8bit/adapter"}
 # Name, parity case, settings.
 RUNS = [
     ("full_8bit", "mha_untied_mlp",
@@ -35,6 +37,11 @@ RUNS = [
     ("lora_8bit", "mha_untied_mlp",
      {**LORA, "optim": "adamw_8bit", "learning_rate": 1e-3, "mm_projector_lr": 3e-4, "per_device_train_batch_size": 2,
       "r": 64, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}),
+    ("lora_bf16", "mha_untied_mlp",
+     {**LORA, "precision": "bfloat16", "learning_rate": 1e-3, "per_device_train_batch_size": 2, **ADAPTER}),
+    ("lora_f16", "mha_untied_mlp",
+     {**LORA, "precision": "float16", "learning_rate": 1e-3, "per_device_train_batch_size": 2, "optim": "adamw_8bit",
+      "initial_scale_power": 8, **ADAPTER}),
     ("full_bf16", "mha_untied_mlp",
      {**FULL, "precision": "bfloat16", "learning_rate": 5e-4, "per_device_train_batch_size": 2, "weight_decay": 0.1}),
     ("full_bf16_biases", "qwen2_dynamic",
@@ -72,7 +79,7 @@ def write_run(out, name, case, settings):
         "shuffle": False,
         **settings,
     }
-    if settings["method"] == "lora":
+    if settings["method"] == "lora" and "adapter_name_or_path" not in settings:
         config["adapter_name_or_path"] = "adapter"
         write_adapter(folder / "adapter", checkpoint, Run(name, settings), case.seed, case.linear_projector)
     path = folder / "run.toml"

@@ -1,5 +1,5 @@
-//! AdamW over flat arenas: everything that trains lies in a few buffers, one of each kind, so that zeroing, the gradient
-//! norm and the update are a few dispatches whatever the number of tensors.
+//! AdamW over flat arenas: everything that trains lies in a few buffers, one of each kind, so that zeroing, the
+//! gradient norm and the update are a few dispatches whatever the number of tensors.
 //!
 //! Weights are f32; or f32 masters with copies in 16 bits, which the model reads; or bfloat16 alone, rounded at random.
 //! Moments are f32, or with `adamw_8bit` those of tensors that are not small in eight bits. Gradients are f32.

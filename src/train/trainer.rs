@@ -254,7 +254,12 @@ impl<'a> Trainer<'a> {
             }
         } else if !loss.is_finite() || !grad_norm.is_finite() {
             let ids: Vec<&str> = samples.iter().flatten().take(4).map(|sample| sample.id.as_str()).collect();
-            return Err(Error::failed(format!("the loss became {loss} (gradient norm {grad_norm}) in step {t}"))
+            let error = Error::failed(format!("the loss became {loss} (gradient norm {grad_norm}) in step {t}"));
+            let error = match self.stage.precision {
+                Some(Precision::Float16) => error.hint("weights may have outgrown float16: try bfloat16"),
+                _ => error,
+            };
+            return Err(error
                 .hint(format!("lower learning_rate (now {:e}) or raise warmup_ratio", self.stage.learning_rate))
                 .hint(format!("the step's first records: {}", ids.join(", ")))
                 .hint("start again in another --output-dir: --resume would come to the same step"));

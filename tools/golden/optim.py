@@ -90,7 +90,7 @@ OPTIMISERS = {
 
 
 def rounds(name, weight):
-    """What the program keeps in 16 bits: matrices that products and look-ups read."""
+    """What the program keeps in 16 bits: matrices that products and look-ups read; of what trains, under `full` alone."""
     return weight.ndim > 1 and "position_embedding" not in name
 
 
@@ -114,7 +114,7 @@ def train(checkpoint, config_path, optimiser, half=None, whole=False):
     @torch.no_grad()
     def publish():
         for (name, weight), (_, master) in pairs:
-            rounded = half is not None and (whole or rounds(name, weight))
+            rounded = half is not None and (whole or (config["method"] == "full" and rounds(name, weight)))
             weight.copy_(master.to(half).to(weight.dtype) if rounded else master)
 
     publish()
