@@ -246,6 +246,37 @@ fn resumed_with_fewer_pictures_left_it_sees_the_same_features() {
     assert!(train() == whole, "another model");
 }
 
+/// Moments in eight bits, masters and their copies, weights rounded at random, the loss's factor: all is in a checkpoint.
+#[test]
+fn resumed_in_every_form_of_weights_and_moments_it_ends_with_the_same_bytes() {
+    let config = golden("parity/gqa_tied_mlp_vision/full_vision.toml");
+    let forms: [&[&str]; 5] = [
+        &["optim=adamw_8bit"],
+        &["precision=bfloat16", "weight_decay=0.1"],
+        &["precision=float16", "optim=adamw_8bit", "initial_scale_power=70"],
+        &["precision=bfloat16", "stochastic_rounding=true"],
+        &["precision=bfloat16", "stochastic_rounding=true", "optim=adamw_8bit", "freeze_mm_mlp_adapter=true"],
+    ];
+    for form in forms {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let train = || {
+            let mut command = train(&config, &out);
+            for set in [&["max_steps=4", "save_steps=1", "save_total_limit=3"], form].concat() {
+                command.extend(["--set".into(), set.into()]);
+            }
+            run(command);
+            fs::read(out.join("model/model.safetensors")).unwrap()
+        };
+        let whole = train();
+        fs::remove_file(out.join("finished.json")).unwrap();
+        fs::remove_dir_all(out.join("model")).unwrap();
+        fs::remove_dir_all(out.join("checkpoint-3")).unwrap();
+        assert!(out.join("checkpoint-2").exists(), "two steps have to be done again");
+        assert!(train() == whole, "{form:?}: another model");
+    }
+}
+
 #[test]
 fn a_finished_run_gone_on_with_keeps_its_report() {
     let folder = tempfile::tempdir().unwrap();

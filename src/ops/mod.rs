@@ -6,6 +6,7 @@
 
 pub mod activation;
 pub mod adamw;
+pub mod adamw_8bit;
 pub mod attention;
 pub mod cast;
 pub mod cross_entropy;
@@ -85,6 +86,7 @@ pub const OPS: &[Op] = &[
     dropout::OP,
     cast::OP,
     adamw::OP,
+    adamw_8bit::OP,
 ];
 
 /// Threads of the elementwise kernels' workgroups.

@@ -85,6 +85,17 @@ impl Tensor {
         self.gpu.write(&self.buffer, self.byte_offset(0), bytemuck::cast_slice(data));
     }
 
+    /// Replaces the content by little-endian elements. A packed tensor of an odd length gets a zero behind it.
+    pub fn write_bytes(&self, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.len() * self.dtype.bytes(), "bytes for {self:?}");
+        let whole = bytes.len() / 4 * 4;
+        self.gpu.write(&self.buffer, self.byte_offset(0), &bytes[..whole]);
+        if whole < bytes.len() {
+            let last = [bytes[whole], bytes[whole + 1], 0, 0];
+            self.gpu.write(&self.buffer, self.byte_offset(0) + whole as u64, &last);
+        }
+    }
+
     /// Waits for the device and copies the content back, 16-bit floats widened (exactly).
     ///
     /// # Errors
@@ -164,6 +175,20 @@ impl Tensor {
         assert!(offset.is_multiple_of(ALIGNMENT) && end <= self.len(), "a part inside");
         assert!(!self.dtype.is_packed() || end.is_multiple_of(2) || end == self.len(), "a part of whole words");
         Self { offset: self.offset + offset, shape: shape.to_vec(), ..self.clone() }
+    }
+
+    /// A part of an arena, whose parts all begin at multiples of [`ALIGNMENT`]: the rest of its last word is its own.
+    pub fn arena_part(&self, offset: usize, shape: &[usize]) -> Self {
+        let end = offset + shape.iter().product::<usize>();
+        assert!(offset.is_multiple_of(ALIGNMENT) && end <= self.len(), "a part inside");
+        Self { offset: self.offset + offset, shape: shape.to_vec(), ..self.clone() }
+    }
+
+    /// The same words as elements of another type, flat.
+    pub fn reinterpreted(&self, dtype: Dtype) -> Self {
+        assert!(!self.dtype.is_packed(), "{self:?} as {dtype:?}: whole words");
+        let per_word = 4 / dtype.bytes();
+        Self { dtype, offset: self.offset * per_word, shape: vec![self.len() * per_word], ..self.clone() }
     }
 
     /// Rows `first..first + rows`; `first` is a multiple of [`ALIGNMENT`].

@@ -1,6 +1,6 @@
 //! Checkpoints: all that an exact resume needs, written so that a kill leaves a whole one.
 //!
-//! `state.safetensors` holds every tensor that trains with both moments (`NAME`, `NAME.exp_avg`, `NAME.exp_avg_sq`);
+//! `state.safetensors` holds every tensor that trains with both moments (`optimizer_state.rs`);
 //! `trainer_state.json` the step and what the run was. Data order, dropout and schedule follow from the step alone.
 
 use std::path::{Path, PathBuf};
@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    loss_scale::LossScaler,
     optimizer::{Optimizer, Updates},
+    optimizer_state::State,
     run_folder::CheckpointWriter,
 };
 use crate::{
@@ -17,12 +19,10 @@ use crate::{
         safetensors::Checkpoint,
         safetensors_writer::{TensorData, TensorHead, write_safetensors},
     },
-    tensor::Tensor,
 };
 
 const STATE_FILE: &str = "state.safetensors";
 const TRAINER_FILE: &str = "trainer_state.json";
-const SUFFIXES: [&str; 3] = ["", ".exp_avg", ".exp_avg_sq"];
 
 /// Where a run stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,9 @@ pub struct TrainerState {
     pub records: usize,
     /// Seconds trained so far.
     pub seconds: f64,
+    /// Where losses are scaled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scaler: Option<LossScaler>,
 }
 
 /// Writes checkpoint-N and removes the oldest beyond `save_total_limit`. `extra` writes more into the folder.
@@ -47,19 +50,14 @@ pub fn save(
     extra: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
     let writer = CheckpointWriter::begin(stage_dir, state.step)?;
-    let mut heads = Vec::new();
-    let mut tensors: Vec<(String, Tensor)> = Vec::new();
-    for (name, shape, parts) in optimizer.states() {
-        for (suffix, tensor) in SUFFIXES.iter().zip(parts) {
-            heads.push(TensorHead::f32(format!("{name}{suffix}"), shape));
-            tensors.push((format!("{name}{suffix}"), tensor));
-        }
-    }
-    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut states = optimizer.states();
+    states.sort_by(|a, b| a.name.cmp(&b.name));
+    let head = |state: &State| TensorHead { name: state.name.clone(), dtype: state.dtype, shape: state.shape.clone() };
+    let (heads, absmax) = (states.iter().map(head).collect(), optimizer.absmax()?);
     write_safetensors(&writer.path().join(STATE_FILE), heads, &mut |head| {
-        let at = tensors.binary_search_by(|(name, _)| name.as_str().cmp(&head.name));
+        let at = states.binary_search_by(|state| state.name.cmp(&head.name));
         let at = at.map_err(|_| Error::failed(format!("{} has no state", head.name)))?;
-        Ok(TensorData::F32(tensors[at].1.to_vec()?.into()))
+        Ok(TensorData::Raw(optimizer.read(&states[at], &absmax)?.into()))
     })?;
     let path = writer.path().join(TRAINER_FILE);
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::failed("trainer state").caused_by(error))?;
@@ -88,18 +86,17 @@ pub fn load(folder: &Path, optimizer: &Optimizer, records: usize, total_steps: u
         return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));
     }
     let checkpoint = Checkpoint::open(&folder.join(STATE_FILE))?;
-    for (name, shape, parts) in optimizer.states() {
-        for (suffix, tensor) in SUFFIXES.iter().zip(parts) {
-            let stored = checkpoint.get(&format!("{name}{suffix}"));
-            let stored = stored.ok_or_else(|| other(format!("it holds no {name}{suffix}")))?.to_f32()?;
-            if stored.shape != shape {
-                return Err(other(format!("{name} is {:?}, now {shape:?}", stored.shape)));
-            }
-            tensor.write(&stored.data);
+    if checkpoint.names().count() != optimizer.states().len() {
+        return Err(other("other tensors trained, or the optimizer kept them otherwise".into()));
+    }
+    optimizer.restore(|wanted| {
+        let name = &wanted.name;
+        let stored = checkpoint.get(name).ok_or_else(|| other(format!("it holds no {name}")))?;
+        if (stored.dtype, stored.shape) != (wanted.dtype, &wanted.shape[..]) {
+            let (is, now) = ((stored.dtype, stored.shape), (wanted.dtype, &wanted.shape));
+            return Err(other(format!("{name} is {is:?}, now {now:?}")));
         }
-    }
-    if checkpoint.names().count() != optimizer.states().count() * SUFFIXES.len() {
-        return Err(other("it holds tensors that do not train here".into()));
-    }
+        Ok(stored.bytes)
+    })?;
     Ok(state)
 }

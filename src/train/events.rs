@@ -1,6 +1,6 @@
 //! What a training run tells whoever watches it. The trainer never prints: it hands events to an [`Observer`].
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
 
 /// The figures of one optimizer step: one line of `metrics.jsonl`.
@@ -12,7 +12,9 @@ pub struct StepMetrics {
     pub epoch: f64,
     /// Mean negative log-likelihood of the supervised tokens, nats.
     pub loss: f64,
-    /// Global L2 norm of the gradients before clipping.
+    /// Global L2 norm of the gradients before clipping. Not finite where they overflowed and the step was skipped:
+    /// `null` in the file.
+    #[serde(deserialize_with = "number_or_null")]
     pub grad_norm: f64,
     /// The rate this step used.
     pub learning_rate: f64,
@@ -23,6 +25,17 @@ pub struct StepMetrics {
     pub step_seconds: f64,
     /// Memory held on the device, bytes.
     pub device_bytes: u64,
+    /// What the loss was multiplied with on its way back, where it is (float16).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// Steps skipped so far because gradients overflowed, where losses are scaled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped_steps: Option<u64>,
+}
+
+/// JSON has no number that is not finite; serde writes it as null.
+fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 /// What is about to be trained, told once before the first step of a stage.

@@ -87,6 +87,8 @@ pub(crate) fn example(step: u64, loss: f64) -> StepMetrics {
         tokens_per_second: 1000.0,
         step_seconds: 0.25,
         device_bytes: 1 << 20,
+        loss_scale: None,
+        skipped_steps: None,
     }
 }
 
@@ -121,6 +123,24 @@ mod tests {
                 "device_bytes"
             ]
         );
+    }
+
+    #[test]
+    fn a_skipped_step_has_no_gradient_norm() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = MetricsWriter::create(dir.path()).unwrap();
+        let skipped = StepMetrics {
+            grad_norm: f64::INFINITY,
+            loss_scale: Some(65536.0),
+            skipped_steps: Some(1),
+            ..example(1, 2.0)
+        };
+        writer.write(&skipped).unwrap();
+        let path = dir.path().join(FILE_NAME);
+        assert!(fs::read_to_string(&path).unwrap().contains("\"grad_norm\":null"));
+        let read = read(&path).unwrap();
+        assert!(read[0].grad_norm.is_nan());
+        assert_eq!((read[0].loss_scale, read[0].skipped_steps), (Some(65536.0), Some(1)));
     }
 
     #[test]

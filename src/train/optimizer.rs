@@ -1,13 +1,21 @@
-//! AdamW over flat arenas: everything that trains lies in one buffer, its gradients in a second, the moments in two
-//! more, so that zeroing, the gradient norm and the update are a few dispatches whatever the number of tensors.
+//! AdamW over flat arenas: everything that trains lies in a few buffers, one of each kind, so that zeroing, the
+//! gradient norm and the update are a few dispatches whatever the number of tensors.
+//!
+//! Weights are f32; or f32 masters with copies in 16 bits, which the model reads; or bfloat16 alone, rounded at random.
+//! Moments are f32, or with `adamw_8bit` those of tensors that are not small in eight bits. Gradients are f32.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     gpu::Account,
+    models::names,
     nn::{Id, Parameters},
-    ops::{adamw, elementwise, reduce},
-    tensor::{ALIGNMENT, Tensor},
+    ops::{
+        adamw::{self, Draw, Weights},
+        adamw_8bit::{self, Moments},
+        cast, elementwise, reduce,
+    },
+    tensor::{ALIGNMENT, Dtype, Tensor},
 };
 
 /// One tensor that trains.
@@ -28,6 +36,17 @@ pub struct Updates {
     pub pictures: u64,
 }
 
+/// What of a matrix that trains is on the device. Norms, biases and position embeddings are f32 in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// f32.
+    Full,
+    /// f32, and a copy in this type, rounded to nearest even: the model reads the copy.
+    Master(Dtype),
+    /// bfloat16, rounded at random.
+    Stochastic,
+}
+
 /// What AdamW needs besides the gradient; `torch.optim.AdamW`'s names.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW {
@@ -36,12 +55,80 @@ pub struct AdamW {
     pub epsilon: f64,
     /// 0: no clipping.
     pub max_grad_norm: f64,
+    /// `adamw_8bit`.
+    pub moments_8bit: bool,
+    pub keep: Keep,
+    /// Of rounding at random.
+    pub seed: u64,
 }
 
-/// A run of neighbouring tensors with equal rates: `start..end` in elements of the arenas.
+/// One update.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// The schedule's.
+    pub factor: f64,
+    /// With this one.
+    pub updates: Updates,
+    /// Without pictures what belongs to them stays.
+    pub pictures: bool,
+    /// What the loss was multiplied with.
+    pub loss_scale: f64,
+    /// Of the run, for rounding at random.
+    pub step: u64,
+}
+
+/// What kind of weights and moments a tensor has. Those of one kind lie together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Class {
+    /// 16 bits: a copy, or all there is.
+    pub packed: bool,
+    pub eight_bits: bool,
+}
+
+impl Class {
+    /// Blocks of eight-bit moments begin with their tensor; so does what can be bound in 16 bits.
+    fn alignment(self) -> usize {
+        match self {
+            Self { eight_bits: true, .. } => adamw_8bit::BLOCK,
+            Self { packed: true, .. } => Dtype::Bf16.alignment(),
+            _ => ALIGNMENT,
+        }
+    }
+}
+
+/// Where a tensor lies in each arena, in elements; where an arena holds nothing of it, any number.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Places {
+    pub gradient: usize,
+    pub value: usize,
+    pub copy: usize,
+    pub moments: usize,
+    pub moments_8bit: usize,
+}
+
+impl Places {
+    /// Goes behind a tensor of this class with `size` elements, padding included.
+    fn pass(&mut self, class: Class, keep: Keep, size: usize) {
+        self.gradient += size;
+        self.value += if class.packed && keep == Keep::Stochastic { 0 } else { size };
+        self.copy += if class.packed { size } else { 0 };
+        *(if class.eight_bits { &mut self.moments_8bit } else { &mut self.moments }) += size;
+    }
+}
+
+/// One tensor in the arenas.
+pub(super) struct Entry {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub class: Class,
+    pub places: Places,
+}
+
+/// A run of neighbouring tensors of one class with equal rates: `count` elements from `places` on.
 struct Group {
-    start: usize,
-    end: usize,
+    class: Class,
+    places: Places,
+    count: usize,
     learning_rate: f64,
     weight_decay: f64,
     of_pictures: bool,
@@ -49,7 +136,7 @@ struct Group {
 
 impl Group {
     fn updates_like(&self, other: &Self) -> bool {
-        let key = |group: &Self| (group.learning_rate, group.weight_decay, group.of_pictures);
+        let key = |group: &Self| (group.class, group.learning_rate, group.weight_decay, group.of_pictures);
         key(self) == key(other)
     }
 }
@@ -58,29 +145,47 @@ impl Group {
 pub struct Optimizer {
     settings: AdamW,
     groups: Vec<Group>,
-    /// Name, place and shape of each tensor, in arena order.
-    entries: Vec<(String, usize, Vec<usize>)>,
-    values: Tensor,
+    /// In arena order.
+    pub(super) entries: Vec<Entry>,
+    /// f32: weights, or masters.
+    pub(super) values: Tensor,
+    /// 16 bits.
+    pub(super) copies: Option<Tensor>,
     gradients: Tensor,
-    first_moments: Tensor,
-    second_moments: Tensor,
+    /// f32, first and second.
+    pub(super) moments: [Tensor; 2],
+    pub(super) moments_8bit: Option<Moments>,
 }
 
 impl Optimizer {
     /// Moves what trains into arenas, and gives each its place for gradients.
     pub fn new(parameters: &mut Parameters, mut trainables: Vec<Trainable>, settings: AdamW) -> Self {
-        let key = |t: &Trainable| (t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits());
-        trainables.sort_by_key(|trainable| (key(trainable), trainable.id));
-        let (mut groups, mut entries, mut end): (Vec<Group>, _, _) = (Vec::new(), Vec::new(), 0);
+        let class = |id: Id| {
+            let parameter = parameters.get(id);
+            // Only what products and look-ups read may be packed.
+            let matrix = parameter.value.shape().len() > 1 && parameter.name != names::POSITION_EMBEDDING;
+            Class {
+                packed: settings.keep != Keep::Full && matrix,
+                eight_bits: settings.moments_8bit && parameter.value.len() >= adamw_8bit::LEAST,
+            }
+        };
+        let key = |t: &Trainable| {
+            let Class { packed, eight_bits } = class(t.id);
+            (!eight_bits, !packed, t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits(), t.id)
+        };
+        trainables.sort_by_key(key);
+        let (mut groups, mut entries, mut end): (Vec<Group>, Vec<Entry>, _) =
+            (Vec::new(), Vec::new(), Places::default());
         for trainable in &trainables {
-            let parameter = parameters.get(trainable.id);
-            let (start, shape) = (end, parameter.value.shape().to_vec());
-            end = (start + parameter.value.len()).next_multiple_of(ALIGNMENT);
-            entries.push((parameter.name.clone(), start, shape));
+            let (parameter, class, places) = (parameters.get(trainable.id), class(trainable.id), end);
+            let count = parameter.value.len().next_multiple_of(class.alignment());
+            end.pass(class, settings.keep, count);
+            let (name, shape) = (parameter.name.clone(), parameter.value.shape().to_vec());
+            entries.push(Entry { name, shape, class, places });
             let Trainable { learning_rate, weight_decay, of_pictures, .. } = *trainable;
-            let group = Group { start, end, learning_rate, weight_decay, of_pictures };
+            let group = Group { class, places, count, learning_rate, weight_decay, of_pictures };
             match groups.last_mut() {
-                Some(last) if last.updates_like(&group) => last.end = end,
+                Some(last) if last.updates_like(&group) => last.count += count,
                 _ => groups.push(group),
             }
         }
@@ -88,22 +193,49 @@ impl Optimizer {
             Some(first) => parameters.get(first.id).value.gpu().clone(),
             None => unreachable!("trainable.rs refuses a stage in which nothing trains"),
         };
-        let accounts = [Account::Trained, Account::Gradients, Account::Optimizer, Account::Optimizer];
-        let [values, gradients, first_moments, second_moments] = accounts.map(|account| {
+        // What the weights were loaded to goes before there is more than the weights.
+        let arena = |account, elements: usize| {
             let _account = gpu.account(account);
-            elementwise::zeros(&gpu, &[end])
+            elementwise::zeros(&gpu, &[elements.max(ALIGNMENT)])
+        };
+        let values = arena(Account::Trained, end.value);
+        let copies = (end.copy > 0).then(|| {
+            let dtype = if let Keep::Master(dtype) = settings.keep { dtype } else { Dtype::Bf16 };
+            arena(Account::Trained, end.copy / 2).reinterpreted(dtype)
         });
-        for (trainable, (_, start, shape)) in trainables.iter().zip(&entries) {
-            let value = values.part(*start, shape);
-            value.copy_from(&parameters.get(trainable.id).value);
-            parameters.place(trainable.id, value, Some(gradients.part(*start, shape)));
+        for (trainable, entry) in trainables.iter().zip(&entries) {
+            let loaded = &parameters.get(trainable.id).value;
+            let copy = copies.as_ref().filter(|_| entry.class.packed);
+            let copy = copy.map(|copies| copies.arena_part(entry.places.copy, &entry.shape));
+            if let Some(copy) = &copy {
+                if loaded.dtype() == copy.dtype() {
+                    copy.copy_from(loaded);
+                } else {
+                    cast::cast_into(loaded, 0, copy, 0, loaded.len());
+                }
+            }
+            let master = (copy.is_none() || settings.keep != Keep::Stochastic).then(|| {
+                let master = values.part(entry.places.value, &entry.shape);
+                master.copy_from(loaded);
+                master
+            });
+            let Some(read) = copy.or(master) else { unreachable!("a tensor is f32 or packed") };
+            parameters.place(trainable.id, read, None);
         }
-        Self { settings, groups, entries, values, gradients, first_moments, second_moments }
+        let gradients = arena(Account::Gradients, end.gradient);
+        let moments = [(); 2].map(|()| arena(Account::Optimizer, end.moments));
+        let _optimizer = gpu.account(Account::Optimizer);
+        let moments_8bit = (end.moments_8bit > 0).then(|| Moments::new(&gpu, end.moments_8bit));
+        for (trainable, entry) in trainables.iter().zip(&entries) {
+            let value = parameters.get(trainable.id).value.clone();
+            parameters.place(trainable.id, value, Some(gradients.part(entry.places.gradient, &entry.shape)));
+        }
+        Self { settings, groups, entries, values, copies, gradients, moments, moments_8bit }
     }
 
     /// How many numbers train.
     pub fn elements(&self) -> usize {
-        self.entries.iter().map(|(_, _, shape)| shape.iter().product::<usize>()).sum()
+        self.entries.iter().map(|entry| entry.shape.iter().product::<usize>()).sum()
     }
 
     pub fn zero_gradients(&self) {
@@ -115,34 +247,69 @@ impl Optimizer {
         reduce::add_square_sum(&self.gradients, out, slot);
     }
 
-    /// One update. `factor` is the schedule's, `updates` counts this one; without `pictures` what belongs to them
-    /// stays. `square_sum` [1] holds the gradients' square sum: the clip factor never leaves the device, and where it
-    /// is not finite nothing changes.
-    pub fn step(&self, factor: f64, updates: Updates, pictures: bool, square_sum: &Tensor) {
-        for group in self.groups.iter().filter(|group| pictures || !group.of_pictures) {
-            let count = group.end - group.start;
-            let [value, gradient, first, second] =
-                [&self.values, &self.gradients, &self.first_moments, &self.second_moments]
-                    .map(|arena| arena.part(group.start, &[count]));
+    /// One update. `square_sum` [1] holds the gradients' square sum: the clip factor never leaves the device, and where
+    /// it is not finite nothing changes.
+    pub fn step(&self, update: &Update, square_sum: &Tensor) {
+        for group in self.groups.iter().filter(|group| update.pictures || !group.of_pictures) {
+            let (count, places) = ([group.count], &group.places);
             let step = adamw::Step {
-                learning_rate: group.learning_rate * factor,
+                learning_rate: group.learning_rate * update.factor,
                 beta1: self.settings.beta1,
                 beta2: self.settings.beta2,
                 epsilon: self.settings.epsilon,
                 weight_decay: group.weight_decay,
                 max_norm: self.settings.max_grad_norm,
-                t: if group.of_pictures { updates.pictures } else { updates.language },
+                gradient_scale: 1.0 / update.loss_scale,
+                t: if group.of_pictures { update.updates.pictures } else { update.updates.language },
             };
-            adamw::step(&value, &gradient, &first, &second, square_sum, &step);
+            let gradient = self.gradients.part(places.gradient, &count);
+            let value = || self.values.part(places.value, &count);
+            let (master, copy);
+            let weights = match self.copies.as_ref().filter(|_| group.class.packed) {
+                None => {
+                    master = value();
+                    Weights::Full(&master)
+                }
+                Some(copies) => {
+                    copy = copies.part(places.copy, &count);
+                    if self.settings.keep == Keep::Stochastic {
+                        let (seed, step) = (self.settings.seed as u32, update.step as u32);
+                        Weights::Stochastic(&copy, Draw { seed, step, first: places.copy })
+                    } else {
+                        master = value();
+                        Weights::Master(&master, &copy)
+                    }
+                }
+            };
+            match self.moments_8bit.as_ref().filter(|_| group.class.eight_bits) {
+                Some(moments) => {
+                    let block = places.moments_8bit / adamw_8bit::BLOCK;
+                    adamw_8bit::step(weights, &gradient, moments, block, square_sum, &step);
+                }
+                None => {
+                    let [first, second] = self.moments.each_ref().map(|moments| moments.part(places.moments, &count));
+                    adamw::step(weights, &gradient, &first, &second, square_sum, &step);
+                }
+            }
         }
     }
 
-    /// Name, shape, value and both moments of each tensor that trains.
-    pub fn states(&self) -> impl Iterator<Item = (&str, &[usize], [Tensor; 3])> {
-        self.entries.iter().map(|(name, start, shape)| {
-            let parts =
-                [&self.values, &self.first_moments, &self.second_moments].map(|arena| arena.part(*start, shape));
-            (name.as_str(), shape.as_slice(), parts)
-        })
+    /// Makes the copies in 16 bits again from their masters.
+    pub(super) fn refresh_copies(&self) {
+        let Some(copies) = self.copies.as_ref().filter(|_| self.settings.keep != Keep::Stochastic) else { return };
+        for entry in self.entries.iter().filter(|entry| entry.class.packed) {
+            let (master, copy) = (self.value(entry), copies.arena_part(entry.places.copy, &entry.shape));
+            cast::cast_into(&master, 0, &copy, 0, master.len());
+        }
+    }
+
+    /// What of a tensor's weights must be remembered.
+    pub(super) fn value(&self, entry: &Entry) -> Tensor {
+        match &self.copies {
+            Some(copies) if entry.class.packed && self.settings.keep == Keep::Stochastic => {
+                copies.arena_part(entry.places.copy, &entry.shape)
+            }
+            _ => self.values.part(entry.places.value, &entry.shape),
+        }
     }
 }

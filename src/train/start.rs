@@ -124,10 +124,6 @@ impl Prepared {
             (None, Some(before)) => before.clone(),
             (None, None) => return Err(Error::usage("model_name_or_path is required in the first stage")),
         };
-        if let Some(half) = stage.precision.filter(|&half| stage.method == Method::Full && half != Precision::Float32) {
-            return Err(Error::usage(format!("precision {half} with method full is known, but not built yet"))
-                .hint("leave precision out: what trains is kept in float32"));
-        }
         let projector = stage.pretrain_mm_mlp_adapter.as_ref().map(open_projector).transpose()?;
         let folder = open_seeing(&origin.model, stage, projector.as_ref())?;
         let config = folder.config().clone();
@@ -261,7 +257,11 @@ impl Prepared {
         let precision = stage.precision.map(Precision::dtype);
         let mut loading = Loading {
             precision,
-            trains: &|name| trainable::trains(stage, name).is_some(),
+            // Without masters the weights are 16 bits from the start, unless an adapter is still to be folded in.
+            trains: &|name| {
+                let packed = stage.stochastic_rounding && read.is_none();
+                !packed && trainable::trains(stage, name).is_some()
+            },
             progress: &mut |done, total| observer.event(Event::loaded(done, total)),
         };
         let mut model = Llava::load_with(gpu, folder, config.clone(), given.is_some(), &mut projector, &mut loading)?;

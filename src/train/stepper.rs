@@ -4,8 +4,9 @@
 use std::time::Instant;
 
 use super::{
-    config::{LossNorm, StageConfig},
-    optimizer::{AdamW, Optimizer, Updates},
+    config::{LossNorm, Method, Optim, Precision, StageConfig},
+    loss_scale::{LossScaler, LossScaling},
+    optimizer::{AdamW, Keep, Optimizer, Update, Updates},
     pictures::{Loaded, PictureStore},
     start::Start,
     trainable,
@@ -61,6 +62,17 @@ pub struct Measured {
     pub target_tokens: u64,
     /// Text and pictures.
     pub positions: usize,
+    /// What the losses were multiplied with, where they were.
+    pub loss_scale: Option<f64>,
+    /// Where the scaled gradients overflowed, and the step was skipped.
+    pub overflow: Option<Overflow>,
+}
+
+/// A step that was skipped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Overflow {
+    /// The factor of the next step; none where none is left to try.
+    pub next: Option<f64>,
 }
 
 impl Stepper {
@@ -76,6 +88,9 @@ impl Stepper {
             beta2: stage.adam_beta2,
             epsilon: stage.adam_epsilon,
             max_grad_norm: stage.max_grad_norm,
+            moments_8bit: stage.optim == Optim::AdamW8bit,
+            keep: kept(stage),
+            seed: stage.seed,
         };
         let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings);
         let gpu = start.model.gpu();
@@ -102,7 +117,7 @@ impl Stepper {
         updates: &mut Updates,
     ) -> Result<(Measured, Phases)> {
         self.phases = Some(Phases::default());
-        let measured = self.step(stage, step, pictures, updates);
+        let measured = self.step(stage, step, pictures, updates, None);
         let phases = self.phases.take().unwrap_or_default();
         Ok((measured?, phases))
     }
@@ -116,7 +131,8 @@ impl Stepper {
         Ok(())
     }
 
-    /// One step; `updates` counts it.
+    /// One step; `updates` counts it. With a `loss_scaler` the losses are scaled, and a step whose gradients overflow is
+    /// skipped, which it notes.
     ///
     /// # Errors
     /// A picture that cannot be read; whatever fails on the device.
@@ -126,9 +142,11 @@ impl Stepper {
         step: &Step<'_>,
         pictures: &PictureStore,
         updates: &mut Updates,
+        loss_scaler: Option<&mut LossScaler>,
     ) -> Result<Measured> {
         let batches = step.batches;
         let target_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        let loss_scale = loss_scaler.as_ref().map(|scaler| scaler.scale);
         elementwise::fill(&self.sums, 0.0);
         self.optimizer.zero_gradients();
         for (index, (images, batch)) in step.images.iter().zip(batches).enumerate() {
@@ -136,6 +154,7 @@ impl Stepper {
                 LossNorm::GlobalTokens => 1.0 / target_tokens.max(1) as f64,
                 LossNorm::MicroMean => 1.0 / (batch.targets.len().max(1) * batches.len()) as f64,
             };
+            let scale = scale * loss_scale.unwrap_or(1.0);
             let pass = step.number * stage.gradient_accumulation_steps as u64 + index as u64;
             let dropout = (stage.seed as u32, pass as u32);
             self.micro_batch(batch, &pictures.load(images)?, scale as f32, dropout, index)?;
@@ -143,9 +162,17 @@ impl Stepper {
         let begun = Instant::now();
         self.optimizer.add_square_sum(&self.sums, 0);
         let sees = batches.iter().any(|batch| batch.images > 0);
+        let before = *updates;
         updates.language += 1;
         updates.pictures += u64::from(sees);
-        self.optimizer.step(step.factor, *updates, sees, &self.sums);
+        let update = Update {
+            factor: step.factor,
+            updates: *updates,
+            pictures: sees,
+            loss_scale: loss_scale.unwrap_or(1.0),
+            step: step.number,
+        };
+        self.optimizer.step(&update, &self.sums);
         dora::update_norms(&mut self.start.model);
         self.note(begun, |phases| &mut phases.optimizer)?;
 
@@ -158,11 +185,24 @@ impl Stepper {
                 losses.map(|(sum, count)| sum / count.max(1) as f64).sum::<f64>() / batches.len() as f64
             }
         };
+        let grad_norm = f64::from(sums[0]).sqrt() / update.loss_scale;
+        let mut overflow = None;
+        if let (Some(scaling), Some(scaler)) = (LossScaling::of(stage), loss_scaler.filter(|_| loss.is_finite())) {
+            if grad_norm.is_finite() {
+                scaler.good(&scaling);
+            } else {
+                *updates = before;
+                let more = scaler.overflow(&scaling);
+                overflow = Some(Overflow { next: more.then_some(scaler.scale) });
+            }
+        }
         Ok(Measured {
             loss,
-            grad_norm: f64::from(sums[0]).sqrt(),
+            grad_norm,
             target_tokens: target_tokens as u64,
             positions: batches.iter().map(PackedBatch::tokens).sum(),
+            loss_scale,
+            overflow,
         })
     }
 
@@ -189,5 +229,16 @@ impl Stepper {
             self.note(begun, |phases| &mut phases.backward)?;
         }
         Ok(())
+    }
+}
+
+/// What of the matrices that train is on the device. Adapters, and a projector that trains without the language model,
+/// are small: they stay in f32.
+fn kept(stage: &StageConfig) -> Keep {
+    match stage.precision {
+        _ if stage.method != Method::Full => Keep::Full,
+        Some(_) if stage.stochastic_rounding => Keep::Stochastic,
+        Some(half @ (Precision::Float16 | Precision::Bfloat16)) => Keep::Master(half.dtype()),
+        Some(Precision::Float32) | None => Keep::Full,
     }
 }

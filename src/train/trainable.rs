@@ -135,10 +135,12 @@ pub fn trains(stage: &StageConfig, name: &str) -> Option<f64> {
         let trains = stage.method == Method::Projector || !stage.freeze_mm_mlp_adapter;
         return trains.then_some(stage.mm_projector_lr);
     }
+    if name.starts_with("vision_tower.") {
+        return stage.unfreeze_mm_vision_tower.then_some(stage.mm_vision_tower_lr);
+    }
     let parts = [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"];
     let is_lora = parts.iter().any(|part| name.ends_with(part));
     let trains = match stage.method {
-        _ if name.starts_with("vision_tower.") => stage.unfreeze_mm_vision_tower,
         Method::Projector => false,
         Method::Full => !is_lora,
         Method::Lora => is_lora,

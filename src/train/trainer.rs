@@ -8,9 +8,10 @@ use std::{
 
 use super::{
     checkpoint::{self, TrainerState},
-    config::{ImageAspectRatio, Method, StageConfig},
+    config::{ImageAspectRatio, Method, Precision, StageConfig},
     estimate,
     events::{Event, Observer, StageHeader, StepMetrics},
+    loss_scale::{LossScaler, LossScaling},
     metrics::{self, MetricsWriter},
     optimizer::Updates,
     pictures::PictureStore,
@@ -87,8 +88,15 @@ impl<'a> Trainer<'a> {
             estimate::check(stage, &prepared, &dataset, gpu.facts(), memory)?;
         }
         let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
-        let mut state =
-            TrainerState { step: 0, updates: Updates::default(), total_steps, records: dataset.len(), seconds: 0.0 };
+        let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));
+        let mut state = TrainerState {
+            step: 0,
+            updates: Updates::default(),
+            total_steps,
+            records: dataset.len(),
+            seconds: 0.0,
+            loss_scaler,
+        };
         if let Some(folder) = resume {
             state = checkpoint::load(folder, &stepper.optimizer, dataset.len(), total_steps)?;
             dora::update_norms(&mut stepper.start.model);
@@ -128,7 +136,7 @@ impl<'a> Trainer<'a> {
         let total = self.state.total_steps;
         while self.state.step < total {
             let begun = Instant::now();
-            let measured = self.step()?;
+            let measured = self.step(observer)?;
             let seconds = begun.elapsed().as_secs_f64();
             self.state.seconds += seconds;
             self.state.step += 1;
@@ -143,6 +151,8 @@ impl<'a> Trainer<'a> {
                 tokens_per_second: measured.positions as f64 / seconds,
                 step_seconds: seconds,
                 device_bytes: self.stepper.model().gpu().peak().held,
+                loss_scale: measured.loss_scale,
+                skipped_steps: self.state.loss_scaler.map(|scaler| scaler.skipped_steps),
             };
             if step.is_multiple_of(self.stage.logging_steps) || step == total {
                 writer.write(&metrics)?;
@@ -162,7 +172,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// One optimizer step.
-    fn step(&mut self) -> Result<Measured> {
+    fn step(&mut self, observer: &mut dyn Observer) -> Result<Measured> {
         let samples: Vec<Vec<Sample>> = (self.plan.step(self.state.step).iter())
             .map(|indices| indices.iter().map(|&index| self.dataset.sample(index)).collect())
             .collect::<Result<_>>()?;
@@ -173,12 +183,19 @@ impl<'a> Trainer<'a> {
             .collect();
         let (number, factor) = (self.state.step, self.schedule.factor(self.state.step));
         let step = Step { number, batches: &batches, images: &images, factor };
-        let measured = self.stepper.step(self.stage, &step, &self.pictures, &mut self.state.updates)?;
-        let Measured { loss, grad_norm, .. } = measured;
-        if !loss.is_finite() || !grad_norm.is_finite() {
+        let TrainerState { updates, loss_scaler, .. } = &mut self.state;
+        let measured = self.stepper.step(self.stage, &step, &self.pictures, updates, loss_scaler.as_mut())?;
+        let (Measured { loss, grad_norm, .. }, t) = (measured, number + 1);
+        if let (Some(overflow), Some(scale)) = (measured.overflow, measured.loss_scale) {
+            overflowed(t, scale, overflow.next, observer)?;
+        } else if !loss.is_finite() || !grad_norm.is_finite() {
             let ids: Vec<&str> = samples.iter().flatten().take(4).map(|sample| sample.id.as_str()).collect();
-            let t = number + 1;
-            return Err(Error::failed(format!("the loss became {loss} (gradient norm {grad_norm}) in step {t}"))
+            let error = Error::failed(format!("the loss became {loss} (gradient norm {grad_norm}) in step {t}"));
+            let error = match self.stage.precision {
+                Some(Precision::Float16) => error.hint("weights may have outgrown float16: try bfloat16"),
+                _ => error,
+            };
+            return Err(error
                 .hint(format!("lower learning_rate (now {:e}) or raise warmup_ratio", self.stage.learning_rate))
                 .hint(format!("the step's first records: {}", ids.join(", ")))
                 .hint("start again in another --output-dir: --resume would come to the same step"));
@@ -229,7 +246,13 @@ impl<'a> Trainer<'a> {
             check_finite(name, &values)?;
             Ok(HostTensor::new(shape.clone(), values))
         };
-        let changes = hf_write::Changes::of(is_changed, fetch, Some(Dtype::F32));
+        // As what the model read in training: PyTorch writes a model in the type it has.
+        let dtype = match (self.stage.method, self.stage.precision) {
+            (Method::Full, Some(Precision::Bfloat16)) => Dtype::BF16,
+            (Method::Full, Some(Precision::Float16)) => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        let changes = hf_write::Changes::of(is_changed, fetch, Some(dtype));
         let writing = hf_write::Writing {
             dtype: None,
             template: Template::named(&self.stage.version).ok(),
@@ -261,6 +284,21 @@ impl<'a> Trainer<'a> {
         observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
         Ok(StageOutcome::of(dir, &finished))
     }
+}
+
+/// Says that step `t` was skipped, whose loss was multiplied with `scale`, and what the `next` one's will be.
+///
+/// # Errors
+/// `Failed` where there is none.
+fn overflowed(t: u64, scale: f64, next: Option<f64>, observer: &mut dyn Observer) -> Result<()> {
+    let what = format!("step {t}: the gradients of the loss times {scale} overflowed");
+    let Some(next) = next else {
+        return Err(Error::failed(format!("{what}, and no smaller factor is left to try"))
+            .hint("use precision = \"bfloat16\", whose range is that of float32")
+            .hint("lower learning_rate, loss_scale or min_loss_scale"));
+    };
+    observer.event(Event::Note(&format!("{what}; the step is skipped, the next one's factor is {next}")));
+    Ok(())
 }
 
 /// Which records each step of the stage takes.

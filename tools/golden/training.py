@@ -21,6 +21,7 @@ def token_losses(model, record):
         inputs["pixel_values"] = record.pixels.to(next(model.parameters()).dtype)
     forget_lengths(model)
     logits = model(**inputs, use_cache=False).logits[0, :-1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     targets = torch.tensor(record.labels[1:])
     keep = targets != IGNORE_INDEX
     log_probs = torch.log_softmax(logits[keep], dim=-1)
@@ -102,11 +103,15 @@ def choose_trainable(model, method, freeze_projector, unfreeze_vision, linear_pr
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
-def parameter_groups(named, learning_rate, projector_lr, weight_decay):
-    """{projector, other} x {decay, no decay}; one-dimensional norm weights and biases have no decay."""
+def parameter_groups(named, learning_rate, projector_lr, weight_decay, tower_lr=None):
+    """{projector, tower, other} x {decay, no decay}; one-dimensional norm weights and biases have no decay."""
     groups = {}
     for name, weight in named:
-        lr = projector_lr if "multi_modal_projector" in name else learning_rate
+        lr = learning_rate
+        if "multi_modal_projector" in name:
+            lr = projector_lr
+        elif "vision_tower" in name and tower_lr is not None:
+            lr = tower_lr
         decay = weight_decay if weight.ndim > 1 else 0.0
         groups.setdefault((lr, decay), []).append(weight)
     return [{"params": weights, "lr": lr, "weight_decay": decay} for (lr, decay), weights in groups.items()]

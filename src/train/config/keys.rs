@@ -1,7 +1,7 @@
 //! Every config key: its kind, its default and its meaning. The one list that reading, errors and writing walk.
 
 use super::types::{
-    GradientCheckpointing, ImageAspectRatio, LossNorm, LrSchedulerType, Precision, ProjectorType, SelectFeature,
+    GradientCheckpointing, ImageAspectRatio, LossNorm, LrSchedulerType, Optim, Precision, ProjectorType, SelectFeature,
 };
 use toml::Value;
 
@@ -130,6 +130,7 @@ pub static KEYS: &[Key] = &[
     stage("freeze_mm_mlp_adapter", Kind::Flag, "false", "true: the projector is not trained beside the language model"),
     stage("unfreeze_mm_vision_tower", Kind::Flag, "false", "true: the vision tower is trained too"),
     unset("mm_projector_lr", Kind::Number(Range::NotNegative), "the projector's rate; `learning_rate`"),
+    unset("mm_vision_tower_lr", Kind::Number(Range::NotNegative), "the tower's rate; `learning_rate`"),
     stage("r", within(1, 65_536), "64", "rank of the adapters"),
     unset("lora_alpha", Kind::Number(Range::Positive), "the adapters are scaled by alpha / r; 2r"),
     stage("lora_dropout", Kind::Number(Range::BelowOne), "0.0", "dropout on the adapters' input"),
@@ -152,9 +153,15 @@ pub static KEYS: &[Key] = &[
     stage("adam_beta2", Kind::Number(Range::BelowOne), "0.999", "decay of the mean of their squares"),
     stage("adam_epsilon", Kind::Number(Range::Positive), "1e-8", "added to the root of the latter"),
     stage("max_grad_norm", Kind::Number(Range::NotNegative), "1.0", "0: no clipping"),
-    stage("optim", Kind::Choice(&["adamw", "adamw_8bit"]), "\"adamw\"", "optimizer"),
+    stage("optim", Kind::Choice(Optim::NAMES), "\"adamw\"", "`adamw_8bit`: moments in 8 bits, as bitsandbytes"),
     stage("loss_norm", Kind::Choice(LossNorm::NAMES), "\"global_tokens\"", "what the loss is divided by"),
     unset("precision", Kind::Choice(Precision::NAMES), "how weights are kept; as the checkpoint has"),
+    stage("stochastic_rounding", Kind::Flag, "false", "`full` in bfloat16 without float32 masters"),
+    stage("loss_scale", Kind::Number(Range::NotNegative), "0.0", "factor of the loss under float16; 0: found by trial"),
+    stage("initial_scale_power", within(0, 100), "16", "the factor begins at 2 to this power"),
+    stage("loss_scale_window", at_least(1), "1000", "steps without overflow that double the factor"),
+    stage("hysteresis", within(1, 1 << 24), "2", "overflows before the factor is halved"),
+    stage("min_loss_scale", Kind::Number(Range::Positive), "1.0", "the factor never falls below this"),
     stage("gradient_checkpointing", Kind::Choice(GradientCheckpointing::NAMES), "\"none\"", "recompute in backward"),
     stage("logging_steps", at_least(1), "1", "steps between lines of metrics.jsonl"),
     stage("save_steps", at_least(1), "500", "steps between checkpoints"),
@@ -177,7 +184,6 @@ pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
     let instead = match key.name {
         "method" if text == "qlora" => "use `lora`",
         "bits" | "quant_type" | "double_quant" => "leave it out: `qlora` is not built either",
-        "optim" if text != "adamw" => "use `adamw`",
         "zero_stage" if value.as_integer() != Some(0) => "use 0",
         "offload" if value.as_bool() == Some(true) => "use false",
         "devices" if value.as_array().is_some_and(|list| list.len() > 1) => "name one device",

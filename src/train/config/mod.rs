@@ -14,7 +14,7 @@ pub use layers::Origin;
 pub use stage::{Setting, StageConfig};
 pub use types::{
     DataEntry, DataSource, DeviceChoice, GradientCheckpointing, ImageAspectRatio, LossNorm, LrSchedulerType, Method,
-    Precision, ProjectorType, SelectFeature, Source, TargetModules,
+    Optim, Precision, ProjectorType, SelectFeature, Source, TargetModules,
 };
 
 use crate::error::{Error, Result, nearest};

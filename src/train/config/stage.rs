@@ -6,7 +6,7 @@ use super::{
     sort,
     types::{
         DataEntry, DataSource, EMBEDDED, GradientCheckpointing, ImageAspectRatio, LossNorm, LrSchedulerType, Method,
-        Precision, ProjectorType, SelectFeature, Source, TargetModules,
+        Optim, Precision, ProjectorType, SelectFeature, Source, TargetModules,
     },
 };
 use crate::{
@@ -66,6 +66,8 @@ pub struct StageConfig {
     pub unfreeze_mm_vision_tower: bool,
     /// `learning_rate` where it is not given.
     pub mm_projector_lr: f64,
+    /// `learning_rate` where it is not given.
+    pub mm_vision_tower_lr: f64,
     pub r: usize,
     /// 2r where it is not given.
     pub lora_alpha: f64,
@@ -88,9 +90,17 @@ pub struct StageConfig {
     pub adam_epsilon: f64,
     /// 0: no clipping.
     pub max_grad_norm: f64,
+    pub optim: Optim,
     pub loss_norm: LossNorm,
-    /// None: as the checkpoint has.
+    /// None: as the checkpoint has, and what trains in float32.
     pub precision: Option<Precision>,
+    pub stochastic_rounding: bool,
+    /// 0: found by trial.
+    pub loss_scale: f64,
+    pub initial_scale_power: i32,
+    pub loss_scale_window: u64,
+    pub hysteresis: u32,
+    pub min_loss_scale: f64,
     pub gradient_checkpointing: GradientCheckpointing,
     pub logging_steps: u64,
     pub save_steps: u64,
@@ -186,6 +196,7 @@ impl StageConfig {
             freeze_mm_mlp_adapter: read.flag("freeze_mm_mlp_adapter")?,
             unfreeze_mm_vision_tower: read.flag("unfreeze_mm_vision_tower")?,
             mm_projector_lr: read.number("mm_projector_lr")?,
+            mm_vision_tower_lr: read.number("mm_vision_tower_lr")?,
             r: read.required("r", count)?,
             lora_alpha: read.number("lora_alpha")?,
             lora_dropout: read.number("lora_dropout")?,
@@ -205,8 +216,15 @@ impl StageConfig {
             adam_beta2: read.number("adam_beta2")?,
             adam_epsilon: read.number("adam_epsilon")?,
             max_grad_norm: read.number("max_grad_norm")?,
+            optim: read.required("optim", |v| Optim::parse(v.as_str()?))?,
             loss_norm: read.required("loss_norm", |v| LossNorm::parse(v.as_str()?))?,
             precision: read.optional("precision", |v| Precision::parse(v.as_str()?))?,
+            stochastic_rounding: read.flag("stochastic_rounding")?,
+            loss_scale: read.number("loss_scale")?,
+            initial_scale_power: read.required("initial_scale_power", count)?,
+            loss_scale_window: read.required("loss_scale_window", count)?,
+            hysteresis: read.required("hysteresis", count)?,
+            min_loss_scale: read.number("min_loss_scale")?,
             gradient_checkpointing: read
                 .required("gradient_checkpointing", |v| GradientCheckpointing::parse(v.as_str()?))?,
             logging_steps: read.required("logging_steps", count)?,
@@ -225,6 +243,13 @@ impl StageConfig {
                 "{place}: method = \"projector\" with freeze_mm_mlp_adapter = true leaves nothing to train"
             ))
             .hint("leave freeze_mm_mlp_adapter out, or choose another method"));
+        }
+        let half = stage.method == Method::Full && stage.precision == Some(Precision::Bfloat16);
+        if stage.stochastic_rounding && !half {
+            return Err(Error::usage(format!(
+                "{place}: stochastic_rounding = true is for method = \"full\" with precision = \"bfloat16\""
+            ))
+            .hint("set both, or leave stochastic_rounding out"));
         }
         Ok(stage)
     }
@@ -256,7 +281,8 @@ fn fill_dependent_defaults(values: &mut Vec<Setting>) {
     let full = get(values, "method").and_then(Value::as_str) == Some("full");
     fill(values, "learning_rate", Value::Float(if full { 2e-5 } else { 1e-4 }));
     if let Some(rate) = get(values, "learning_rate").cloned() {
-        fill(values, "mm_projector_lr", rate);
+        fill(values, "mm_projector_lr", rate.clone());
+        fill(values, "mm_vision_tower_lr", rate);
     }
     let rank = get(values, "r").and_then(Value::as_integer).unwrap_or(64);
     fill(values, "lora_alpha", Value::Float(2.0 * rank as f64));

@@ -184,13 +184,30 @@ fn mistakes_are_named_with_place_and_way_out() {
 }
 
 #[test]
+fn rounding_at_random_is_for_full_fine_tuning_in_bfloat16() {
+    let wanted = ["stochastic_rounding=true", "method=full", "precision=bfloat16"];
+    assert!(resolve(MINIMAL, &wanted).unwrap().stages[0].stochastic_rounding);
+    for other in ["method=lora", "precision=float16"] {
+        let message = message(MINIMAL, &[wanted[0], wanted[1], wanted[2], other]);
+        assert!(message.contains("bfloat16") && message.contains("full"), "{message}");
+    }
+    assert!(message(MINIMAL, &wanted[..1]).contains("stochastic_rounding"));
+}
+
+#[test]
+fn every_group_has_the_learning_rate_that_is_not_told_otherwise() {
+    let stage = &resolve(MINIMAL, &["learning_rate=3e-4", "mm_vision_tower_lr=2e-6"]).unwrap().stages[0];
+    assert_eq!((stage.mm_projector_lr, stage.mm_vision_tower_lr), (3e-4, 2e-6));
+    assert_eq!(resolve(MINIMAL, &["learning_rate=3e-4"]).unwrap().stages[0].mm_vision_tower_lr, 3e-4);
+}
+
+#[test]
 fn what_is_known_but_not_built_says_so() {
     for setting in [
         "method=qlora",
         "bits=4",
         "quant_type=nf4",
         "double_quant=true",
-        "optim=adamw_8bit",
         "zero_stage=2",
         "offload=true",
         "devices=[0, 1]",

@@ -80,6 +80,13 @@ named! {
     }
 }
 named! {
+    Optim {
+        AdamW = "adamw",
+        /// Moments in eight bits, as bitsandbytes' `AdamW8bit`.
+        AdamW8bit = "adamw_8bit",
+    }
+}
+named! {
     /// How weights are kept on the device.
     Precision { Float32 = "float32", Float16 = "float16", Bfloat16 = "bfloat16", }
 }

@@ -4,7 +4,7 @@ use super::{batches::Steps, open_last, simulate};
 use crate::{
     error::Result,
     gpu::AdapterFacts,
-    train::config::{GradientCheckpointing, Method, Precision, StageConfig},
+    train::config::{GradientCheckpointing, Method, Optim, Precision, StageConfig},
 };
 
 /// One change on top of those before it.
@@ -44,7 +44,9 @@ fn changes(stage: &StageConfig) -> Vec<Change> {
     if stage.precision == Some(Precision::Float32) {
         list.push(("precision = \"bfloat16\"".into(), Box::new(|stage| stage.precision = Some(Precision::Bfloat16))));
     }
-    // OPTIM
+    if stage.optim != Optim::AdamW8bit {
+        list.push(("optim = \"adamw_8bit\"".into(), Box::new(|stage| stage.optim = Optim::AdamW8bit)));
+    }
     if stage.gradient_checkpointing != GradientCheckpointing::Offload {
         list.push((
             "gradient_checkpointing = \"offload\"".into(),

@@ -182,7 +182,7 @@ pub(super) fn simulate(
         let images: Vec<Vec<ImageSource>> = batches.iter().map(|batch| vec![no_picture(); batch.images]).collect();
         let before = gpu.flops();
         let step = Step { number: 0, batches, images: &images, factor: 1.0 };
-        stepper.step(stage, &step, &pictures, &mut updates)?;
+        stepper.step(stage, &step, &pictures, &mut updates, None)?;
         flops = flops.max(gpu.flops() - before);
     }
     Ok(Estimate {
