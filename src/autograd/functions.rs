@@ -25,6 +25,7 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
         if let (Some(dweight), Some(x)) = (&weight.grad, x) {
             let accumulate = Epilogue { accumulate: true, ..Default::default() };
             product_into(Layout::Tn, dy, &x, dweight, accumulate);
+            drop(x);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
@@ -77,8 +78,8 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         y
     });
     let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
-    let (x, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     let needed = x.wants_gradient() || trains;
+    let (Var { value: x, node }, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     tape.record(y, needed, move |gradients, dy| {
         let add = Epilogue { accumulate: true, ..Default::default() };
         if let Some(db) = &lora.b.grad {
@@ -87,23 +88,25 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         let scaled = Epilogue { alpha: Some(lora.scale), ..Default::default() };
         let du = product_with(Layout::Nn, dy, &lora.b.value, scaled);
         if let Some(da) = &lora.a.grad {
-            product_into(Layout::Tn, &du, &dropped(&x.value, lora.dropout), da, add);
+            product_into(Layout::Tn, &du, &dropped(&x, lora.dropout), da, add);
         }
         if let Some(dweight) = &weight.grad {
-            product_into(Layout::Tn, dy, &x.value, dweight, add);
+            product_into(Layout::Tn, dy, &x, dweight, add);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
         }
-        if x.wants_gradient() {
+        // What is read no more is freed before what takes as much is made.
+        drop(x);
+        if node.wants_gradient() {
+            let drops = lora.dropout.is_some_and(|key| key.probability > 0.0);
+            let through = drops.then(|| dropped(&product(Layout::Nn, &du, &lora.a.value), lora.dropout));
             let dx = product(Layout::Nn, dy, &weight.value);
-            if lora.dropout.is_some_and(|key| key.probability > 0.0) {
-                let through = dropped(&product(Layout::Nn, &du, &lora.a.value), lora.dropout);
-                elementwise::add_to(&dx, &through, &dx);
-            } else {
-                product_into(Layout::Nn, &du, &lora.a.value, &dx, add);
+            match through {
+                Some(through) => elementwise::add_in_place(&through, &dx),
+                None => product_into(Layout::Nn, &du, &lora.a.value, &dx, add),
             }
-            gradients.add(&x, dx);
+            gradients.add(node, dx);
         }
     })
 }
@@ -289,16 +292,21 @@ pub fn assemble_patches(tape: &mut Tape, patches: &Var, class_embedding: &Weight
     })
 }
 
+/// How many rows of logits [.., V] are there at once for `n` rows [.., D]: they cost about what the hidden states do.
+pub fn head_chunk(n: usize, d: usize, vocab_size: usize) -> usize {
+    n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two().max(256)
+}
+
 /// The token losses [N] of hidden rows x [N, D] under the head W [V, D] for `targets` (u32 [N]). The gradient of
 /// `scale` times their sum is finished here, in the forward, while the logits are at hand: seed the backward with
-/// anything. Rows go in chunks, so that the logits cost about what the hidden states do.
+/// anything. Rows go in chunks ([`head_chunk`]).
 pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale: f32) -> Var {
     let gpu = x.value.gpu();
     let (n, d, vocab_size) = (targets.len(), x.value.cols(), head.value.rows());
     let losses = Tensor::empty(gpu, &[n]);
     let needed = tape.is_recording() && (x.wants_gradient() || head.trains());
     let dx = (needed && x.wants_gradient()).then(|| Tensor::empty(gpu, &[n, d]));
-    let chunk = (n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two()).max(256);
+    let chunk = head_chunk(n, d, vocab_size);
     for first in (0..n).step_by(chunk) {
         let rows = chunk.min(n - first);
         let part = x.value.row_part(first, rows);

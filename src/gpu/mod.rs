@@ -16,7 +16,7 @@ mod staging;
 pub mod wgsl;
 
 pub use adapter::{AdapterFacts, AdapterOptions, list_adapters};
-pub use buffer::Buffer;
+pub use buffer::{Buffer, UNIT};
 pub use context::{Binding, Gpu, UNIFORM_BYTES};
 pub use download::Download;
 pub use kernel::{expand_shader, shader_variants};

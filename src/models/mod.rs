@@ -13,6 +13,7 @@ mod config_json;
 pub mod llama;
 pub mod llava;
 pub mod loading;
+pub mod memory;
 pub mod names;
 pub mod open;
 pub mod projector;

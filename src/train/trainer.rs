@@ -146,6 +146,7 @@ impl<'a> Trainer<'a> {
         };
         let total = self.state.total_steps;
         while self.state.step < total {
+            self.start.model.gpu().begin_peak();
             let begun = Instant::now();
             let measured = self.step()?;
             let seconds = begun.elapsed().as_secs_f64();
@@ -161,7 +162,7 @@ impl<'a> Trainer<'a> {
                 target_tokens: measured.target_tokens,
                 tokens_per_second: measured.positions as f64 / seconds,
                 step_seconds: seconds,
-                device_bytes: self.start.model.gpu().device_bytes(),
+                device_bytes: self.start.model.gpu().peak_bytes(),
             };
             if step.is_multiple_of(self.stage.logging_steps) || step == total {
                 writer.write(&metrics)?;
