@@ -26,6 +26,7 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
         if let (Some(dweight), Some(x)) = (&weight.grad, x) {
             let accumulate = Epilogue { accumulate: true, ..Default::default() };
             product_into(Layout::Tn, dy, &x, dweight, accumulate);
+            drop(x);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
@@ -108,23 +109,26 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         y
     });
     let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
-    let (x, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     let needed = x.wants_gradient() || trains;
+    let (Var { value: x, node }, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     tape.record(y, needed, move |gradients, dy| {
-        let du = lora.backward(&x.value, &u, dy);
+        let du = lora.backward(&x, &u, dy);
         if let Some(dweight) = &weight.grad {
-            product_into(Layout::Tn, dy, &x.value, dweight, ADD);
+            product_into(Layout::Tn, dy, &x, dweight, ADD);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
         }
-        if x.wants_gradient() {
+        // What is read no more is freed before what takes as much is made.
+        drop(x);
+        if node.wants_gradient() {
+            let through = lora.drops().map(|key| (product(Layout::Nn, &du, &lora.a.value), key));
             let dx = product(Layout::Nn, dy, &weight.value);
-            match lora.drops() {
-                Some(key) => dropout::add_to(&product(Layout::Nn, &du, &lora.a.value), key, &dx),
+            match through {
+                Some((through, key)) => dropout::add_to(&through, key, &dx),
                 None => product_into(Layout::Nn, &du, &lora.a.value, &dx, ADD),
             }
-            gradients.add(&x, dx);
+            gradients.add(node, dx);
         }
     })
 }
@@ -346,16 +350,21 @@ pub fn assemble_patches(tape: &mut Tape, patches: &Var, class_embedding: &Weight
     })
 }
 
+/// How many rows of logits [.., V] are there at once for `n` rows [.., D]: they cost about what the hidden states do.
+pub fn head_chunk(n: usize, d: usize, vocab_size: usize) -> usize {
+    n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two().max(256)
+}
+
 /// The token losses [N] of hidden rows x [N, D] under the head W [V, D] for `targets` (u32 [N]). The gradient of
 /// `scale` times their sum is finished here, in the forward, while the logits are at hand: seed the backward with
-/// anything. Rows go in chunks, so that the logits cost about what the hidden states do.
+/// anything. Rows go in chunks ([`head_chunk`]).
 pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale: f32) -> Var {
     let gpu = x.value.gpu();
     let (n, d, vocab_size) = (targets.len(), x.value.cols(), head.value.rows());
     let losses = Tensor::empty(gpu, &[n]);
     let needed = tape.is_recording() && (x.wants_gradient() || head.trains());
     let dx = (needed && x.wants_gradient()).then(|| Tensor::empty(gpu, &[n, d]));
-    let chunk = (n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two()).max(256);
+    let chunk = head_chunk(n, d, vocab_size);
     let _logits = gpu.account(Account::Logits);
     for first in (0..n).step_by(chunk) {
         let rows = chunk.min(n - first);

@@ -1,7 +1,7 @@
 //! A device and its stream of recorded work.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -13,7 +13,7 @@ use std::{
 use super::{
     account::{Account, Holdings},
     adapter::{self, AdapterFacts, AdapterOptions},
-    buffer::{Buffer, Pool},
+    buffer::{Buffer, Pool, UNIT},
     download::{self, Download, Downloads},
     kernel::{Kernels, MAX_PARAMS},
     staging::{SLOT_BYTES, Staging},
@@ -218,6 +218,17 @@ impl Gpu {
         self.inner.pool.held()
     }
 
+    /// The most bytes that tensors took at once since [`Gpu::begin_peak`], each in whole units of 256: what a step
+    /// needs. The pool holds about as much.
+    pub fn peak_bytes(&self) -> u64 {
+        self.inner.pool.peak()
+    }
+
+    /// Counts [`Gpu::peak_bytes`] afresh.
+    pub fn begin_peak(&self) {
+        self.inner.pool.begin_peak();
+    }
+
     /// Gives the pool's free buffers and the staging memory of large writes back to the driver.
     pub fn trim(&self) {
         self.staging().clear();
@@ -234,9 +245,17 @@ impl Gpu {
         if size > limit {
             let text = format!("a buffer of {size} bytes is over this device's limit of {limit}");
             self.failure().get_or_insert(text);
-            return self.inner.pool.take(device, if device.is_some() { 256 } else { size });
+            return self.inner.pool.take(device, if device.is_some() { UNIT } else { size }, |_| ());
         }
-        self.inner.pool.take(device, size)
+        self.inner.pool.take(device, size, |gone| {
+            // Their memory is free once nothing names them and the device has done what it was told.
+            let Some(device) = device else { return };
+            let gone: HashSet<u64> = gone.iter().copied().collect();
+            let stream = &mut *self.stream();
+            stream.bind_groups.retain(|key, _| !key.iter().any(|(id, ..)| gone.contains(id)));
+            self.submit(stream);
+            let _ = device.poll(wgpu::PollType::wait_indefinitely());
+        })
     }
 
     fn stream(&self) -> MutexGuard<'_, Stream> {

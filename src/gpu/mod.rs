@@ -18,7 +18,7 @@ pub mod wgsl;
 
 pub use account::{Account, Holdings};
 pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, list_adapters};
-pub use buffer::Buffer;
+pub use buffer::{Buffer, UNIT};
 pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
 pub use download::Download;
 pub use kernel::{expand_shader, shader_variants};

@@ -14,6 +14,7 @@ pub mod dora;
 pub mod llama;
 pub mod llava;
 pub mod loading;
+pub mod memory;
 pub mod names;
 pub mod open;
 pub mod projector;

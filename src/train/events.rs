@@ -23,7 +23,7 @@ pub struct StepMetrics {
     /// Positions (text and picture) per second.
     pub tokens_per_second: f64,
     pub step_seconds: f64,
-    /// Memory held on the device, bytes.
+    /// The most memory of the device that was in use at once during the step, bytes.
     pub device_bytes: u64,
     /// What the loss was multiplied with on its way back, where it is (float16).
     #[serde(default, skip_serializing_if = "Option::is_none")]
