@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::ModelFolder;
 use crate::{
     error::{Error, Result, nearest},
+    formats::weights::Weights,
     models::names::{self, NamedShape},
 };
 
@@ -89,6 +90,7 @@ impl ModelFolder {
     }
 
     fn has_second_linear(&self) -> bool {
-        self.has_projector && !self.original
+        let made = self.parts.iter().any(|part| matches!(part, Weights::Random(_)));
+        self.has_projector && !self.original && !made
     }
 }
