@@ -20,6 +20,7 @@ use wgpu_llava::{
         clip::ClipVision,
         config::{FeatureSelect, ModelConfig},
         llava::{Llava, Pictures},
+        loading::{Loading, Quantization},
         names,
     },
     nn::{Forward, Lora},
@@ -28,6 +29,7 @@ use wgpu_llava::{
         matmul::{Layout, product},
         patch_embed, reduce,
     },
+    quant::QuantType,
     tensor::Tensor,
 };
 
@@ -200,6 +202,30 @@ fn forward_figures() {
         let wanted = want["loss"].as_f64().unwrap();
         println!("{projector}: loss {loss:.7}, wanted {wanted:.7}");
         assert_close(&format!("{projector}: loss"), loss, wanted, 2e-5, wanted);
+    }
+}
+
+/// The decoder's linears as NF4, dequantised in f32: figures of bitsandbytes' bytes in the reference.
+#[test]
+fn forward_through_four_bits() {
+    let batch = fixture_batch(&expected());
+    for (projector, plain, double) in [("mlp2x_gelu", 4.3800778, 4.3803186), ("linear", 4.7225590, 4.7227469)] {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(folder.path(), projector);
+        let folder = ModelFolder::open(folder.path()).unwrap();
+        for (double, wanted) in [(false, plain), (true, double)] {
+            let quantization = Some(Quantization { kind: QuantType::Nf4, double, lm_head: false });
+            let mut loading = Loading { precision: None, quantization, trains: &|_| false, progress: &mut |_, _| () };
+            let complete = &mut |name: &str, _: &[usize]| panic!("{name} is in the folder");
+            let config = folder.config().clone();
+            let model = Llava::load_with(gpu(), &folder, config, false, complete, &mut loading).unwrap();
+            let quantized = model.parameters.iter().filter(|parameter| parameter.value.dtype().is_quantized());
+            assert_eq!(quantized.count(), 14);
+            let losses = model.score(&batch, Pictures::Pixels(&[&pixels()])).unwrap();
+            let loss = losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64;
+            println!("{projector}, double {double}: loss {loss:.7}, wanted {wanted:.7}");
+            assert_close(projector, loss, wanted, 1e-6, wanted);
+        }
     }
 }
 

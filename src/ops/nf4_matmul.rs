@@ -224,23 +224,34 @@ fn choose(layout: Layout, kind: QuantType, m: usize, n: usize) -> (&'static str,
     (of(kind, names), [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1])
 }
 
-/// How `check` computes a product.
-#[derive(Clone, Copy)]
-enum Way {
+/// How a product is computed, for checks and measurements.
+#[derive(Clone, Copy, Debug)]
+pub enum Way {
+    /// As the number of rows says.
     Chosen,
-    /// In parts of 64 rows.
     Scratch,
-    /// Wherever there is a kernel for it.
+    /// By scratch where no kernel decodes as it goes.
     Fused,
+    /// By scratch, in parts of 64 rows.
+    Parts,
 }
 
 impl Way {
+    /// The product of a (f32) and a quantised w, in a new tensor.
+    pub fn product(self, layout: Layout, a: &Tensor, w: &Tensor) -> Tensor {
+        let columns = if layout == Layout::Nt { w.rows() } else { w.cols() };
+        let c = Tensor::empty(a.gpu(), &[a.rows(), columns]);
+        self.run(Call { layout, a, w, c: &c, factors: nf4::factors(w), epilogue: Epilogue::default() });
+        c
+    }
+
     fn run(self, call: Call<'_>) {
         match (self, call.fused()) {
             (Self::Chosen, _) => matmul::product_into(call.layout, call.a, call.w, call.c, call.epilogue),
             (Self::Fused, Some(Fused::Lanes)) => call.by_lanes(),
             (Self::Fused, Some(Fused::Tiles)) => call.by_tiles(),
-            (Self::Scratch | Self::Fused, _) => call.by_scratch(1),
+            (Self::Parts, _) => call.by_scratch(1),
+            (Self::Scratch | Self::Fused, _) => call.by_scratch(SCRATCH),
         }
     }
 }
@@ -263,7 +274,7 @@ fn check(layout: Layout, kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Com
             Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false },
             Epilogue { alpha: Some(0.25), bias: None, accumulate: true },
         );
-        for (what, way) in [("as chosen", Way::Chosen), ("by scratch", Way::Scratch), ("fused", Way::Fused)] {
+        for (what, way) in [("as chosen", Way::Chosen), ("by scratch", Way::Parts), ("fused", Way::Fused)] {
             let c = Tensor::empty(gpu, &[m, columns]);
             for epilogue in [first, second] {
                 way.run(Call { layout, a: &ta, w: &w, c: &c, factors: nf4::factors(&w), epilogue });

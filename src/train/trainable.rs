@@ -80,7 +80,7 @@ pub fn trains(stage: &StageConfig, name: &str) -> Option<f64> {
         _ if name.starts_with("vision_tower.") => stage.unfreeze_mm_vision_tower,
         Method::Projector => false,
         Method::Full => !is_lora,
-        Method::Lora => is_lora,
+        Method::Lora | Method::Qlora => is_lora,
     };
     trains.then_some(stage.learning_rate)
 }

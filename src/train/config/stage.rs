@@ -9,7 +9,11 @@ use super::{
         Precision, ProjectorType, SelectFeature, Source, TargetModules,
     },
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    models::loading::Quantization,
+    quant::QuantType,
+};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
@@ -68,6 +72,8 @@ pub struct StageConfig {
     pub lora_dropout: f64,
     pub target_modules: TargetModules,
     pub use_rslora: bool,
+    /// Of the base's weights; none but under `qlora`.
+    pub quantization: Option<Quantization>,
     pub num_train_epochs: f64,
     pub max_steps: Option<u64>,
     pub per_device_train_batch_size: usize,
@@ -171,6 +177,7 @@ impl StageConfig {
             lora_dropout: read.number("lora_dropout")?,
             target_modules: read.required("target_modules", target_modules)?,
             use_rslora: read.flag("use_rslora")?,
+            quantization: quantization(&read)?,
             num_train_epochs: read.number("num_train_epochs")?,
             max_steps: read.optional("max_steps", count)?,
             per_device_train_batch_size: read.required("per_device_train_batch_size", count)?,
@@ -202,6 +209,14 @@ impl StageConfig {
         Ok(stage)
     }
 
+    /// The method, with how its weights are kept where that is its point.
+    pub fn method_line(&self) -> String {
+        let Some(Quantization { kind, double, lm_head }) = self.quantization else { return self.method.to_string() };
+        let double = if double { ", double quantisation" } else { "" };
+        let head = if lm_head { ", the head too" } else { "" };
+        format!("{} ({}{double}{head})", self.method, kind.as_str())
+    }
+
     /// The name, or `train` for the stage of a config without stages.
     pub fn title(&self) -> &str {
         if self.name.is_empty() { "train" } else { &self.name }
@@ -217,6 +232,16 @@ impl StageConfig {
         let rank = self.r as f64;
         self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
     }
+}
+
+fn quantization(read: &Reader<'_>) -> Result<Option<Quantization>> {
+    let quantization = Quantization {
+        kind: read.required("quant_type", |value| QuantType::parse(value.as_str()?))?,
+        double: read.flag("double_quant")?,
+        lm_head: read.flag("quantize_lm_head")?,
+    };
+    let method = read.required("method", |value| Method::parse(value.as_str()?))?;
+    Ok((method == Method::Qlora).then_some(quantization))
 }
 
 /// The defaults that other values decide, and where the pictures of a data file are.
