@@ -14,6 +14,7 @@ use wgpu_llava::{
         safetensors_writer::{TensorData, TensorHead, write_safetensors},
     },
     gpu::{AdapterOptions, Gpu},
+    models::names::canonical,
     ops::{matmul::Layout, nf4, nf4_matmul::Way},
     quant::{self, Nested, QuantType},
     tensor::Tensor,
@@ -188,10 +189,13 @@ fn converted_models_are_those_that_bitsandbytes_writes() {
         let (ours, theirs) =
             (Checkpoint::open(&folder).unwrap(), Checkpoint::open(&case(&format!("model-{kind}"))).unwrap());
         let mut packed = 0;
+        // Towers are called otherwise by transformers 5.
+        let own =
+            |name: &str| ours.names().find(|own| canonical(own) == canonical(name)).unwrap_or_else(|| panic!("{name}"));
         for name in theirs.names() {
             let want = theirs.require(name).unwrap();
             if double || !name.ends_with(".absmax") {
-                let got = ours.require(name).unwrap();
+                let got = ours.require(own(name)).unwrap();
                 assert_eq!(got.dtype, want.dtype, "{name}");
                 match name {
                     _ if name.contains("quant_state") => {
@@ -216,7 +220,7 @@ fn converted_models_are_those_that_bitsandbytes_writes() {
         }
         assert_eq!(packed, 14);
         if double {
-            assert_eq!(ours.names().collect::<Vec<_>>(), theirs.names().collect::<Vec<_>>());
+            assert_eq!(ours.names().count(), theirs.names().count());
         }
         let config = read_json(&folder.join("config.json"));
         assert_eq!(config["quantization_config"]["bnb_4bit_quant_type"], *kind);

@@ -205,15 +205,17 @@ fn forward_figures() {
     }
 }
 
-/// The decoder's linears as NF4, dequantised in f32: figures of bitsandbytes' bytes in the reference.
+/// The decoder's linears as NF4, dequantised in f32: bitsandbytes' losses (tools/golden_nf4.py).
 #[test]
 fn forward_through_four_bits() {
     let batch = fixture_batch(&expected());
-    for (projector, plain, double) in [("mlp2x_gelu", 4.3800778, 4.3803186), ("linear", 4.7225590, 4.7227469)] {
+    let losses = read_json(&golden("nf4/expected.json"))["fixture"].take();
+    for projector in ["mlp2x_gelu", "linear"] {
         let folder = tempfile::tempdir().unwrap();
         write_folder(folder.path(), projector);
         let folder = ModelFolder::open(folder.path()).unwrap();
-        for (double, wanted) in [(false, plain), (true, double)] {
+        for (double, key) in [(false, "plain"), (true, "double")] {
+            let wanted = losses[key][projector].as_f64().unwrap();
             let quantization = Some(Quantization { kind: QuantType::Nf4, double, lm_head: false });
             let mut loading = Loading { precision: None, quantization, trains: &|_| false, progress: &mut |_, _| () };
             let complete = &mut |name: &str, _: &[usize]| panic!("{name} is in the folder");
