@@ -8,6 +8,8 @@ struct Params {
     factor_offset: u32,
     offset: f32, // of factors in eight bits
     zero: u32, // 0
+    cols: u32, // dequantize_tile alone: of y, a multiple of 8
+    row: u32, // and elements of a row of x
 }
 #params
 
@@ -73,6 +75,48 @@ fn dequantize(
         }
     }
 #endif
+}
+
+#kernel dequantize_tile
+// A block of rows and columns, one word a thread. x_offset: of its first element in the bindings.
+#import nf4
+@group(0) @binding(0) var<storage, read_write> x: array<u32>; // eight codes to a word
+@group(0) @binding(1) var<storage, read_write> factors: array<f32>; // [blocks]
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [count / cols, cols]
+
+@compute @workgroup_size(64)
+fn dequantize_tile(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    let first = 8u * i;
+    if (first >= params.count) {
+        return;
+    }
+    let element = params.x_offset + first / params.cols * params.row + first % params.cols;
+    let word = x[element / 8u];
+    let factor = factors[element / BLOCK_OF_CODES];
+    y[2u * i] = factor * vec4<f32>(value_of((word >> 4u) & 15u), value_of(word & 15u), value_of((word >> 12u) & 15u), value_of((word >> 8u) & 15u));
+    y[2u * i + 1u] = factor * vec4<f32>(value_of((word >> 20u) & 15u), value_of((word >> 16u) & 15u), value_of(word >> 28u), value_of((word >> 24u) & 15u));
+}
+
+#kernel columns
+// y [rows, cols] = some columns of x [rows, row], from x_offset on. count: elements of y.
+@group(0) @binding(0) var<storage, read_write> x: array<f32>;
+@group(0) @binding(1) var<storage, read_write> y: array<f32>;
+
+@compute @workgroup_size(64)
+fn columns(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        y[i] = x[params.x_offset + i / params.cols * params.row + i % params.cols];
+    }
 }
 
 #kernel quantize

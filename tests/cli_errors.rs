@@ -119,7 +119,7 @@ fn an_unknown_config_key() {
 
 #[test]
 fn a_key_that_is_not_built_yet() {
-    Case::new().refused(&["method=\"qlora\""], 2, &["qlora", "not built yet"]);
+    Case::new().refused(&["bits=8"], 2, &["bits", "not built yet"]);
     Case::new().refused(&["zero_stage=2"], 2, &["zero_stage", "not built yet"]);
 }
 

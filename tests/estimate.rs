@@ -8,11 +8,8 @@ use common::{program, read_lines, run, stderr};
 use serde_json::Value;
 
 /// Methods and what else they need to be set.
-const METHODS: [(&str, &[&str]); 3] = [
-    ("projector", &["version=plain", "mm_projector_type=mlp2x_gelu"]),
-    ("full", &[]),
-    ("lora", &["lora_dropout=0.1"]),
-];
+const METHODS: [(&str, &[&str]); 3] =
+    [("projector", &["version=plain", "mm_projector_type=mlp2x_gelu"]), ("full", &[]), ("lora", &["lora_dropout=0.1"])];
 
 fn settings<'a>(method: &'a str, others: &[&'a str], mode: &'a str) -> Vec<String> {
     let mut set = vec![

@@ -66,6 +66,15 @@ fn check(name: &str) {
         println!("{name}: {:.1e}", compare(&name, &lines, &training["adapter_score"]));
     }
 
+    // In four bits, as transformers and bitsandbytes write it; nothing is quantised again.
+    for (folder, lines) in expected["packed_score"].as_object().into_iter().flatten() {
+        let (packed, name) = (path(folder), format!("{name} {folder}"));
+        let mut arguments = score.to_vec();
+        let model_at = arguments.iter().position(|argument| *argument == model).unwrap();
+        arguments[model_at] = packed.as_str();
+        println!("{name}: {:.1e}", compare(&name, &program(&arguments), lines));
+    }
+
     for search in expected["search"].as_array().unwrap() {
         let text = search["prompt"].as_str().unwrap();
         let image = search["image"].as_str().map(|image| case.join("images").join(image).display().to_string());
@@ -131,6 +140,11 @@ fn llama3_rope_biases() {
 #[test]
 fn mistral_window() {
     check("mistral_window");
+}
+
+#[test]
+fn qlora() {
+    check("qlora");
 }
 
 #[test]

@@ -10,6 +10,9 @@ use common::{golden, read_json, read_lines, run};
 /// Relative. float32 and float64 in PyTorch differ by 2e-6; software Vulkan is within 3e-7.
 const LOSS: f64 = 2e-5;
 const GRAD_NORM: f64 = 1e-4;
+/// The same for weights in four bits: bitsandbytes' own factors are one code off the nearest now and then.
+const LOSS_QLORA: f64 = 2e-4;
+const GRAD_NORM_QLORA: f64 = 1e-3;
 /// expected.json has eight digits.
 const LEARNING_RATE: f64 = 1e-7;
 
@@ -29,7 +32,9 @@ fn check(case: &str, run_name: &str) {
     for (got, want) in metrics.iter().zip(steps) {
         let mut line = format!("{case}, {run_name}, step {}:", want["step"]);
         let mut fits = got["step"] == want["step"] && got["target_tokens"] == want["target_tokens"];
-        for (key, tolerance) in [("loss", LOSS), ("grad_norm", GRAD_NORM), ("learning_rate", LEARNING_RATE)] {
+        let (loss, norm) =
+            if run_name.starts_with("qlora") { (LOSS_QLORA, GRAD_NORM_QLORA) } else { (LOSS, GRAD_NORM) };
+        for (key, tolerance) in [("loss", loss), ("grad_norm", norm), ("learning_rate", LEARNING_RATE)] {
             let (got, want) = (got[key].as_f64().unwrap_or(f64::NAN), want[key].as_f64().unwrap());
             // A rate of 0 must be 0.
             let error = if want == 0.0 { got.abs() } else { (got - want).abs() / want.abs() };
@@ -44,7 +49,7 @@ fn check(case: &str, run_name: &str) {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let adapter = dir.join("adapter/adapter_model.safetensors");
-    let written = if run_name.starts_with("lora") { adapter } else { dir.join("model/config.json") };
+    let written = if run_name.contains("lora") { adapter } else { dir.join("model/config.json") };
     assert!(written.is_file(), "{case}, {run_name}: no {}", written.display());
 }
 
@@ -70,6 +75,7 @@ cases! {
     llama3_rope_biases: full, lora, lora_dora_dropout;
     mistral_window: full;
     qwen2_dynamic: full, lora, lora_dora, lora_dropout;
+    qlora: qlora_r8, qlora_r64, qlora_fp4;
 }
 
 #[test]

@@ -20,6 +20,7 @@ use wgpu_llava::{
         clip::ClipVision,
         config::{FeatureSelect, ModelConfig},
         llava::{Llava, Pictures},
+        loading::{Loading, Quantization},
         names,
     },
     nn::{Forward, Lora},
@@ -28,6 +29,7 @@ use wgpu_llava::{
         matmul::{Layout, product},
         patch_embed, reduce,
     },
+    quant::QuantType,
     tensor::Tensor,
 };
 
@@ -203,6 +205,32 @@ fn forward_figures() {
     }
 }
 
+/// The decoder's linears as NF4, dequantised in f32: bitsandbytes' losses (tools/golden_nf4.py).
+#[test]
+fn forward_through_four_bits() {
+    let batch = fixture_batch(&expected());
+    let losses = read_json(&golden("nf4/expected.json"))["fixture"].take();
+    for projector in ["mlp2x_gelu", "linear"] {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(folder.path(), projector);
+        let folder = ModelFolder::open(folder.path()).unwrap();
+        for (double, key) in [(false, "plain"), (true, "double")] {
+            let wanted = losses[key][projector].as_f64().unwrap();
+            let quantization = Some(Quantization { kind: QuantType::Nf4, double, lm_head: false });
+            let mut loading = Loading { precision: None, quantization, trains: &|_| false, progress: &mut |_, _| () };
+            let complete = &mut |name: &str, _: &[usize]| panic!("{name} is in the folder");
+            let config = folder.config().clone();
+            let model = Llava::load_with(gpu(), &folder, config, false, complete, &mut loading).unwrap();
+            let quantized = model.parameters.iter().filter(|parameter| parameter.value.dtype().is_quantized());
+            assert_eq!(quantized.count(), 14);
+            let losses = model.score(&batch, Pictures::Pixels(&[&pixels()])).unwrap();
+            let loss = losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64;
+            println!("{projector}, double {double}: loss {loss:.7}, wanted {wanted:.7}");
+            assert_close(projector, loss, wanted, 1e-6, wanted);
+        }
+    }
+}
+
 #[test]
 fn greedy_continuation() {
     let expected = expected();
@@ -307,6 +335,7 @@ fn train(projector: &str, method: &str) {
             epsilon: 1e-8,
             weight_decay: 0.0,
             max_norm: 0.0,
+            gradient_scale: 1.0,
             t: index as u64 + 1,
         };
         elementwise::fill(&square_sum, 0.0);
@@ -321,7 +350,7 @@ fn train(projector: &str, method: &str) {
         for (&id, [first, second]) in trained.iter().zip(&moments) {
             let parameter = model.parameters.get(id);
             let grad = parameter.grad.as_ref().unwrap();
-            adamw::step(&parameter.value, grad, first, second, &square_sum, &update);
+            adamw::step(adamw::Weights::Full(&parameter.value), grad, first, second, &square_sum, &update);
             elementwise::fill(grad, 0.0);
         }
     }

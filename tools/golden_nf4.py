@@ -20,6 +20,7 @@ from bitsandbytes import functional  # noqa: E402
 from bitsandbytes.backends.default.ops import _get_4bit_quantize_bounds  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+import golden_tiny_fixture  # noqa: E402
 from golden.hash_rule import tensor  # noqa: E402
 
 OUT = Path("tests/golden/nf4")
@@ -99,6 +100,22 @@ def pack(kind, values, shape, out, name, double):
         out[f"{key}.{end}"] = functional.dequantize_4bit(packed, state).flatten().float().clone()
 
 
+def fixture_losses(double):
+    """Losses of the fixture of golden_tiny_fixture.py with the decoder's linears through NF4, computed with in float32."""
+    losses = {}
+    for projector in ("mlp2x_gelu", "linear"):
+        model, parameters = golden_tiny_fixture.build(projector)
+        for name, weight in parameters.items():
+            if name.startswith("language_model.model.layers.") and weight.ndim == 2:
+                packed, state = functional.quantize_4bit(
+                    weight.data, blocksize=64, compress_statistics=double, quant_type="nf4"
+                )
+                weight.data = functional.dequantize_4bit(packed, state)
+        with torch.no_grad():
+            losses[projector] = round(golden_tiny_fixture.forward(model)[0].item(), 7)
+    return losses
+
+
 def main():
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -123,6 +140,7 @@ def main():
     save_file(out, OUT / "packed.safetensors")
     expected = {
         "versions": {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__.split("+")[0]},
+        "fixture": {"plain": fixture_losses(False), "double": fixture_losses(True)},
         "cases": cases,
         "means": {"hash": [906, 0.02, 0.03], "bits": means},
     }

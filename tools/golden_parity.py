@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from golden.cases import CASES
-from golden.checkpoint import Checkpoint, write_adapter, write_model
+from golden.checkpoint import Checkpoint, four_bits, write_adapter, write_model
 from golden.precision import library_versions
 from golden.records import INSTRUCTIONS, captions, draw_pictures, to_score, write_rows
 from golden.reference import encode, encode_ids
@@ -62,10 +62,16 @@ def write_inputs(folder, case):
             "shuffle": False,
             **run.settings,
         }
-        if run.settings["method"] == "lora":
+        if run.settings["method"] in ("lora", "qlora"):
             settings["adapter_name_or_path"] = f"adapter-{run.name}"
             write_adapter(folder / f"adapter-{run.name}", checkpoint, run, case.seed + number, case.linear_projector)
         (folder / f"{run.name}.toml").write_text(toml_text(settings))
+    for kind, double in case.packed:
+        # As transformers and bitsandbytes write a model in four bits.
+        packed = checkpoint.load(double=False, quantization=four_bits(kind, double))
+        packed.save_pretrained(folder / f"model-{kind}")
+        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+            shutil.copy(folder / "model" / name, folder / f"model-{kind}")
     return checkpoint
 
 
@@ -93,7 +99,7 @@ def expected_training(folder, case, run, checkpoint):
         step["grad_norm_float64"] = precise["grad_norm"]
     print(f"  {run.name}: loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}, float64 within", agreement)
     result = {"config": path.name, "trainable_parameters": trainable, "float64": agreement, "steps": steps}
-    if run.settings["method"] == "lora":
+    if run.settings["method"] in ("lora", "qlora"):
         adapter = f"adapter-{run.name}"
         rows = json.loads((folder / "score.json").read_text())
         result |= {"adapter": adapter, "adapter_score": score(checkpoint, rows, False, folder / adapter)}
@@ -151,7 +157,12 @@ def expected(folder, case, checkpoint):
     single, exact = (score(checkpoint, rows, double) for double in (False, True))
     ids = [encode_ids(row, checkpoint.tokenizer, "v1", checkpoint.legacy) for row in rows]
     print(f"  score: float64 within {largest_difference(single, exact):.1e}")
-    return {
+    packed = {
+        f"model-{kind}": score(checkpoint, rows, False, quantization=four_bits(kind, double))
+        for kind, double in case.packed
+    }
+    packed = {"packed_score": packed} if packed else {}
+    return packed | {
         "about": case.about,
         "versions": library_versions(),
         "score": single,

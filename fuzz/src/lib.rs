@@ -11,5 +11,7 @@ pub mod error;
 pub mod formats;
 pub mod models;
 pub mod ops;
+#[path = "../../src/quant/mod.rs"]
+pub mod quant;
 #[path = "../../src/rng.rs"]
 pub mod rng;

@@ -8,6 +8,7 @@ pub use bench::{Bench, BenchArgs};
 
 use crate::{
     formats::safetensors::Dtype,
+    quant::QuantType,
     train::config::{Precision, Source},
 };
 use clap::{
@@ -301,6 +302,21 @@ pub enum WrittenDtype {
     /// Blocks of 32 values in 8 bits each, in a GGUF file alone
     #[value(name = "q8_0")]
     Q8_0,
+    /// The decoder's linears as NF4 with double quantisation, as bitsandbytes has them; all else as it is
+    Nf4,
+    /// The same as FP4
+    Fp4,
+}
+
+impl WrittenDtype {
+    /// The codes that weights become.
+    pub fn quant_type(self) -> Option<QuantType> {
+        match self {
+            Self::Nf4 => Some(QuantType::Nf4),
+            Self::Fp4 => Some(QuantType::Fp4),
+            Self::Float32 | Self::Float16 | Self::Bfloat16 | Self::Q8_0 => None,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

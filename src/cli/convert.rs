@@ -35,6 +35,13 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
         Some(WrittenDtype::Float32) => Some(Dtype::F32),
         Some(WrittenDtype::Float16) => Some(Dtype::F16),
         Some(WrittenDtype::Bfloat16) => Some(Dtype::BF16),
+        Some(WrittenDtype::Nf4 | WrittenDtype::Fp4) if args.to == Layout::Hf => None,
+        Some(WrittenDtype::Nf4 | WrittenDtype::Fp4) => {
+            return Err(Error::usage(
+                "--dtype nf4 and fp4 are for --to hf: bitsandbytes' layout is one of transformers",
+            )
+            .hint("leave --to out, or choose another dtype"));
+        }
         Some(WrittenDtype::Q8_0) if args.to == Layout::Gguf => None,
         Some(WrittenDtype::Q8_0) => {
             return Err(
@@ -57,7 +64,7 @@ pub fn run(args: &ConvertArgs, global: &GlobalArgs) -> Result<()> {
                 &folder,
                 folder.config(),
                 Changes::none(),
-                &Writing { dtype, template, pad: false },
+                &Writing { dtype, template, pad: false, quantize: args.dtype.and_then(WrittenDtype::quant_type) },
             )?;
         }
         Layout::Gguf => {
@@ -90,9 +97,10 @@ fn chat_template(version: &str, to: Layout) -> Result<&'static Template> {
     Ok(template)
 }
 
+/// Of a GGUF file; f32 for what none has, which `run` has refused.
 fn file_type(dtype: WrittenDtype) -> FileType {
     match dtype {
-        WrittenDtype::Float32 => FileType::F32,
+        WrittenDtype::Float32 | WrittenDtype::Nf4 | WrittenDtype::Fp4 => FileType::F32,
         WrittenDtype::Float16 => FileType::F16,
         WrittenDtype::Bfloat16 => FileType::Bf16,
         WrittenDtype::Q8_0 => FileType::Q8_0,

@@ -125,6 +125,7 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
     let gpu = open_device(global, None, ui)?;
     let mut loading = Loading {
         precision: global.precision.map(Precision::dtype),
+        quantization: None,
         trains: &|_| false,
         progress: &mut |done, total| ui.event(Event::loaded(done, total)),
     };

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{
     atomic::{NewFolder, write_file},
+    bitsandbytes::{self, Packing},
     host_tensor::HostTensor,
     model_folder::ModelFolder,
     processor_files,
@@ -16,7 +17,11 @@ use crate::{
     data::{Template, Tokenizer, chat_template::ChatTemplate},
     error::{Error, Result},
     models::{config::ModelConfig, names},
+    quant::QuantType,
 };
+
+/// Bytes of a tensor that are quantised at a time.
+const PACKED_AT_A_TIME: usize = 16 << 20;
 
 /// Files taken over from the model that was trained, where it has them.
 const CARRIED: [&str; 9] = [
@@ -75,6 +80,8 @@ pub struct Writing {
     pub template: Option<&'static Template>,
     /// Pictures are squared with the mean colour before anything else.
     pub pad: bool,
+    /// The linears of the decoder's layers as codes of four bits, in bitsandbytes' layout.
+    pub quantize: Option<QuantType>,
 }
 
 /// Writes `config`'s model into the folder `out`, which appears whole or not at all and replaces an older one.
@@ -93,10 +100,14 @@ pub fn write_model(
     writing: &Writing,
 ) -> Result<()> {
     let folder = NewFolder::create(out)?;
-    let kept = write_weights(folder.path(), source, config, SHARD_BYTES, changes, writing.dtype)?;
+    let kept = write_weights(folder.path(), source, config, SHARD_BYTES, changes, writing)?;
     let write_json =
         |name: &str, value: Value| write_file(&folder.path().join(name), format!("{value:#}\n").as_bytes());
-    write_json("config.json", config.to_json(dtype_name(kept)))?;
+    let mut json = config.to_json(dtype_name(kept));
+    if let Some(kind) = writing.quantize {
+        json["quantization_config"] = bitsandbytes::quantization_config(kind, dtype_name(kept), config);
+    }
+    write_json("config.json", json)?;
     for name in CARRIED {
         if let Some(bytes) = source.file(name)? {
             write_file(&folder.path().join(name), &bytes)?;
@@ -145,6 +156,7 @@ pub fn dtype_name(dtype: Dtype) -> &'static str {
 }
 
 /// Where a tensor to be written comes from.
+#[derive(Clone)]
 enum Origin {
     Source,
     Changed,
@@ -159,8 +171,10 @@ fn write_weights(
     config: &ModelConfig,
     shard_bytes: u64,
     mut changes: Changes<'_>,
-    dtype: Option<Dtype>,
+    writing: &Writing,
 ) -> Result<Dtype> {
+    let dtype = writing.dtype;
+    let mut packing = Packing::new(writing.quantize, config);
     let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
     let (mut heads, kept) = (Vec::new(), source.dtype()?);
     let mut plan = |name: String, shape: Vec<usize>, origin: Origin| -> Result<()> {
@@ -176,8 +190,14 @@ fn write_weights(
             Origin::Source | Origin::Changed | Origin::Filled(_) => kept,
         };
         let (on_disk, dtype) = (names::on_disk(&name, config), dtype.unwrap_or(own));
-        origins.insert(on_disk.clone(), origin);
-        heads.push(TensorHead { name: on_disk, dtype, shape });
+        if packing.takes(&name) {
+            let parts = packing.heads(&on_disk, &shape, dtype);
+            origins.extend(parts.iter().map(|part| (part.name.clone(), origin.clone())));
+            heads.extend(parts);
+        } else {
+            origins.insert(on_disk.clone(), origin);
+            heads.push(TensorHead { name: on_disk, dtype, shape });
+        }
         Ok(())
     };
     for (name, shape) in names::expected_tensors(config) {
@@ -198,6 +218,23 @@ fn write_weights(
     }
     let most = most_bytes(&heads);
     write_sharded(folder, heads, shard_bytes, &mut |head| {
+        if let Some(part) = packing.part(&head.name) {
+            let name = names::canonical(&part.weight);
+            let mut values = |out: &mut dyn FnMut(&[f32])| match origins.get(&head.name) {
+                Some(Origin::Source) => {
+                    let stored = source.stored(&name)?;
+                    stored.row_chunks(PACKED_AT_A_TIME).try_for_each(|rows| {
+                        out(&stored.rows_f32(rows)?);
+                        Ok(())
+                    })
+                }
+                _ => {
+                    out(&(changes.fetch)(&name)?.data);
+                    Ok(())
+                }
+            };
+            return Ok(TensorData::Raw(packing.data(&part, &mut values)?.into()));
+        }
         let name = names::canonical(&head.name);
         let tensor = match origins.remove(&head.name) {
             Some(Origin::Source) => return Ok(TensorData::Stored(source.stored(&name)?)),

@@ -1,6 +1,7 @@
 //! Files that models and adapters are kept in.
 
 pub mod atomic;
+pub mod bitsandbytes;
 pub mod gguf;
 pub mod gguf_write;
 pub mod hf_write;

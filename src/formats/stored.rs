@@ -5,6 +5,7 @@ use std::{borrow::Cow, ops::Range};
 use half::{bf16, f16};
 
 use super::{
+    bitsandbytes::PackedTensor,
     gguf::{GgmlType, llama::LlamaTensor},
     host_tensor::HostTensor,
     random::RandomTensor,
@@ -31,6 +32,8 @@ enum Values<'a> {
     Plain(Dtype, &'a [u8]),
     Torch(TorchTensor<'a>),
     Gguf(LlamaTensor<'a>),
+    /// Codes of four bits, as bitsandbytes stores them.
+    Packed(PackedTensor<'a>),
     Random(RandomTensor),
     /// Made in memory, such as position embeddings for another picture size.
     Host(&'a HostTensor),
@@ -55,6 +58,12 @@ impl<'a> From<LlamaTensor<'a>> for StoredTensor<'a> {
     fn from(tensor: LlamaTensor<'a>) -> Self {
         let (name, file) = (tensor.tensor.name, tensor.tensor.file);
         Self { name, file, shape: tensor.shape().to_vec(), values: Values::Gguf(tensor) }
+    }
+}
+
+impl<'a> From<PackedTensor<'a>> for StoredTensor<'a> {
+    fn from(tensor: PackedTensor<'a>) -> Self {
+        Self { name: tensor.name, file: tensor.file, shape: tensor.shape.clone(), values: Values::Packed(tensor) }
     }
 }
 
@@ -83,6 +92,14 @@ impl<'a> StoredTensor<'a> {
         self
     }
 
+    /// The codes it is stored as, where these are bitsandbytes' and all of it is there.
+    pub fn packed(&self) -> Option<&PackedTensor<'a>> {
+        match &self.values {
+            Values::Packed(tensor) if tensor.shape == self.shape => Some(tensor),
+            _ => None,
+        }
+    }
+
     /// The dtype that holds its values exactly: that of the file, F32 for blocks of a few bits.
     pub fn dtype(&self) -> Dtype {
         match &self.values {
@@ -94,7 +111,7 @@ impl<'a> StoredTensor<'a> {
                 _ => Dtype::F32,
             },
             Values::Random(tensor) => tensor.dtype,
-            Values::Host(_) => Dtype::F32,
+            Values::Packed(_) | Values::Host(_) => Dtype::F32,
             Values::Grown(tensor, _) => tensor.dtype(),
         }
     }
@@ -137,6 +154,11 @@ impl<'a> StoredTensor<'a> {
                 if self.shape.len() < 2 { tensor.row_major() } else { tensor.rows_row_major(rows) }
             }
             Values::Gguf(tensor) => self.gguf_bytes(tensor, rows)?,
+            Values::Packed(tensor) => {
+                let mut values = vec![0f32; rows.len() * columns];
+                tensor.dequantize(rows.start * columns, &mut values);
+                Cow::Owned(bytemuck::cast_slice(&values).to_vec())
+            }
             Values::Random(tensor) => Cow::Owned(tensor.bytes(rows, columns)),
             Values::Host(tensor) => {
                 Cow::Borrowed(bytemuck::cast_slice(&tensor.data[rows.start * columns..rows.end * columns]))

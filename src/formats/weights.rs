@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{
+    bitsandbytes,
     gguf::{self, GgufFile},
     random::RandomWeights,
     safetensors::{self, Checkpoint, Dtype},
@@ -66,7 +67,7 @@ impl Weights {
     /// `Data`: a GGUF file holds a tensor that no LLaMA has.
     pub fn names(&self) -> Result<Vec<String>> {
         Ok(match self {
-            Self::Safetensors(checkpoint) => checkpoint.names().map(str::to_owned).collect(),
+            Self::Safetensors(checkpoint) => bitsandbytes::names(checkpoint),
             Self::Torch(file) => file.names().map(str::to_owned).collect(),
             Self::Gguf(file) => gguf::llama::tensor_names(file)?,
             Self::Mmproj(file) => gguf::mmproj_read::tensor_names(file)?,
@@ -80,7 +81,10 @@ impl Weights {
     /// `Data`: there is none of that name, with the nearest; or it does not fit the heads that a GGUF file names.
     pub fn require(&self, name: &str) -> Result<StoredTensor<'_>> {
         Ok(match self {
-            Self::Safetensors(checkpoint) => checkpoint.require(name)?.into(),
+            Self::Safetensors(checkpoint) => match bitsandbytes::packed(checkpoint, name)? {
+                Some(packed) => packed.into(),
+                None => checkpoint.require(name)?.into(),
+            },
             Self::Torch(file) => file.require(name)?.into(),
             Self::Gguf(file) => gguf::llama::tensor(file, name)?.into(),
             Self::Mmproj(file) => gguf::mmproj_read::tensor(file, name)?.into(),

@@ -8,6 +8,7 @@ use crate::{
         cast,
         dora::row_norms,
         matmul::{Epilogue, Layout, product_into},
+        nf4,
     },
     tensor::{ALIGNMENT, Dtype, Tensor},
 };
@@ -78,6 +79,7 @@ pub(super) fn weight_rows(parameters: &Parameters, weight: Id, first: usize, row
     let (cols, copy) = (weight.cols(), Tensor::empty(weight.gpu(), &[rows, weight.cols()]));
     match weight.dtype() {
         Dtype::F32 => copy.copy_rows(0, weight, first, rows),
+        Dtype::Quantized(_) => nf4::dequantize_into(weight, &nf4::factors(weight), first * cols, &copy, 0, rows * cols),
         _ => cast::cast_into(weight, first * cols, &copy, 0, rows * cols),
     }
     copy
@@ -90,6 +92,7 @@ mod tests {
         formats::{HostTensor, peft::LoraWeights},
         gpu::{AdapterOptions, Gpu},
         ops::Random,
+        quant::QuantType,
     };
 
     fn length(row: &[f32]) -> f64 {
@@ -118,6 +121,17 @@ mod tests {
             for (row, &got) in merged.chunks(70).zip(&whole) {
                 assert!((f64::from(got) - length(row)).abs() <= 1e-5, "{dtype:?}: {got} for {}", length(row));
             }
+        }
+        let four_bits = nf4::quantized(&gpu, QuantType::Nf4, true, &w, &[150, 70]).unwrap();
+        let mut merged = four_bits.to_vec().unwrap();
+        let mut parameters = Parameters::default();
+        let weight = parameters.insert("w", four_bits);
+        let (a, b) = (parameters.insert("a", ta), parameters.insert("b", tb));
+        let lora = Lora { a, b, scale: 0.5, dropout: 0.0, stream: 0, bias: None, dora: None };
+        let lengths = norm(&parameters, weight, &lora).to_vec().unwrap();
+        host.merge_rows(0, &mut merged);
+        for (row, &got) in merged.chunks(70).zip(&lengths) {
+            assert!((f64::from(got) - length(row)).abs() <= 1e-5, "four bits: {got} for {}", length(row));
         }
         // The host's DoRA gives rows the lengths that it is told.
         let mut dora = host;

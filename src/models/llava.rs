@@ -41,7 +41,7 @@ impl Llava {
     /// Reads a complete model to the device, as its checkpoint has it.
     pub fn load(gpu: &Gpu, folder: &ModelFolder) -> Result<Self> {
         let complete = &mut |name: &str, _: &[usize]| Err(Error::data(format!("{} lacks {name}", folder.name())));
-        let mut loading = Loading { precision: None, trains: &|_| false, progress: &mut |_, _| () };
+        let mut loading = Loading { precision: None, quantization: None, trains: &|_| false, progress: &mut |_, _| () };
         Self::load_with(gpu, folder, folder.config().clone(), false, complete, &mut loading)
     }
 

@@ -5,7 +5,8 @@ use crate::{
     error::Result,
     formats::{HostTensor, model_folder::ModelFolder, safetensors, stored::StoredTensor},
     gpu::Gpu,
-    ops::cast,
+    ops::{cast, nf4},
+    quant::QuantType,
     tensor::{Dtype, Tensor},
 };
 
@@ -16,13 +17,47 @@ const PIECE: usize = 16 << 20;
 pub struct Loading<'a> {
     /// Of matrices; none: as the checkpoint has each. Vectors (norms, biases) are always f32.
     pub precision: Option<Dtype>,
+    /// The decoder's linears become codes of four bits; none: what is stored so stays so, and nothing else becomes it.
+    pub quantization: Option<Quantization>,
     /// Canonical names of what will train: f32.
     pub trains: &'a dyn Fn(&str) -> bool,
     /// Bytes of the checkpoint that are on the device, and all of them.
     pub progress: &'a mut dyn FnMut(u64, u64),
 }
 
+/// Weights that are quantised as they come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantization {
+    pub kind: QuantType,
+    /// Factors in eight bits.
+    pub double: bool,
+    /// The head too.
+    pub lm_head: bool,
+}
+
+impl Quantization {
+    /// Whether the tensor of a canonical name is to be quantised.
+    pub fn takes(self, name: &str) -> bool {
+        match name.strip_prefix(names::DECODER_LAYERS) {
+            // Norms are vectors, and no linear of a layer.
+            Some(within) => within.ends_with("_proj.weight"),
+            None => self.lm_head && name == names::LM_HEAD,
+        }
+    }
+}
+
 impl Loading<'_> {
+    /// How a matrix is quantised, if it is.
+    fn quantization(&self, name: &str, shape: &[usize]) -> Option<Quantization> {
+        self.quantization.filter(|wanted| wanted.takes(name) && shape.len() == 2 && !(self.trains)(name))
+    }
+
+    /// Whether what is stored in four bits stays so: where products alone read it.
+    fn keeps_packed(&self, name: &str, shape: &[usize]) -> bool {
+        let looked_up = [names::EMBED_TOKENS, names::POSITION_EMBEDDING].contains(&name);
+        shape.len() == 2 && !looked_up && !(self.trains)(name)
+    }
+
     /// What a tensor of this name and shape, stored as `stored`, is on the device.
     fn dtype(&self, name: &str, shape: &[usize], stored: Dtype) -> Dtype {
         // Only what products and look-ups read may be packed.
@@ -70,17 +105,40 @@ impl<'a, 'b> Loader<'a, 'b> {
     pub fn stored(&mut self, name: &str) -> Result<Tensor> {
         let stored = self.folder.stored(name)?;
         let (from, shape) = (of_file(stored.dtype()), matrix(&stored.shape));
-        let to = self.loading.dtype(name, &shape, from);
         if self.gpu.only_counts() {
-            return Ok(Tensor::empty_of(self.gpu, to, &shape));
+            return Ok(self.counted(name, &shape, &stored));
         }
-        let mut upload = cast::Upload::new(self.gpu, from, to, &shape);
-        for rows in stored.row_chunks(PIECE) {
-            upload.push(&stored.bytes(rows)?);
-        }
+        let tensor = if let Some(packed) = stored.packed().filter(|_| self.loading.keeps_packed(name, &shape)) {
+            Tensor::from_codes(self.gpu, packed.kind, &shape, packed.codes, &packed.factors())
+        } else if let Some(Quantization { kind, double, .. }) = self.loading.quantization(name, &shape) {
+            let mut upload = nf4::Upload::new(self.gpu, from, kind, double, &shape);
+            for rows in stored.row_chunks(PIECE) {
+                upload.push(&stored.bytes(rows)?);
+            }
+            upload.finish()?
+        } else {
+            let to = self.loading.dtype(name, &shape, from);
+            let mut upload = cast::Upload::new(self.gpu, from, to, &shape);
+            for rows in stored.row_chunks(PIECE) {
+                upload.push(&stored.bytes(rows)?);
+            }
+            upload.finish()
+        };
         self.done += bytes(&stored);
         (self.loading.progress)(self.done, self.total);
-        Ok(upload.finish())
+        Ok(tensor)
+    }
+
+    /// A tensor of the memory that the stored one would take, on a device that only counts.
+    fn counted(&self, name: &str, shape: &[usize], stored: &StoredTensor) -> Tensor {
+        if let Some(packed) = stored.packed().filter(|_| self.loading.keeps_packed(name, shape)) {
+            return Tensor::empty_quantized(self.gpu, packed.kind, packed.is_nested(), shape);
+        }
+        let from = of_file(stored.dtype());
+        match self.loading.quantization(name, shape) {
+            Some(Quantization { kind, double, .. }) => Tensor::empty_quantized(self.gpu, kind, double, shape),
+            None => Tensor::empty_of(self.gpu, self.loading.dtype(name, shape, from), shape),
+        }
     }
 
     /// A tensor of the host, which is new and f32.
@@ -90,6 +148,9 @@ impl<'a, 'b> Loader<'a, 'b> {
 }
 
 fn bytes(stored: &StoredTensor) -> u64 {
+    if let Some(packed) = stored.packed() {
+        return packed.codes.len() as u64;
+    }
     (stored.len() * stored.dtype().bitsize() / 8) as u64
 }
 

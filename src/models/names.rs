@@ -7,6 +7,8 @@
 use super::config::{ClipVisionConfig, LlamaConfig, LlavaConfig, ModelConfig, ProjectorType};
 
 pub const EMBED_TOKENS: &str = "language_model.model.embed_tokens.weight";
+/// What the names of everything in the decoder's layers begin with.
+pub const DECODER_LAYERS: &str = "language_model.model.layers.";
 pub const FINAL_NORM: &str = "language_model.model.norm.weight";
 pub const LM_HEAD: &str = "language_model.lm_head.weight";
 pub const PROJECTOR: &str = "multi_modal_projector";

@@ -74,8 +74,25 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     if m == 0 || n == 0 {
         return;
     }
-    let call = Call { layout, a, b, b_first: 0, c, epilogue };
+    let call = Call { layout, a, b, b_first: [0, 0], c, epilogue };
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
+}
+
+/// What a block of B, from its row and column `[row, col]` on, has in a product: all of a few columns of C, for an A
+/// whose columns are those that are multiplied with this block.
+pub(super) fn product_of_block(
+    layout: Layout,
+    a: &Tensor,
+    b: &Tensor,
+    [row, col]: [usize; 2],
+    c: &Tensor,
+    epilogue: Epilogue<'_>,
+) {
+    let (b_first, n, k) = match layout {
+        Layout::Nt => ([row, 0], (row, row + b.rows()), b.cols()),
+        Layout::Nn | Layout::Tn => ([0, col], (col, col + b.cols()), b.rows()),
+    };
+    Call { layout, a, b, b_first, c, epilogue }.run(Region { m: (0, c.rows()), n, k: (0, k) });
 }
 
 /// The part of a product that the rows of B from `first` on have in it, which are all of `b`: NT columns of C, an NN
@@ -93,7 +110,7 @@ pub(super) fn product_of_rows(
         Layout::Nt => (rows, (0, b.cols())),
         Layout::Nn | Layout::Tn => ((0, b.cols()), rows),
     };
-    Call { layout, a, b, b_first: first, c, epilogue }.run(Region { m: (0, c.rows()), n, k });
+    Call { layout, a, b, b_first: [first, 0], c, epilogue }.run(Region { m: (0, c.rows()), n, k });
 }
 
 /// A block of the product: half-open ranges of M, N, K.
@@ -108,8 +125,8 @@ struct Call<'a> {
     layout: Layout,
     a: &'a Tensor,
     b: &'a Tensor,
-    /// Where B is a part of the whole: its first row there, as regions count them.
-    b_first: usize,
+    /// Where B is a part of the whole: its first row and column there, as regions count them.
+    b_first: [usize; 2],
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
 }
@@ -179,11 +196,11 @@ impl Call<'_> {
         // Row ranges are bound; column ranges are offsets inside the binding.
         let (a_rows, b_rows) = self.operand_rows(region);
         let a_col = if layout == Layout::Tn { region.m.0 } else { region.k.0 };
-        let b_col = if layout == Layout::Nt { region.k.0 } else { region.n.0 };
+        let b_col = if layout == Layout::Nt { region.k.0 } else { region.n.0 - b_first[1] };
         let first = region.k.0 == 0;
         let bias = epilogue.bias.filter(|_| first);
         let a_binding = a.range(a_rows.0 * a.cols(), length(a_rows) * a.cols());
-        let (b_start, b_count) = ((b_rows.0 - b_first) * b.cols(), length(b_rows) * b.cols());
+        let (b_start, b_count) = ((b_rows.0 - b_first[0]) * b.cols(), length(b_rows) * b.cols());
         let (b_binding, b_before) =
             if b.dtype().is_packed() { b.packed_range(b_start, b_count) } else { (b.range(b_start, b_count), 0) };
         let c_binding = c.range(region.m.0 * c.cols(), m * c.cols());

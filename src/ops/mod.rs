@@ -17,7 +17,7 @@ pub mod embedding;
 pub mod layer_norm;
 pub mod matmul;
 pub mod nf4;
-mod nf4_matmul;
+pub mod nf4_matmul;
 pub mod patch_embed;
 pub mod reduce;
 pub mod rms_norm;

@@ -24,10 +24,16 @@ use crate::{
 /// Up to this many rows of the left side the fused kernel of GPUs is taken: as long as decoding again, an eighth of a
 /// tile's work, costs less than passing W through memory.
 const FUSED_ROWS_GPU: usize = 256;
-/// The same for the kernel of host processors.
-const FUSED_ROWS_CPU: usize = 64;
+/// The same for the kernel of host processors, measured (`ways_of_a_product` in tests/nf4.rs; two busy cores, Mesa 22.3):
+/// of 576 x 1536 it takes 2.5 ms for one row, 7 for four and 19 for eight, by scratch it is 6, 10 and 24; sixteen rows
+/// take 36 and 11.
+const FUSED_ROWS_CPU: usize = 8;
 /// Bytes of W that are dequantised at a time.
 const SCRATCH: usize = 64 << 20;
+/// On host processors the rows and columns that are, where either side is longer than [`WIDE`]: operands are uniforms
+/// there, which want many rows of few columns.
+const TILE: usize = 1024;
+const WIDE: usize = 2048;
 
 /// Writes (or adds) the product of A and a quantised W into C.
 pub(super) fn product_into(layout: Layout, a: &Tensor, w: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
@@ -38,7 +44,7 @@ pub(super) fn product_into(layout: Layout, a: &Tensor, w: &Tensor, c: &Tensor, e
     match call.fused() {
         Some(Fused::Lanes) if rows <= FUSED_ROWS_CPU => call.by_lanes(),
         Some(Fused::Tiles) if rows <= FUSED_ROWS_GPU => call.by_tiles(),
-        _ => call.by_scratch(SCRATCH),
+        _ => call.by_scratch(SCRATCH, TILE),
     }
 }
 
@@ -70,15 +76,46 @@ impl Call<'_> {
         k.is_multiple_of(8).then_some(Fused::Tiles)
     }
 
-    /// Dequantises W in parts of about `bytes` bytes, for dense products.
-    fn by_scratch(&self, bytes: usize) {
+    /// Dequantises W in parts of about `bytes` bytes, for dense products; in tiles, where these have to be smaller.
+    fn by_scratch(&self, bytes: usize, tile: usize) {
         let (n, k) = (self.w.rows(), self.w.cols());
+        if self.w.gpu().is_cpu() && n.max(k) > WIDE && k.is_multiple_of(8) {
+            return self.by_scratch_tiles(tile);
+        }
         let step = (bytes / 4 / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
         for first in (0..n).step_by(step) {
             let rows = step.min(n - first);
             let part = Tensor::empty(self.w.gpu(), &[rows, k]);
             nf4::dequantize_into(self.w, &self.factors, first * k, &part, 0, rows * k);
             matmul::product_of_rows(self.layout, self.a, &part, first, self.c, self.epilogue);
+        }
+    }
+
+    /// Dequantises tiles of W, for dense products with the columns of A that meet them. K is a multiple of 8, `tile` one
+    /// of 64.
+    fn by_scratch_tiles(&self, tile: usize) {
+        let Self { layout, a, w, c, ref factors, epilogue } = *self;
+        let (n, k) = (w.rows(), w.cols());
+        let bindable = (w.gpu().max_binding() as usize).saturating_sub(ALIGNED / 2) / k.div_ceil(2).max(1);
+        let rows = tile.min((bindable / ALIGNMENT).max(1) * ALIGNMENT);
+        let parts = |all: usize, most: usize| (0..all).step_by(most).map(move |first| [first, most.min(all - first)]);
+        // Over what is summed last: its parts are added up in C.
+        let (summed, summed_most, other, other_most) =
+            if layout == Layout::Nt { (k, tile, n, rows) } else { (n, rows, k, tile) };
+        for [first, count] in parts(summed, summed_most) {
+            let a = nf4::columns(a, first, count);
+            let begins = first == 0;
+            let epilogue = Epilogue {
+                bias: epilogue.bias.filter(|_| begins),
+                accumulate: epilogue.accumulate || !begins,
+                ..epilogue
+            };
+            for part in parts(other, other_most) {
+                let [of_rows, of_columns] =
+                    if layout == Layout::Nt { [part, [first, count]] } else { [[first, count], part] };
+                let block = nf4::dequantize_tile(w, factors, of_rows, of_columns);
+                matmul::product_of_block(layout, &a, &block, [of_rows[0], of_columns[0]], c, epilogue);
+            }
         }
     }
 
@@ -224,23 +261,37 @@ fn choose(layout: Layout, kind: QuantType, m: usize, n: usize) -> (&'static str,
     (of(kind, names), [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1])
 }
 
-/// How `check` computes a product.
-#[derive(Clone, Copy)]
-enum Way {
+/// How a product is computed, for checks and measurements.
+#[derive(Clone, Copy, Debug)]
+pub enum Way {
+    /// As the number of rows says.
     Chosen,
-    /// In parts of 64 rows.
     Scratch,
-    /// Wherever there is a kernel for it.
+    /// By scratch where no kernel decodes as it goes.
     Fused,
+    /// By scratch, in parts of 64 rows.
+    Parts,
+    /// By scratch, in tiles of 64 rows and columns, where rows are whole words.
+    Tiles,
 }
 
 impl Way {
+    /// The product of a (f32) and a quantised w, in a new tensor.
+    pub fn product(self, layout: Layout, a: &Tensor, w: &Tensor) -> Tensor {
+        let columns = if layout == Layout::Nt { w.rows() } else { w.cols() };
+        let c = Tensor::empty(a.gpu(), &[a.rows(), columns]);
+        self.run(Call { layout, a, w, c: &c, factors: nf4::factors(w), epilogue: Epilogue::default() });
+        c
+    }
+
     fn run(self, call: Call<'_>) {
         match (self, call.fused()) {
             (Self::Chosen, _) => matmul::product_into(call.layout, call.a, call.w, call.c, call.epilogue),
             (Self::Fused, Some(Fused::Lanes)) => call.by_lanes(),
             (Self::Fused, Some(Fused::Tiles)) => call.by_tiles(),
-            (Self::Scratch | Self::Fused, _) => call.by_scratch(1),
+            (Self::Tiles, _) if call.w.cols().is_multiple_of(8) => call.by_scratch_tiles(ALIGNMENT),
+            (Self::Parts | Self::Tiles, _) => call.by_scratch(1, TILE),
+            (Self::Scratch | Self::Fused, _) => call.by_scratch(SCRATCH, TILE),
         }
     }
 }
@@ -263,7 +314,9 @@ fn check(layout: Layout, kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Com
             Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false },
             Epilogue { alpha: Some(0.25), bias: None, accumulate: true },
         );
-        for (what, way) in [("as chosen", Way::Chosen), ("by scratch", Way::Scratch), ("fused", Way::Fused)] {
+        for (what, way) in
+            [("as chosen", Way::Chosen), ("by scratch", Way::Parts), ("by tiles", Way::Tiles), ("fused", Way::Fused)]
+        {
             let c = Tensor::empty(gpu, &[m, columns]);
             for epilogue in [first, second] {
                 way.run(Call { layout, a: &ta, w: &w, c: &c, factors: nf4::factors(&w), epilogue });

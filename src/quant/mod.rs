@@ -7,6 +7,8 @@
 
 mod double;
 
+use rayon::prelude::*;
+
 pub use double::{Factors, Nested, dynamic_map};
 
 /// Values that share a factor.
@@ -50,15 +52,12 @@ impl QuantType {
         }
     }
 
-    /// The code of a value in [-1, 1].
-    fn encode(self, x: f32) -> u8 {
-        let (bounds, order) = match self {
+    /// Bounds between neighbours, and the codes from the lowest value to the highest.
+    fn order(self) -> (&'static [f32; 15], &'static [u8; 16]) {
+        match self {
             Self::Nf4 => (&NF4_BOUNDS, &NF4_ORDER),
             Self::Fp4 => (&FP4_BOUNDS, &FP4_ORDER),
-        };
-        // A NaN is above every bound, as for torch.bucketize.
-        let rank = bounds.iter().filter(|&&bound| x > bound || x.is_nan()).count();
-        order[rank]
+        }
     }
 }
 
@@ -146,20 +145,34 @@ const FP4_ORDER: [u8; 16] = [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 
 /// The least divisor of a block.
 const LEAST: f32 = 1e-38;
 
-/// The codes of a block, one a byte, in `codes`, and its absmax. A block that is not whole can only be a tensor's last.
-fn encode_block(kind: QuantType, values: &[f32], codes: &mut [u8; BLOCK]) -> f32 {
+/// The packed codes of a block, and its absmax. A block that is not whole can only be a tensor's last: the rest of its
+/// bytes are codes of 0.
+fn encode_block(kind: QuantType, values: &[f32]) -> ([u8; BLOCK / 2], f32) {
     let largest = |a: f32, b: f32| if a.is_nan() || a > b { a } else { b };
-    let absmax = values.iter().fold(0.0, |most: f32, value| largest(most, value.abs()));
-    let clamp = |x: f32| if x.is_nan() { x } else { x.clamp(-1.0, 1.0) };
-    if values.len() == BLOCK {
+    let absmax = values.iter().fold(0.0, |most: f32, value| largest(value.abs(), most));
+    let mut scaled = [0.0; BLOCK];
+    let absmax = if values.len() == BLOCK {
         let factor = 1.0 / largest(absmax, LEAST);
-        values.iter().zip(codes).for_each(|(value, code)| *code = kind.encode(clamp(value * factor)));
-        return absmax;
+        scaled.iter_mut().zip(values).for_each(|(scaled, value)| *scaled = value * factor);
+        absmax
+    } else {
+        // The library divides here, and keeps the divisor.
+        let absmax = largest(absmax, LEAST);
+        scaled.iter_mut().zip(values).for_each(|(scaled, value)| *scaled = value / absmax);
+        absmax
+    };
+    // No bound is beyond 1, so nothing need be clamped; a NaN is above every bound, as for torch.bucketize.
+    scaled.iter_mut().filter(|value| value.is_nan()).for_each(|value| *value = f32::INFINITY);
+    let (bounds, order) = kind.order();
+    let mut ranks = [0u8; BLOCK];
+    for bound in bounds {
+        ranks.iter_mut().zip(&scaled).for_each(|(rank, value)| *rank += u8::from(value > bound));
     }
-    // The library divides here, and keeps the divisor.
-    let absmax = largest(absmax, LEAST);
-    values.iter().zip(codes).for_each(|(value, code)| *code = kind.encode(clamp(value / absmax)));
-    absmax
+    let mut packed = [0; BLOCK / 2];
+    for (byte, [high, low]) in packed.iter_mut().zip(ranks.as_chunks().0) {
+        *byte = order[usize::from(*high)] << 4 | order[usize::from(*low)];
+    }
+    (packed, absmax)
 }
 
 /// Quantises a tensor whose values come in pieces of any size.
@@ -185,8 +198,14 @@ impl Quantizer {
         packed.reserve(values.len() / 2);
         while !values.is_empty() {
             if self.pending.is_empty() && values.len() >= BLOCK {
-                let (block, rest) = values.split_at(BLOCK);
-                self.block(block, packed);
+                let (whole, rest) = values.split_at(values.len() / BLOCK * BLOCK);
+                let kind = self.kind;
+                let blocks: Vec<_> =
+                    whole.par_chunks(BLOCK).with_min_len(64).map(|block| encode_block(kind, block)).collect();
+                for (codes, absmax) in blocks {
+                    packed.extend(codes);
+                    self.absmax.push(absmax);
+                }
                 values = rest;
                 continue;
             }
@@ -194,17 +213,12 @@ impl Quantizer {
             self.pending.extend_from_slice(now);
             values = rest;
             if self.pending.len() == BLOCK || self.missing == 0 && values.is_empty() {
-                let block = std::mem::take(&mut self.pending);
-                self.block(&block, packed);
+                let (codes, absmax) = encode_block(self.kind, &self.pending);
+                packed.extend(&codes[..self.pending.len().div_ceil(2)]);
+                self.absmax.push(absmax);
+                self.pending.clear();
             }
         }
-    }
-
-    fn block(&mut self, values: &[f32], packed: &mut Vec<u8>) {
-        // An odd last byte is filled with the code of 0.
-        let mut codes = [self.kind.encode(0.0); BLOCK];
-        self.absmax.push(encode_block(self.kind, values, &mut codes));
-        packed.extend(codes[..values.len().next_multiple_of(2)].as_chunks().0.iter().map(|[a, b]| a << 4 | b));
     }
 
     /// The factors of all blocks.
@@ -259,8 +273,11 @@ mod tests {
             let value = |rank: usize| kind.values()[usize::from(order[rank])];
             for (rank, bound) in bounds.iter().enumerate() {
                 assert_eq!(*bound, (value(rank) + value(rank + 1)) / 2.0, "{kind:?} {rank}");
-                assert_eq!(kind.encode(*bound), order[rank]);
-                assert_eq!(kind.encode(bound.next_up()), order[rank + 1]);
+                let mut block = [0.0; BLOCK];
+                block[..3].copy_from_slice(&[1.0, *bound, bound.next_up()]);
+                let (packed, absmax) = encode_block(kind, &block);
+                let codes = [packed[0] & 15, packed[1] >> 4];
+                assert_eq!((codes, absmax), ([order[rank], order[rank + 1]], 1.0), "{kind:?} {rank}");
             }
         }
     }

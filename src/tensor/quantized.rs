@@ -69,6 +69,20 @@ impl Tensor {
         Self { dtype: Dtype::Quantized(kind), shape: shape.to_vec(), scales, ..codes }
     }
 
+    /// A quantised tensor with unspecified content.
+    pub fn empty_quantized(gpu: &Gpu, kind: QuantType, double: bool, shape: &[usize]) -> Self {
+        let elements: usize = shape.iter().product();
+        let (blocks, words) = (elements.div_ceil(BLOCK), |count: usize| Self::empty_of(gpu, Dtype::U32, &[count]));
+        let floats = |count: usize| Self::empty(gpu, &[count]);
+        let scales = if double {
+            let absmax = floats(blocks.div_ceil(quant::NESTED_BLOCK));
+            Scales::Nested { codes: words(blocks.div_ceil(4)), absmax, map: floats(256), offset: 0.0 }
+        } else {
+            Scales::Plain(floats(blocks))
+        };
+        Self::quantized(kind, shape, words(elements.div_ceil(8)), scales)
+    }
+
     /// As [`Tensor::quantized`], from bytes of the host.
     pub fn from_codes(gpu: &Gpu, kind: QuantType, shape: &[usize], codes: &[u8], factors: &Factors) -> Self {
         Self::quantized(kind, shape, bytes(gpu, codes), Scales::new(gpu, factors))

@@ -38,6 +38,6 @@ pub fn check(run: &RunConfig, observer: &mut dyn Observer) -> Result<Vec<String>
 }
 
 fn line(stage: &StageConfig, model: &str, records: usize, steps: u64) -> String {
-    let (title, method, batch) = (stage.title(), stage.method, stage.global_batch());
+    let (title, method, batch) = (stage.title(), stage.method_line(), stage.global_batch());
     format!("{title}: {method} on {model}, {}, {steps} steps of {batch}", counted(records))
 }

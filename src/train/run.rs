@@ -78,7 +78,7 @@ fn produced(stage: &StageConfig, before: Option<Origin>) -> Origin {
         Method::Projector | Method::Full => {
             Origin { model: Source::Local(stage.output_dir.join("model")), adapter: None }
         }
-        Method::Lora => Origin {
+        Method::Lora | Method::Qlora => Origin {
             model: match (&stage.model_name_or_path, before) {
                 (None, Some(before)) => before.model,
                 (Some(model), _) => model.clone(),

@@ -162,10 +162,14 @@ impl Prepared {
                 check_projector_type(llava.projector, given)?;
             }
         }
-        if stage.method == Method::Lora {
+        if stage.quantization.is_some_and(|wanted| wanted.lm_head) && config.text().tie_word_embeddings {
+            return Err(Error::usage("quantize_lm_head: the model's head is its embeddings, which stay as they are")
+                .hint("leave quantize_lm_head out"));
+        }
+        if stage.method.trains_adapter() {
             trainable::check_targets(stage, &config)?;
         }
-        if stage.method == Method::Lora {
+        if stage.method.trains_adapter() {
             check_adapter_suffices(stage, &folder, &config)?;
         }
         let named_adapter = match &stage.adapter_name_or_path {
@@ -175,14 +179,14 @@ impl Prepared {
         };
         let mut adapter = named_adapter.map(|path| Adapter::read(&path, &config)).transpose()?;
         if let Some(what) =
-            adapter.as_ref().filter(|_| stage.method == Method::Lora).and_then(|a| a.beyond_training(&config))
+            adapter.as_ref().filter(|_| stage.method.trains_adapter()).and_then(|a| a.beyond_training(&config))
         {
             return Err(Error::usage(format!(
                 "the adapter to start from has {what}, which is not built yet for training"
             ))
             .hint("merge it into its model first, and train a new adapter on that"));
         }
-        if let Some(adapter) = adapter.as_mut().filter(|_| stage.method == Method::Lora) {
+        if let Some(adapter) = adapter.as_mut().filter(|_| stage.method.trains_adapter()) {
             trainable::settle(stage, adapter, &config)?;
         }
         Ok(Self { folder: Arc::new(folder), config, projector, adapter })
@@ -257,6 +261,7 @@ impl Prepared {
         let precision = stage.precision.map(Precision::dtype);
         let mut loading = Loading {
             precision,
+            quantization: stage.quantization,
             // Without masters the weights are 16 bits from the start, unless an adapter is still to be folded in.
             trains: &|name| {
                 let packed = stage.stochastic_rounding && read.is_none();
@@ -270,9 +275,9 @@ impl Prepared {
             changed.extend(names::projector_tensors(llava).into_iter().map(|(name, _)| name));
         }
         let fresh = read.is_none();
-        let adapter = match (stage.method, read) {
-            (Method::Lora, Some(read)) => Some(read.clone()),
-            (Method::Lora, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
+        let adapter = match (stage.method.trains_adapter(), read) {
+            (true, Some(read)) => Some(read.clone()),
+            (true, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
             (_, Some(read)) => {
                 let parts = ["weight", "bias"];
                 changed.extend(read.modules.keys().flat_map(|module| parts.map(|part| format!("{module}.{part}"))));

@@ -143,7 +143,7 @@ pub fn trains(stage: &StageConfig, name: &str) -> Option<f64> {
     let trains = match stage.method {
         Method::Projector => false,
         Method::Full => !is_lora,
-        Method::Lora => is_lora,
+        Method::Lora | Method::Qlora => is_lora,
     };
     trains.then_some(stage.learning_rate)
 }

@@ -112,7 +112,7 @@ impl<'a> Trainer<'a> {
     pub fn header(&self) -> StageHeader {
         StageHeader {
             name: self.stage.title().to_string(),
-            method: self.stage.method.to_string(),
+            method: self.stage.method_line(),
             model: self.stepper.start.folder.name().to_string(),
             records: self.dataset.len(),
             total_steps: self.state.total_steps,
@@ -206,7 +206,7 @@ impl<'a> Trainer<'a> {
     fn save(&self) -> Result<PathBuf> {
         let limit = self.stage.save_total_limit;
         checkpoint::save(&self.stage.output_dir, &self.state, &self.stepper.optimizer, limit, |folder| {
-            if self.stage.method == Method::Lora { self.write_adapter(&folder.join("adapter")) } else { Ok(()) }
+            if self.stage.method.trains_adapter() { self.write_adapter(&folder.join("adapter")) } else { Ok(()) }
         })
     }
 
@@ -257,6 +257,7 @@ impl<'a> Trainer<'a> {
             dtype: None,
             template: Template::named(&self.stage.version).ok(),
             pad: self.stage.image_aspect_ratio == ImageAspectRatio::Pad,
+            quantize: None,
         };
         hf_write::write_model(folder, source, &model.config, changes, &writing)
     }
@@ -264,10 +265,10 @@ impl<'a> Trainer<'a> {
     /// Writes the stage's output and marks it finished.
     fn finish(self, observer: &mut dyn Observer) -> Result<StageOutcome> {
         let dir = &self.stage.output_dir;
-        let what = if self.stage.method == Method::Lora { "adapter" } else { "model" };
+        let what = if self.stage.method.trains_adapter() { "adapter" } else { "model" };
         let output = dir.join(what);
         match self.stage.method {
-            Method::Lora => self.write_adapter(&output)?,
+            Method::Lora | Method::Qlora => self.write_adapter(&output)?,
             Method::Projector | Method::Full => self.write_model(&output)?,
         }
         let written = metrics::read(&dir.join(metrics::FILE_NAME))?;

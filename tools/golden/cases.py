@@ -28,6 +28,7 @@ class Case:
     layout: str = "saved"  # how the folder is written, see golden.layouts
     shard_size: str = "5GB"
     data_name: str = "data.json"
+    packed: list = field(default_factory=list)  # (nf4 or fp4, double): the model in four bits, as bitsandbytes stores it
     runs: list = field(default_factory=list)
 
 
@@ -65,6 +66,7 @@ def micro(batch, accumulation):
 PLAIN = {"method": "projector", "version": "plain", "data_path": "captions.json", "max_steps": 12}
 FULL = {"method": "full", "version": "v1", "max_steps": 12}
 LORA = {"method": "lora", "version": "v1", "max_steps": 12}
+QLORA = {"method": "qlora", "version": "v1", "max_steps": 12, "learning_rate": 2e-3}
 
 CASES = [
     Case(
@@ -383,6 +385,42 @@ CASES = [
                     "lora_dropout": 0.4,
                     "seed": 5,
                     "learning_rate": 2e-3,
+                },
+            ),
+        ],
+    ),
+    Case(
+        name="qlora",
+        about="weights in four bits: rows of 96, and of 100, whose words and blocks go across them",
+        seed=29,
+        text=text(96, 100, 2, 4, 2, 1e-5, 10000.0, False),
+        vision=vision(24, 32, 2, 2, 28),
+        packed=[("nf4", True), ("fp4", False)],
+        runs=[
+            Run("qlora_r8", {**QLORA, **micro(2, 1), "r": 8, "lora_alpha": 16}),
+            Run(
+                "qlora_r64",
+                {
+                    **QLORA,
+                    **micro(1, 2),
+                    "freeze_mm_mlp_adapter": True,
+                    "target_modules": ["q_proj", "down_proj"],
+                    "r": 64,
+                    "lora_alpha": 128,
+                    "learning_rate": 5e-4,
+                },
+            ),
+            Run(
+                "qlora_fp4",
+                {
+                    **QLORA,
+                    **micro(1, 1),
+                    "freeze_mm_mlp_adapter": True,
+                    "quant_type": "fp4",
+                    "double_quant": False,
+                    "r": 4,
+                    "lora_alpha": 8,
+                    "lr_scheduler_type": "linear",
                 },
             ),
         ],

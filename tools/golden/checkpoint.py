@@ -5,10 +5,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoTokenizer,
+    BitsAndBytesConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -53,11 +55,26 @@ class Checkpoint:
             image_tokens=patches + (config["vision_feature_select_strategy"] == "full"),
         )
 
-    def load(self, double, adapter=None):
-        """The model in float32 or float64, eager attention, with a trainable adapter on top if one is given."""
+    def load(self, double, adapter=None, quantization=None):
+        """The model in float32 or float64, eager attention, with a trainable adapter on top if one is given.
+
+        With `quantization` (a BitsAndBytesConfig) the decoder's linears are bitsandbytes'; in float64, dense ones with
+        what these stand for.
+        """
+        quantized = {"quantization_config": quantization, "device_map": "cpu"} if quantization else {}
         model = LlavaForConditionalGeneration.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="eager"
+            self.folder, dtype=torch.float32, attn_implementation="eager", **quantized
         )
+        if quantization and double:
+            dense = LlavaForConditionalGeneration.from_pretrained(
+                self.folder, dtype=torch.float32, attn_implementation="eager"
+            )
+            for name, module in model.named_modules():
+                if hasattr(getattr(module, "weight", None), "quant_state"):
+                    weight = module.weight
+                    values = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+                    dense.get_submodule(name).weight.data = values
+            model = dense
         if adapter:
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         if double:
@@ -66,6 +83,17 @@ class Checkpoint:
                 rotary.inv_freq, _ = rope_function(rotary)(rotary.config, "cpu")
                 rotary.original_inv_freq = rotary.inv_freq
         return model.eval()
+
+
+def four_bits(kind, double):
+    """The decoder's linears in four bits, computed with in float32."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+    )
 
 
 def rotaries(model):

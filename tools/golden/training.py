@@ -8,7 +8,7 @@ import tomllib
 import torch
 from transformers import get_scheduler
 
-from .checkpoint import forget_lengths
+from .checkpoint import forget_lengths, four_bits
 from .masks import Clock, draw_masks
 from .precision import float64_mode
 from .reference import IGNORE_INDEX, encode
@@ -33,10 +33,10 @@ def read_rows(path):
     return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
 
 
-def score(checkpoint, rows, double, adapter=None):
+def score(checkpoint, rows, double, adapter=None, quantization=None):
     """What `score` prints for each record."""
     with float64_mode(double), torch.no_grad():
-        model = checkpoint.load(double, adapter)
+        model = checkpoint.load(double, adapter, quantization)
         lines = []
         for row in rows:
             losses = token_losses(model, encode(row, checkpoint))
@@ -86,8 +86,8 @@ def search(checkpoint, record, settings, new_tokens=10):
 
 
 def choose_trainable(model, method, freeze_projector, unfreeze_vision, linear_projector):
-    """Switches requires_grad; `lora` keeps what PEFT made trainable."""
-    if method != "lora":
+    """Switches requires_grad; `lora` and `qlora` keep what PEFT made trainable."""
+    if method not in ("lora", "qlora"):
         for name, weight in model.named_parameters():
             if "multi_modal_projector" in name:
                 weight.requires_grad = not freeze_projector
@@ -150,7 +150,10 @@ def train(checkpoint, config_path, linear_projector, double):
     assert not config["shuffle"]
 
     with float64_mode(double):
-        model = checkpoint.load(double, adapter)
+        quantization = None
+        if config["method"] == "qlora":
+            quantization = four_bits(config.get("quant_type", "nf4"), config.get("double_quant", True))
+        model = checkpoint.load(double, adapter, quantization)
         named = choose_trainable(
             model,
             config["method"],

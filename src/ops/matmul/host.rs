@@ -26,7 +26,7 @@ impl Call<'_> {
         if self.layout == Layout::Nt && fit_b < 64 && whole_rows && uniform_rows(n, Dtype::F32) > fit_b {
             // Too few rows of W fit to fill the lanes: the transposed matrix has shorter rows.
             let transposed = Tensor::empty(self.c.gpu(), &[length(region.k), n]);
-            transpose_rows(self.b, region.n.0 - self.b_first, &transposed);
+            transpose_rows(self.b, region.n.0 - self.b_first[0], &transposed);
             let window = Window::new(n, usize::MAX, Dtype::F32);
             for m in parts(region.m, fit_a) {
                 for k in parts(region.k, window.most()) {
@@ -43,8 +43,8 @@ impl Call<'_> {
         for m in parts(region.m, m_most) {
             for n in parts(region.n, n_most) {
                 for k in parts(region.k, window.most()) {
-                    let b_row = self.operand_rows(Region { m, n, k }).1.0 - self.b_first;
-                    let b_start = (b_row, if self.layout == Layout::Nt { k.0 } else { n.0 });
+                    let b_row = self.operand_rows(Region { m, n, k }).1.0 - self.b_first[0];
+                    let b_start = (b_row, if self.layout == Layout::Nt { k.0 } else { n.0 - self.b_first[1] });
                     self.launch_uniform(Region { m, n, k }, self.layout, self.b, b_start, window);
                 }
             }
@@ -148,7 +148,7 @@ impl Call<'_> {
         let windows = n.div_ceil(window);
         // Windows past the last are bound, and not read.
         let b_bindings: [_; LANE_WINDOWS] =
-            std::array::from_fn(|w| uniform(b, (region.n.0 - b_first + w.min(windows - 1) * window) * b.cols()));
+            std::array::from_fn(|w| uniform(b, (region.n.0 - b_first[0] + w.min(windows - 1) * window) * b.cols()));
         let mut before = [0u32; LANE_WINDOWS / 4];
         for (w, (_, elements)) in b_bindings.iter().enumerate() {
             before[w / 4] |= (*elements as u32) << (8 * (w % 4));

@@ -1,8 +1,10 @@
 //! Every config key: its kind, its default and its meaning. The one list that reading, errors and writing walk.
 
 use super::types::{
-    GradientCheckpointing, ImageAspectRatio, LossNorm, LrSchedulerType, Optim, Precision, ProjectorType, SelectFeature,
+    GradientCheckpointing, ImageAspectRatio, LossNorm, LrSchedulerType, Method, Optim, Precision, ProjectorType,
+    SelectFeature,
 };
+use crate::quant::QuantType;
 use toml::Value;
 
 #[derive(Clone, Copy, Debug)]
@@ -103,8 +105,6 @@ const fn within(least: i64, most: i64) -> Kind {
     Kind::Integer { least, most }
 }
 
-/// `qlora` is known but not in [`super::Method`]: it is not built yet.
-const METHODS: &[&str] = &["projector", "full", "lora", "qlora"];
 /// What `eval_after` may name.
 pub const EVAL_TASKS: &[&str] = &["easy-vqa"];
 
@@ -126,7 +126,7 @@ pub static KEYS: &[Key] = &[
     stage("shuffle", Kind::Flag, "true", "false: records in file order"),
     stage("seed", at_least(0), "0", "of the order, of new weights and of dropout"),
     stage("group_by_modality_length", Kind::Flag, "false", "batches of one modality and like lengths"),
-    stage("method", Kind::Choice(METHODS), "\"lora\"", "what is trained"),
+    stage("method", Kind::Choice(Method::NAMES), "\"lora\"", "what is trained"),
     stage("freeze_mm_mlp_adapter", Kind::Flag, "false", "true: the projector is not trained beside the language model"),
     stage("unfreeze_mm_vision_tower", Kind::Flag, "false", "true: the vision tower is trained too"),
     unset("mm_projector_lr", Kind::Number(Range::NotNegative), "the projector's rate; `learning_rate`"),
@@ -137,9 +137,10 @@ pub static KEYS: &[Key] = &[
     stage("target_modules", Kind::Modules, "\"all-linear\"", "every linear of every decoder layer"),
     stage("use_rslora", Kind::Flag, "false", "scale by alpha over the root of r"),
     stage("use_dora", Kind::Flag, "false", "weight-decomposed adapters"),
-    unset("bits", Kind::Integer { least: 4, most: 8 }, "for `qlora`"),
-    unset("quant_type", Kind::Choice(&["nf4", "fp4"]), "for `qlora`"),
-    unset("double_quant", Kind::Flag, "for `qlora`"),
+    stage("bits", within(4, 8), "4", "of the decoder's linears under `qlora`"),
+    stage("quant_type", Kind::Choice(QuantType::NAMES), "\"nf4\"", "what four bits stand for under `qlora`"),
+    stage("double_quant", Kind::Flag, "true", "under `qlora`, the factors of the codes in eight bits too"),
+    stage("quantize_lm_head", Kind::Flag, "false", "under `qlora`, the head in four bits too, as LLaVA's scripts had it"),
     stage("num_train_epochs", Kind::Number(Range::Positive), "1.0", "passes over the data"),
     unset("max_steps", at_least(1), "optimizer steps; wins over num_train_epochs"),
     stage("per_device_train_batch_size", within(1, 1 << 24), "1", "records of a micro-batch"),
@@ -180,10 +181,8 @@ pub fn find(name: &str) -> Option<&'static Key> {
 
 /// What to use instead of a value that is known but not built yet; none for all that is built.
 pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
-    let text = value.as_str().unwrap_or_default();
     let instead = match key.name {
-        "method" if text == "qlora" => "use `lora`",
-        "bits" | "quant_type" | "double_quant" => "leave it out: `qlora` is not built either",
+        "bits" if value.as_integer() != Some(4) => "use 4",
         "zero_stage" if value.as_integer() != Some(0) => "use 0",
         "offload" if value.as_bool() == Some(true) => "use false",
         "devices" if value.as_array().is_some_and(|list| list.len() > 1) => "name one device",

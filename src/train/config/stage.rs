@@ -12,6 +12,8 @@ use super::{
 use crate::{
     autograd::Checkpoints,
     error::{Error, Result},
+    models::loading::Quantization,
+    quant::QuantType,
     tensor::Dtype,
 };
 use std::path::{Path, PathBuf};
@@ -75,6 +77,8 @@ pub struct StageConfig {
     pub target_modules: TargetModules,
     pub use_rslora: bool,
     pub use_dora: bool,
+    /// Of the base's weights; none but under `qlora`.
+    pub quantization: Option<Quantization>,
     pub num_train_epochs: f64,
     pub max_steps: Option<u64>,
     pub per_device_train_batch_size: usize,
@@ -203,6 +207,7 @@ impl StageConfig {
             target_modules: read.required("target_modules", target_modules)?,
             use_rslora: read.flag("use_rslora")?,
             use_dora: read.flag("use_dora")?,
+            quantization: quantization(&read)?,
             num_train_epochs: read.number("num_train_epochs")?,
             max_steps: read.optional("max_steps", count)?,
             per_device_train_batch_size: read.required("per_device_train_batch_size", count)?,
@@ -233,8 +238,8 @@ impl StageConfig {
             values: Vec::new(),
         };
         // An adapter to go on from says these itself.
-        let continues = stage.model_name_or_path.is_none() && before.is_some_and(|stage| stage.method == Method::Lora);
-        if stage.method == Method::Lora && (continues || stage.adapter_name_or_path.is_some()) {
+        let continues = stage.model_name_or_path.is_none() && before.is_some_and(|stage| stage.method.trains_adapter());
+        if stage.method.trains_adapter() && (continues || stage.adapter_name_or_path.is_some()) {
             values.retain(|setting| setting.origin != Origin::Default || !ADAPTERS_OWN.contains(&setting.key));
         }
         stage.values = values;
@@ -259,6 +264,14 @@ impl StageConfig {
         self.values.iter().any(|setting| setting.key == key && setting.origin != Origin::Default)
     }
 
+    /// The method, with how its weights are kept where that is its point.
+    pub fn method_line(&self) -> String {
+        let Some(Quantization { kind, double, lm_head }) = self.quantization else { return self.method.to_string() };
+        let double = if double { ", double quantisation" } else { "" };
+        let head = if lm_head { ", the head too" } else { "" };
+        format!("{} ({}{double}{head})", self.method, kind.as_str())
+    }
+
     /// The name, or `train` for the stage of a config without stages.
     pub fn title(&self) -> &str {
         if self.name.is_empty() { "train" } else { &self.name }
@@ -274,6 +287,16 @@ impl StageConfig {
         let rank = self.r as f64;
         self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
     }
+}
+
+fn quantization(read: &Reader<'_>) -> Result<Option<Quantization>> {
+    let quantization = Quantization {
+        kind: read.required("quant_type", |value| QuantType::parse(value.as_str()?))?,
+        double: read.flag("double_quant")?,
+        lm_head: read.flag("quantize_lm_head")?,
+    };
+    let method = read.required("method", |value| Method::parse(value.as_str()?))?;
+    Ok((method == Method::Qlora).then_some(quantization))
 }
 
 /// The defaults that other values decide, and where the pictures of a data file are.

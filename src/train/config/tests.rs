@@ -1,5 +1,5 @@
 use super::*;
-use crate::error::ErrorKind;
+use crate::{error::ErrorKind, models::loading::Quantization, quant::QuantType};
 
 fn resolve_all(recipe: Option<&str>, file: Option<&str>, set: &[&str]) -> Result<RunConfig> {
     let set: Vec<String> = set.iter().map(|argument| argument.to_string()).collect();
@@ -203,23 +203,31 @@ fn every_group_has_the_learning_rate_that_is_not_told_otherwise() {
 
 #[test]
 fn what_is_known_but_not_built_says_so() {
-    for setting in [
-        "method=qlora",
-        "bits=4",
-        "quant_type=nf4",
-        "double_quant=true",
-        "zero_stage=2",
-        "offload=true",
-        "devices=[0, 1]",
-    ] {
+    for setting in ["bits=8", "bits=5", "zero_stage=2", "offload=true", "devices=[0, 1]"] {
         let message = message(MINIMAL, &[setting]);
         assert!(message.contains("not built yet"), "{message}");
     }
-    let built = ["use_dora=true", "optim=adamw", "gradient_checkpointing=none", "zero_stage=0", "offload=false"];
+    let built =
+        ["bits=4", "use_dora=true", "optim=adamw", "gradient_checkpointing=none", "zero_stage=0", "offload=false"];
     resolve(MINIMAL, &built).unwrap();
     for mode in ["selective", "full", "offload"] {
         resolve(MINIMAL, &[&format!("gradient_checkpointing={mode}")]).unwrap();
     }
     let run = resolve(MINIMAL, &["devices=[1]", "precision=float32"]).unwrap();
     assert_eq!((run.device, run.stages[0].precision), (Some(DeviceChoice::Index(1)), Some(Precision::Float32)));
+}
+
+#[test]
+fn four_bits_are_for_qlora_alone() {
+    assert_eq!(resolve(MINIMAL, &["quant_type=fp4"]).unwrap().stages[0].quantization, None);
+    let of = |set: &[&str]| {
+        let run = resolve(MINIMAL, set).unwrap();
+        let stage = &run.stages[0];
+        let Quantization { kind, double, lm_head } = stage.quantization.unwrap();
+        assert!(stage.method.trains_adapter());
+        (kind, double, lm_head, stage.method_line())
+    };
+    assert_eq!(of(&["method=qlora"]), (QuantType::Nf4, true, false, "qlora (nf4, double quantisation)".into()));
+    let other = ["method=qlora", "quant_type=fp4", "double_quant=false", "quantize_lm_head=true"];
+    assert_eq!(of(&other), (QuantType::Fp4, false, true, "qlora (fp4, the head too)".into()));
 }

@@ -48,8 +48,18 @@ named! {
         Full = "full",
         /// Low-rank adapters on the language model, and the projector.
         Lora = "lora",
+        /// The same on weights of four bits.
+        Qlora = "qlora",
     }
 }
+
+impl Method {
+    /// Whether an adapter trains, and is what the stage writes.
+    pub fn trains_adapter(self) -> bool {
+        matches!(self, Self::Lora | Self::Qlora)
+    }
+}
+
 named! { ProjectorType { Linear = "linear", Mlp2xGelu = "mlp2x_gelu", } }
 named! {
     /// Which of the vision tower's positions go to the projector.

@@ -4,6 +4,8 @@ use super::{batches::Steps, open_last, simulate};
 use crate::{
     error::Result,
     gpu::AdapterFacts,
+    models::loading::Quantization,
+    quant::QuantType,
     train::config::{GradientCheckpointing, Method, Optim, Precision, StageConfig},
 };
 
@@ -56,7 +58,15 @@ fn changes(stage: &StageConfig) -> Vec<Change> {
     if stage.method == Method::Full {
         list.push(("method = \"lora\"".into(), Box::new(|stage| stage.method = Method::Lora)));
     }
-    // QLORA
+    if matches!(stage.method, Method::Full | Method::Lora) {
+        list.push((
+            "method = \"qlora\"".into(),
+            Box::new(|stage| {
+                stage.method = Method::Qlora;
+                stage.quantization = Some(Quantization { kind: QuantType::Nf4, double: true, lm_head: false });
+            }),
+        ));
+    }
     if stage.method != Method::Projector && stage.r > 8 {
         list.push(("r = 8".into(), Box::new(|stage| stage.r = 8)));
     }
