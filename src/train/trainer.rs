@@ -207,7 +207,7 @@ impl<'a> Trainer<'a> {
 
         elementwise::fill(&self.sums, 0.0);
         self.optimizer.zero_gradients();
-        let loss_scale = self.state.loss_scaler.map(|scaler| scaler.scale);
+        let loss_scale = self.state.loss_scaler.map(|scaler| f64::from(scaler.scale));
         for (index, (samples, batch)) in samples.iter().zip(&batches).enumerate() {
             let scale = loss_scale.unwrap_or(1.0);
             let scale = scale
@@ -250,7 +250,7 @@ impl<'a> Trainer<'a> {
             } else {
                 self.state.updates = before;
                 let more = scaler.overflow(&scaling);
-                overflowed(t, update.loss_scale, more.then_some(scaler.scale), observer)?;
+                overflowed(t, update.loss_scale, more.then_some(f64::from(scaler.scale)), observer)?;
             }
         } else if !loss.is_finite() || !grad_norm.is_finite() {
             let ids: Vec<&str> = samples.iter().flatten().take(4).map(|sample| sample.id.as_str()).collect();
