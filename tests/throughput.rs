@@ -1,4 +1,4 @@
-//! Figures of the paths that memory bounds: uploads, casts, and the products of decoding. Run by hand, on an idle
+//! Figures of the paths that memory bounds: uploads, casts, the products of decoding, and the optimizer's updates. Run by hand, on an idle
 //! machine: `cargo test --release --test throughput -- --ignored --nocapture --test-threads 1`
 
 mod common;
@@ -14,7 +14,10 @@ use wgpu_llava::{
     gpu::Gpu,
     ops::{
         Random,
+        adamw::{self, Draw, Step, Weights},
+        adamw_8bit::{self, Moments},
         cast::{self, cast},
+        elementwise,
         matmul::{Layout, product},
     },
     tensor::{Dtype, Tensor},
@@ -111,5 +114,44 @@ fn decoding() {
                 report(&format!("x [{m}, {k}] W [{n}, {k}]^T, {dtype:?}"), bytes.len(), seconds(call) / times as f64);
             }
         }
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn updates() {
+    let gpu = open();
+    let count = 4 << 20;
+    let (_, gradient) = Random::new(1).tensor(&gpu, &[count]);
+    let (_, full) = Random::new(2).tensor(&gpu, &[count]);
+    let [m, v] = [(); 2].map(|()| elementwise::zeros(&gpu, &[count]));
+    let (moments, square_sum) = (Moments::new(&gpu, count), Tensor::from_f32(&gpu, &[1e6], &[1]));
+    let constants = Step {
+        learning_rate: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        max_norm: 1.0,
+        gradient_scale: 1.0,
+        t: 10,
+    };
+    let half = cast(&full, Dtype::Bf16);
+    let forms = [
+        ("f32", Weights::Full(&full), 8),
+        ("f32 with a copy in bf16", Weights::Master(&full, &half), 10),
+        ("bf16 rounded at random", Weights::Stochastic(&half, Draw { seed: 1, step: 1, first: 0 }), 4),
+    ];
+    for (what, weights, moved) in forms {
+        let call = || {
+            adamw::step(weights, &gradient, &m, &v, &square_sum, &constants);
+            gpu.sync().unwrap();
+        };
+        report(&format!("adamw of 4 Mi {what}"), count * (4 + moved + 16), seconds(call));
+        let call = || {
+            adamw_8bit::step(weights, &gradient, &moments, 0, &square_sum, &constants);
+            gpu.sync().unwrap();
+        };
+        report(&format!("adamw_8bit of 4 Mi {what}"), count * (4 + moved + 4), seconds(call));
     }
 }

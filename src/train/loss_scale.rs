@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::config::{Precision, StageConfig};
 
 /// 2^100: its reciprocal is still a normal f32.
-const LARGEST: f64 = (1u128 << 100) as f64;
+const LARGEST: f32 = (1u128 << 100) as f32;
 
 /// How the factor moves. Names as in DeepSpeed's `fp16` section.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,8 +40,8 @@ impl LossScaling {
 /// The factor and how it got there; a part of every checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LossScaler {
-    /// What the next step's losses are multiplied with.
-    pub scale: f64,
+    /// What the next step's losses are multiplied with. An f32 survives being written as JSON to the last bit.
+    pub scale: f32,
     /// Steps that overflowed so far.
     pub skipped_steps: u64,
     /// Steps since the last overflow.
@@ -57,7 +57,7 @@ impl LossScaler {
         } else {
             2f64.powi(scaling.initial_scale_power).max(scaling.min_loss_scale)
         };
-        Self { scale: scale.min(LARGEST), skipped_steps: 0, good_steps: 0, hysteresis: scaling.hysteresis }
+        Self { scale: (scale as f32).min(LARGEST), skipped_steps: 0, good_steps: 0, hysteresis: scaling.hysteresis }
     }
 
     /// After a step whose gradients were finite.
@@ -80,9 +80,10 @@ impl LossScaler {
             self.hysteresis -= 1;
             return true;
         }
-        let least = self.scale <= scaling.min_loss_scale;
-        self.scale = (self.scale / 2.0).max(scaling.min_loss_scale).min(self.scale);
-        !least
+        let least = scaling.min_loss_scale as f32;
+        let more = self.scale > least;
+        self.scale = (self.scale / 2.0).max(least).min(self.scale);
+        more
     }
 }
 
@@ -137,6 +138,6 @@ mod tests {
         let mut scaler = LossScaler::new(&LossScaling { initial_scale_power: 100, ..SCALING });
         (0..30).for_each(|_| scaler.good(&SCALING));
         assert_eq!(scaler.scale, LARGEST);
-        assert!(((1.0 / scaler.scale) as f32).is_normal() && (scaler.scale as f32).is_finite());
+        assert!((1.0 / scaler.scale).is_normal() && scaler.scale.is_finite());
     }
 }

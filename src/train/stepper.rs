@@ -146,7 +146,7 @@ impl Stepper {
     ) -> Result<Measured> {
         let batches = step.batches;
         let target_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-        let loss_scale = loss_scaler.as_ref().map(|scaler| scaler.scale);
+        let loss_scale = loss_scaler.as_ref().map(|scaler| f64::from(scaler.scale));
         elementwise::fill(&self.sums, 0.0);
         self.optimizer.zero_gradients();
         for (index, (images, batch)) in step.images.iter().zip(batches).enumerate() {
@@ -193,7 +193,7 @@ impl Stepper {
             } else {
                 *updates = before;
                 let more = scaler.overflow(&scaling);
-                overflow = Some(Overflow { next: more.then_some(scaler.scale) });
+                overflow = Some(Overflow { next: more.then_some(f64::from(scaler.scale)) });
             }
         }
         Ok(Measured {

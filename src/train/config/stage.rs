@@ -256,6 +256,13 @@ impl StageConfig {
             ))
             .hint("set both, or leave stochastic_rounding out"));
         }
+        // Both the factor and its reciprocal are f32.
+        for (key, factor) in [("loss_scale", stage.loss_scale), ("min_loss_scale", stage.min_loss_scale)] {
+            if factor != 0.0 && !(1e-30..=1e30).contains(&factor) {
+                return Err(Error::usage(format!("{place}: {key} = {factor:e} must be from 1e-30 to 1e30"))
+                    .hint("powers of two between 1 and 65536 are usual; loss_scale = 0 finds one by trial"));
+            }
+        }
         Ok(stage)
     }
 

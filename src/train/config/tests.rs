@@ -192,6 +192,8 @@ fn rounding_at_random_is_for_full_fine_tuning_in_bfloat16() {
         assert!(message.contains("bfloat16") && message.contains("full"), "{message}");
     }
     assert!(message(MINIMAL, &wanted[..1]).contains("stochastic_rounding"));
+    assert!(message(MINIMAL, &["loss_scale=1e-40"]).contains("1e-30 to 1e30"));
+    assert!(message(MINIMAL, &["min_loss_scale=1e300"]).contains("min_loss_scale"));
 }
 
 #[test]
