@@ -13,6 +13,7 @@ pub mod dora;
 pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
+pub mod flash_attention;
 pub mod layer_norm;
 pub mod matmul;
 pub mod patch_embed;
@@ -67,6 +68,7 @@ pub const OPS: &[Op] = &[
     attention::CAUSAL,
     attention::FULL,
     attention::WINDOW,
+    flash_attention::OP,
     embedding::OP,
     patch_embed::OP,
     cross_entropy::OP,
