@@ -1,9 +1,11 @@
 // Attention over packed sequences: query t sees the keys ranges[t].x <= j < ranges[t].y, which says causal, full,
 // packed or cached alike; key j is seen by the queries of its own range. Query head h uses key/value head h * K / H.
 //
-// A workgroup owns ROWS queries (or keys) of one head and walks the other side in blocks of THREADS: first a lane is
-// one key (or query) of the block and takes the dot products, then a lane is a channel (PARTS of them) and takes the
-// weighted sums. Nothing of size T x T is stored, no two workgroups write the same place.
+// Nothing of size T x T is stored, no two workgroups write the same place. GPUs have tiled kernels beside these
+// (flash_attention.wgsl), host processors one query a lane (lane_*). What is left, heads wider than 128 and single
+// queries, goes to the simple ones: a workgroup owns ROWS queries (or keys) of one head and walks the other side in
+// blocks of THREADS: first a lane is one key (or query) of the block and takes the dot products, then a lane is a channel
+// (PARTS of them) and takes the weighted sums.
 
 struct Params {
     queries: u32, // T

@@ -12,7 +12,7 @@ use wgpu_llava::{
     gpu::{AdapterOptions, Gpu},
     models::{config::ModelConfig, llama::Llama, names},
     nn::{Forward, Lora, Parameters},
-    ops::{Random, elementwise},
+    ops::{Random, cast::cast, elementwise},
     tensor::{Dtype, Tensor},
 };
 
@@ -189,5 +189,25 @@ fn runs_of_every_mode_leave_the_same_bytes() {
             assert_eq!(got.0, want.0, "{case} {name} {set:?} {mode}");
             assert!(got.1 == want.1, "{case} {name} {set:?} {mode}: other weights");
         }
+    }
+}
+
+/// More at once than the buffers between device and host hold, in pieces that these cut, odd counts of 16 bits too.
+#[test]
+fn tensors_come_back_from_the_host_as_they_went() {
+    let gpu = open_gpu();
+    let sizes = [(9 << 20) + 4, 1, 77, 5 << 20, (4 << 20) + 1, 300];
+    let tensors: Vec<(Vec<f32>, Tensor)> =
+        sizes.iter().map(|&size| Random::new(size as u64).tensor(&gpu, &[size])).collect();
+    let half = cast(&tensors[2].1, Dtype::Bf16);
+    let want = half.to_bytes().unwrap();
+    let sent: Vec<_> = tensors.iter().map(|(_, tensor)| tensor.offload()).collect();
+    let sent_half = half.offload();
+    // What is written there afterwards does not reach what has been sent.
+    tensors.iter().for_each(|(_, tensor)| elementwise::fill(tensor, 0.0));
+    assert_eq!(sent_half.restore().to_bytes().unwrap(), want);
+    for ((values, _), sent) in tensors.iter().zip(sent).rev() {
+        let tensor = sent.restore();
+        assert!(tensor.shape() == [values.len()] && tensor.to_vec().unwrap() == *values, "{} elements", values.len());
     }
 }

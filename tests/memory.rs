@@ -5,16 +5,20 @@ mod common;
 
 use std::{collections::BTreeMap, sync::Mutex};
 
-use common::open_gpu;
+use common::{golden, open_gpu};
 use serde_json::json;
 use wgpu_llava::{
     autograd::{Checkpointing, Checkpoints, Tape, functions},
+    data::IMAGE_TOKEN_INDEX,
+    formats::model_folder::ModelFolder,
     gpu::Gpu,
     models::{
+        batch::PackedBatch,
         clip::ClipVision,
         config::{ClipVisionConfig, FeatureSelect, LlamaConfig, ModelConfig},
         llama::Llama,
-        memory::{Adapters, DecoderPass, TowerPass, Tuning},
+        llava::{Llava, Pictures},
+        memory::{Adapters, DecoderPass, Features, LlavaPass, TowerPass, Tuning},
         names,
     },
     nn::{Forward, Lora, Parameters},
@@ -145,8 +149,8 @@ fn decoders() {
     ];
     for mode in MODES {
         for tuning in tunings {
-            run(&gpu, &wide, tuning, Checkpoints { mode, dtype: Dtype::F32 }, &[150, 106], 60);
-            run(&gpu, &grouped, tuning, Checkpoints { mode, dtype: Dtype::Bf16 }, &[300], 300);
+            run(&gpu, &wide, tuning, Checkpoints { mode, dtype: Dtype::F32 }, &[80, 56], 60);
+            run(&gpu, &grouped, tuning, Checkpoints { mode, dtype: Dtype::Bf16 }, &[150], 150);
         }
     }
 }
@@ -225,6 +229,60 @@ fn towers_that_train() {
                 let what = format!("tower {hidden_size} x {layers} {mode:?} {dtype:?}");
                 check(&what, told.kept() + told.working_set(), peak);
             }
+        }
+    }
+}
+
+#[test]
+fn a_whole_llava() {
+    let _alone = ALONE.lock();
+    let gpu = open_gpu();
+    let folder = ModelFolder::open(&golden("parity/gqa_tied_mlp_vision/model")).unwrap();
+    for mode in MODES {
+        for tower_trains in [false, true] {
+            let mut model = Llava::load(&gpu, &folder).unwrap();
+            let checkpoints = Checkpoints { mode, dtype: Dtype::F32 };
+            model.set_checkpoints(checkpoints);
+            let names: Vec<String> = model.parameters.iter().map(|parameter| parameter.name.clone()).collect();
+            for name in names.iter().filter(|name| tower_trains || !name.starts_with(names::VISION_TOWER)) {
+                let id = model.parameters.find(name).unwrap();
+                let value = model.parameters.get(id).value.clone();
+                let grad = elementwise::zeros(&gpu, value.shape());
+                model.parameters.place(id, value, Some(grad));
+            }
+            let config = model.config.llava().unwrap().clone();
+            let pixels = vec![0.5; 3 * config.vision_config.image_size.pow(2)];
+            let pictures: Vec<&[f32]> = vec![&pixels; 6];
+            let mut batch = PackedBatch::default();
+            for _ in &pictures {
+                let mut tokens = vec![3; 40];
+                tokens[1] = IMAGE_TOKEN_INDEX;
+                batch.push(&tokens, &[5; 40], config.image_seq_length());
+            }
+            let tower = TowerPass {
+                config: &config.vision_config,
+                layers: config.vision_layers_used(),
+                checkpoints,
+                pictures: pictures.len(),
+            };
+            let decoder = DecoderPass {
+                config: &config.text_config,
+                tuning: Tuning::Full,
+                checkpoints,
+                embeddings_train: true,
+                tokens: batch.tokens(),
+                targets: batch.targets.len(),
+            };
+            let features = if tower_trains { Features::Trained(tower) } else { Features::Frozen(tower) };
+            let told =
+                LlavaPass { config: &config, decoder, features, projector_trains: true, pictures: pictures.len() };
+            let peak = measured(&gpu, || {
+                let mut tape = Tape::recording();
+                let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+                let losses = model.losses(&mut forward, &batch, Pictures::Pixels(&pictures), 1.0).unwrap().unwrap();
+                tape.backward(&losses, losses.value.clone());
+            });
+            check(&format!("LLaVA, tower trains: {tower_trains}, {mode:?}"), told.peak(), peak);
         }
     }
 }

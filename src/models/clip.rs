@@ -108,7 +108,7 @@ impl ClipVision {
         let assembled = functions::assemble_patches(forward.tape, &shaped, &class_embedding, &position);
         let eps = self.config.layer_norm_eps as f32;
         let mut x = self.pre_layrnorm.forward(forward, &assembled, eps);
-        drop((shaped, assembled));
+        drop((patches, embedded, shaped, assembled));
         for index in 0..self.layers.len() {
             // Features of a frozen tower are the same whether they are computed in a step or before.
             if !x.wants_gradient() {

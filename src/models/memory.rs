@@ -4,7 +4,7 @@
 //! logits, or one layer on its way back. The peak is `layers * kept_per_layer + max(head, working_set)`, in bytes, each
 //! tensor in whole units of the device's pool. `tests/memory.rs` measures it.
 
-use super::config::{ClipVisionConfig, LlamaConfig};
+use super::config::{ClipVisionConfig, LlamaConfig, LlavaConfig, ProjectorType};
 use crate::{
     autograd::{Checkpointing, Checkpoints, functions},
     gpu::UNIT,
@@ -267,8 +267,63 @@ impl TowerPass<'_> {
         f32s(patches) + hidden + norm
     }
 
+    /// The most bytes at once while the tower runs and nothing is kept: it is frozen.
+    pub fn frozen(&self) -> u64 {
+        let [hidden, inner, stats, _] = self.sizes();
+        (5 * hidden + stats).max(hidden + 2 * inner)
+    }
+
     /// Bytes that stay from the tower's forward to its backward.
     pub fn kept(&self) -> u64 {
         self.before() + self.layers as u64 * self.kept_per_layer()
+    }
+}
+
+/// Where a pass has its pictures' features from.
+#[derive(Clone, Copy)]
+pub enum Features<'a> {
+    /// They were computed before, and are there while the pass lasts.
+    Given,
+    Frozen(TowerPass<'a>),
+    Trained(TowerPass<'a>),
+}
+
+/// What the memory of a LLaVA's pass follows from.
+#[derive(Clone, Copy)]
+pub struct LlavaPass<'a> {
+    pub config: &'a LlavaConfig,
+    pub decoder: DecoderPass<'a>,
+    pub features: Features<'a>,
+    pub projector_trains: bool,
+    pub pictures: usize,
+}
+
+impl LlavaPass<'_> {
+    /// Bytes that are kept before the decoder begins.
+    fn kept(&self) -> u64 {
+        let (rows, c) = (self.pictures * self.config.image_seq_length(), self.config);
+        let (features, projected) = (f32s(rows * c.vision_config.hidden_size), f32s(rows * c.text_config.hidden_size));
+        let (tower, given) = match self.features {
+            Features::Given => (0, true),
+            Features::Frozen(_) => (0, false),
+            Features::Trained(tower) => (tower.kept(), false),
+        };
+        let passes = self.projector_trains || matches!(self.features, Features::Trained(_));
+        let read = if c.projector == ProjectorType::Mlp2xGelu {
+            u64::from(passes) * projected + u64::from(self.projector_trains) * projected
+        } else {
+            0
+        };
+        tower + u64::from(given || self.projector_trains) * features + read + f32s(rows)
+    }
+
+    /// As [`DecoderPass::peak`], of the whole.
+    pub fn peak(&self) -> u64 {
+        let decoder = self.kept() + self.decoder.peak();
+        match self.features {
+            Features::Given => decoder,
+            Features::Frozen(tower) => decoder.max(tower.frozen()),
+            Features::Trained(tower) => decoder.max(tower.kept() + tower.working_set()),
+        }
     }
 }

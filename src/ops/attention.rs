@@ -1,10 +1,11 @@
-//! Scaled dot-product attention over packed sequences, forward and backward, without a T x T matrix.
+//! Scaled dot-product attention over packed sequences, forward and backward, without a T x T matrix: beside its inputs
+//! and its output a pass keeps two numbers for each query and head.
 //! PyTorch: `F.scaled_dot_product_attention(q, k, v, attn_mask, scale=E ** -0.5, enable_gqa=True)`.
 //!
 //! What a query may see is a half-open range of keys, so causal, full, packed and cached attention are one kernel
 //! with other ranges. Query head h reads key/value head h * K / H.
 
-use super::{Comparison, Cost, Op, Random, groups_for};
+use super::{Comparison, Cost, Op, Random, flash_attention, groups_for};
 use std::sync::Arc;
 
 use crate::{
@@ -168,12 +169,24 @@ impl Window {
 
 /// q [T, H, E] over k, v [S, K, E]: the output [T, H, E], and log-sum-exp beside room for delta [T, H, 2].
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, ranges: &Ranges, heads: Heads) -> (Tensor, Tensor) {
+    forward_by(flash_attention::variant(q.gpu(), heads), q, k, v, ranges, heads)
+}
+
+/// As [`forward`], by the tiled kernels of this variant.
+fn forward_by(
+    tiled: Option<&'static str>,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    ranges: &Ranges,
+    heads: Heads,
+) -> (Tensor, Tensor) {
     let gpu = q.gpu();
     let width = heads.heads * heads.head_size;
     let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
     let out = Tensor::empty(gpu, &[queries, width]);
     let stats = Tensor::empty(gpu, &[queries, heads.heads, 2]);
-    if let Some((windows, suffix)) = heads.lanes(gpu, ranges) {
+    if let Some((windows, suffix)) = heads.lanes(gpu, ranges).filter(|_| tiled.is_none()) {
         for &(first, rows) in &windows {
             let window = Window { heads, first, rows };
             let ((q, q_before), (k, k_before), (v, v_before)) = (window.queries(q), window.keys(k), window.keys(v));
@@ -185,7 +198,11 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, ranges: &Ranges, heads: Heads
     }
     // Queries over a cache may share no keys, so each goes alone.
     let alone = queries < 8 || ranges.lengths.is_empty();
-    let (kernel, rows) = if alone { ("attention.forward.decode".into(), 1) } else { heads.variant("forward") };
+    let (kernel, rows) = match tiled {
+        _ if alone => ("attention.forward.decode".into(), 1),
+        Some(suffix) => flash_attention::kernel("forward", suffix),
+        None => heads.variant("forward"),
+    };
     let bindings = [q.binding(), k.binding(), v.binding(), ranges.of_queries.binding(), out.binding(), stats.binding()];
     let groups = [queries.div_ceil(rows) as u32, heads.heads as u32, 1];
     gpu.dispatch(&kernel, &bindings, &heads.params(queries, keys), groups);
@@ -196,7 +213,13 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, ranges: &Ranges, heads: Heads
 ///
 /// # Panics
 /// When the ranges lack the keys' side.
-pub fn backward(
+pub fn backward(saved: [&Tensor; 5], dout: &Tensor, ranges: &Ranges, heads: Heads) -> (Tensor, Tensor, Tensor) {
+    backward_by(flash_attention::variant(dout.gpu(), heads), saved, dout, ranges, heads)
+}
+
+/// As [`backward`], by the tiled kernels of this variant.
+fn backward_by(
+    tiled: Option<&'static str>,
     [q, k, v, out, stats]: [&Tensor; 5],
     dout: &Tensor,
     ranges: &Ranges,
@@ -214,7 +237,7 @@ pub fn backward(
     );
     let [dq, dk, dv] = [q, k, v].map(|x| Tensor::empty(gpu, x.shape()));
     let of_keys = ranges.of_keys.as_ref().expect("training ranges know both sides");
-    if let Some((windows, suffix)) = heads.lanes(gpu, ranges) {
+    if let Some((windows, suffix)) = heads.lanes(gpu, ranges).filter(|_| tiled.is_none()) {
         for &(first, rows) in &windows {
             let window = Window { heads, first, rows };
             let ((q, q_before), (k, k_before), (v, v_before), (dout, dout_before)) =
@@ -230,7 +253,8 @@ pub fn backward(
         }
         return (dq, dk, dv);
     }
-    let (kernel, rows) = heads.variant("backward_query");
+    let variant = |kernel: &str| tiled.map_or_else(|| heads.variant(kernel), |by| flash_attention::kernel(kernel, by));
+    let (kernel, rows) = variant("backward_query");
     gpu.dispatch(
         &kernel,
         &[
@@ -245,7 +269,7 @@ pub fn backward(
         &params,
         [queries.div_ceil(rows) as u32, heads.heads as u32, 1],
     );
-    let (kernel, rows) = heads.variant("backward_key_value");
+    let (kernel, rows) = variant("backward_key_value");
     gpu.dispatch(
         &kernel,
         &[
@@ -305,14 +329,19 @@ pub fn reference([q, k, v, dout]: [&[f64]; 4], lengths: &[usize], mask: Mask, he
     result
 }
 
-fn check(mask: Mask, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+/// `tiled` forces the tiled kernels where there are some for the head size.
+pub(super) fn check(mask: Mask, tiled: bool, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut comparisons = Vec::new();
     // Every head size class; grouped heads; lengths that share a workgroup and lengths that fill blocks.
-    for (kv_heads, head_size) in [(1, 5), (2, 12), (4, 32), (2, 33), (1, 60), (4, 136)] {
+    for (kv_heads, head_size) in [(1, 5), (2, 12), (4, 32), (2, 33), (1, 60), (2, 97), (1, 128), (2, 130), (4, 136)] {
         if n > 100 && head_size > 33 {
             continue;
         }
         let heads = Heads { heads: 4, kv_heads, head_size };
+        let by = if tiled { flash_attention::of_size(head_size) } else { flash_attention::variant(gpu, heads) };
+        if tiled && by.is_none() {
+            continue;
+        }
         let lengths = [n, 1, n / 3 + 1];
         let tokens: usize = lengths.iter().sum();
         let mut random = Random::new((n * 7 + kv_heads) as u64);
@@ -323,8 +352,8 @@ fn check(mask: Mask, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         let ((k, tk), (v, tv)) =
             (random.tensor(gpu, &[tokens, kv_heads * head_size]), random.tensor(gpu, &[tokens, kv_heads * head_size]));
         let ranges = Ranges::packed(gpu, &lengths, mask);
-        let (out, stats) = forward(&tq, &tk, &tv, &ranges, heads);
-        let (dq, dk, dv) = backward([&tq, &tk, &tv, &out, &stats], &tdout, &ranges, heads);
+        let (out, stats) = forward_by(by, &tq, &tk, &tv, &ranges, heads);
+        let (dq, dk, dv) = backward_by(by, [&tq, &tk, &tv, &out, &stats], &tdout, &ranges, heads);
         let wide = [&q, &k, &v, &dout].map(|x| super::testing::wide(x));
         let [want_out, want_dq, want_dk, want_dv] =
             reference([&wide[0], &wide[1], &wide[2], &wide[3]], &lengths, mask, heads);
@@ -340,11 +369,11 @@ fn check(mask: Mask, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     Ok(comparisons)
 }
 
-fn cost(n: usize) -> Cost {
+pub(super) fn cost(n: usize) -> Cost {
     let (n, width) = (n as u64, 4 * 33);
     Cost { flops: 4 * n * n * width, bytes: 16 * n * width }
 }
 
-pub const CAUSAL: Op = Op { name: "attention.causal", check: |gpu, n| check(Mask::Causal, gpu, n), cost };
-pub const FULL: Op = Op { name: "attention.full", check: |gpu, n| check(Mask::Full, gpu, n), cost };
-pub const WINDOW: Op = Op { name: "attention.window", check: |gpu, n| check(Mask::Window(5), gpu, n), cost };
+pub const CAUSAL: Op = Op { name: "attention.causal", check: |gpu, n| check(Mask::Causal, false, gpu, n), cost };
+pub const FULL: Op = Op { name: "attention.full", check: |gpu, n| check(Mask::Full, false, gpu, n), cost };
+pub const WINDOW: Op = Op { name: "attention.window", check: |gpu, n| check(Mask::Window(5), false, gpu, n), cost };

@@ -14,6 +14,7 @@ pub mod dora;
 pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
+pub mod flash_attention;
 pub mod layer_norm;
 pub mod matmul;
 pub mod nf4;
@@ -77,6 +78,7 @@ pub const OPS: &[Op] = &[
     attention::CAUSAL,
     attention::FULL,
     attention::WINDOW,
+    flash_attention::OP,
     embedding::OP,
     patch_embed::OP,
     cross_entropy::OP,
