@@ -11,11 +11,12 @@ use std::{
 };
 
 use wgpu_llava::{
-    gpu::Gpu,
+    gpu::{AdapterOptions, Gpu},
     ops::{
         Random,
         cast::{self, cast},
-        matmul::{Layout, product},
+        dropout, elementwise,
+        matmul::{Epilogue, Layout, product, product_into},
     },
     tensor::{Dtype, Tensor},
 };
@@ -110,6 +111,58 @@ fn decoding() {
                 };
                 report(&format!("x [{m}, {k}] W [{n}, {k}]^T, {dtype:?}"), bytes.len(), seconds(call) / times as f64);
             }
+        }
+    }
+}
+
+/// What folding an adapter's product into the layer's could gain: Y = X W^T, then Y += U B^T, beside one product whose
+/// inner dimension goes on from X and W to U and B; the same for dX. And a dropped gradient added at once.
+#[test]
+#[ignore = "a measurement"]
+fn adapters() {
+    let cpu = open();
+    let as_gpu = Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).unwrap();
+    for (gpu, device) in [(&cpu, "processor"), (&as_gpu, "kernels of GPUs on it")] {
+        for [t, n, k, r] in [[512, 1024, 1024, 64], [512, 1024, 1024, 8], [256, 2048, 768, 64]] {
+            let mut random = Random::new(1);
+            let mut draw = |shape: [usize; 2]| random.tensor(gpu, &shape).1;
+            let add = Epilogue { accumulate: true, ..Default::default() };
+            for layout in [Layout::Nt, Layout::Nn] {
+                let (x, u, xu) = (draw([t, k]), draw([t, r]), draw([t, k + r]));
+                let [w, b, wb] = [k, r, k + r].map(|k| draw(if layout == Layout::Nt { [n, k] } else { [k, n] }));
+                let timed = |call: &dyn Fn()| {
+                    seconds(|| {
+                        call();
+                        gpu.sync().unwrap();
+                    })
+                };
+                let base = timed(&|| drop(product(layout, &x, &w)));
+                let two = timed(&|| product_into(layout, &u, &b, &product(layout, &x, &w), add));
+                let one = timed(&|| drop(product(layout, &xu, &wb)));
+                println!(
+                    "{device}, {layout:?}, T {t}, N {n}, K {k}, r {r}: {:.1} ms; with the adapter's product added \
+                     {:.3} of it, in one {:.3}",
+                    base * 1e3,
+                    two / base,
+                    one / base
+                );
+            }
+            let (x, y, key) =
+                (draw([t, n]), draw([t, n]), dropout::Key { probability: 0.1, seed: 0, stream: 0, step: 0 });
+            let apart = || {
+                elementwise::add_to(&y, &dropout::apply(&x, key), &y);
+                gpu.sync().unwrap();
+            };
+            let at_once = || {
+                dropout::add_to(&x, key, &y);
+                gpu.sync().unwrap();
+            };
+            let (apart, at_once) = (seconds(apart), seconds(at_once));
+            println!(
+                "{device}, dropped and added, {t} x {n}: {:.2} ms, at once {:.3} of it",
+                apart * 1e3,
+                at_once / apart
+            );
         }
     }
 }
