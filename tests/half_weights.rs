@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use wgpu_llava::{
     autograd::{
         Tape, Weight,
-        functions::{self, DropoutKey, LoraWeights},
+        functions::{self, DoraWeights, DropoutKey, LoraWeights},
     },
     gpu::{AdapterOptions, Gpu},
     ops::{
@@ -169,8 +169,15 @@ fn ops_without_packed_kernels_refuse_packed_tensors() {
     }
 }
 
-/// Output, dx, dA, dB (without an adapter: output and dx) of a linear layer over a frozen weight.
-fn linear(gpu: &Gpu, weight: &Tensor, tokens: usize, rank: Option<usize>) -> Vec<Vec<f32>> {
+#[derive(Clone, Copy, Debug)]
+enum Adapter {
+    None,
+    Lora(usize),
+    Dora(usize),
+}
+
+/// Output, dx, and the gradients of the adapter's tensors, of a linear layer over a frozen weight.
+fn linear(gpu: &Gpu, weight: &Tensor, tokens: usize, adapter: Adapter) -> Vec<Vec<f32>> {
     let (n, k) = (weight.rows(), weight.cols());
     let mut random = Random::new(7);
     let mut tape = Tape::recording();
@@ -179,20 +186,26 @@ fn linear(gpu: &Gpu, weight: &Tensor, tokens: usize, rank: Option<usize>) -> Vec
     let frozen = Weight::frozen(weight.clone());
     let mut trains =
         |shape: &[usize]| Weight { value: random.tensor(gpu, shape).1, grad: Some(elementwise::zeros(gpu, shape)) };
+    let rank = match adapter {
+        Adapter::None => None,
+        Adapter::Lora(rank) | Adapter::Dora(rank) => Some(rank),
+    };
     let lora = rank.map(|rank| LoraWeights {
         a: trains(&[rank, k]),
         b: trains(&[n, rank]),
         scale: 0.5,
         dropout: Some(DropoutKey { probability: 0.25, seed: 3, stream: 1, step: 2 }),
     });
-    let y = match &lora {
-        Some(lora) => functions::linear_lora(&mut tape, &x, &frozen, Some(&bias), lora),
-        None => functions::linear(&mut tape, &x, &frozen, Some(&bias)),
+    let dora = DoraWeights { magnitude: trains(&[n]), norm: Tensor::from_f32(gpu, &vec![1.5; n], &[n]) };
+    let y = match (&lora, adapter) {
+        (None, _) => functions::linear(&mut tape, &x, &frozen, Some(&bias)),
+        (Some(lora), Adapter::Dora(_)) => functions::linear_dora(&mut tape, &x, &frozen, Some(&bias), lora, &dora),
+        (Some(lora), _) => functions::linear_lora(&mut tape, &x, &frozen, Some(&bias), lora),
     };
     let dy = Random::new(8).tensor(gpu, &[tokens, n]).1;
     let gradients = tape.backward(&y, dy);
     let mut out = vec![y.value.to_vec().unwrap(), gradients.of(&x).unwrap().to_vec().unwrap()];
-    for weight in lora.iter().flat_map(|lora| [&lora.a, &lora.b]) {
+    for weight in lora.iter().flat_map(|lora| [&lora.a, &lora.b, &dora.magnitude]) {
         out.push(weight.grad.as_ref().unwrap().to_vec().unwrap());
     }
     out
@@ -213,10 +226,11 @@ fn linear_layers_on_packed_weights_are_those_on_widened_ones() {
                 let bytes = dtype.narrow(&Random::new(n as u64).values(n * k));
                 let packed = Tensor::from_bytes(device, dtype, &bytes, &[n, k]);
                 let wide = cast(&packed, Dtype::F32);
-                for rank in [None, Some(5)] {
-                    let (got, want) = (linear(device, &packed, tokens, rank), linear(device, &wide, tokens, rank));
-                    for (what, (got, want)) in ["y", "dx", "dA", "dB"].iter().zip(got.iter().zip(&want)) {
-                        let what = format!("{what} of {tokens} tokens, {dtype:?} [{n}, {k}], rank {rank:?}");
+                for adapter in [Adapter::None, Adapter::Lora(5), Adapter::Dora(5)] {
+                    let [got, want] = [&packed, &wide].map(|weight| linear(device, weight, tokens, adapter));
+                    let names = ["y", "dx", "dA", "dB", "dmagnitude"];
+                    for (what, (got, want)) in names.iter().zip(got.iter().zip(&want)) {
+                        let what = format!("{what} of {tokens} tokens, {dtype:?} [{n}, {k}], {adapter:?}");
                         // GPUs' tiles sum in the same order; elsewhere lanes share K otherwise.
                         assert_close(&what, got, want, if tokens > 4 && !device.is_cpu() { 0.0 } else { 1e-6 });
                     }

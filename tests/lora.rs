@@ -4,7 +4,8 @@ mod common;
 
 use std::path::Path;
 
-use common::{golden, open_gpu, read_json, run};
+use common::{golden, open_gpu, program, read_json, run, stderr};
+use serde_json::Value;
 use wgpu_llava::{
     autograd::{
         Tape, Weight,
@@ -111,23 +112,25 @@ fn nothing_that_dropout_made_is_kept_for_the_backward() {
     }
 }
 
+/// A config file that trains on a parity case.
+fn write_config(case: &str, text: &str, path: &Path) {
+    let case = golden("parity").join(case);
+    let data = ["data.json", "data.jsonl"].map(|name| case.join(name)).into_iter().find(|path| path.exists()).unwrap();
+    let (model, images) = (case.join("model"), case.join("images"));
+    let (model, data, images) = (model.display(), data.display(), images.display());
+    let text = format!("model_name_or_path = '{model}'\ndata_path = '{data}'\nimage_folder = '{images}'\n{text}");
+    std::fs::write(path, text).unwrap();
+}
+
 /// Trains steps of a fresh adapter on a parity case's model and reads what was written.
 fn trained(case: &str, settings: &[&str], out: &Path) -> (ModelFolder, Adapter) {
-    let case = golden("parity").join(case);
-    let mut line: Vec<String> = vec!["train".into(), "--output-dir".into(), out.display().to_string()];
     let config = out.with_extension("toml");
-    let (model, data) = (case.join("model"), case.join("data.json"));
-    let text = format!(
-        "model_name_or_path = '{}'\ndata_path = '{}'\nimage_folder = '{}'\n",
-        model.display(),
-        data.display(),
-        case.join("images").display()
-    );
-    std::fs::write(&config, text).unwrap();
+    write_config(case, "", &config);
+    let mut line: Vec<String> = vec!["train".into(), "--output-dir".into(), out.display().to_string()];
     line.push(config.display().to_string());
     settings.iter().for_each(|setting| line.extend(["--set".to_owned(), (*setting).to_owned()]));
     run(line);
-    let folder = ModelFolder::open(&model).unwrap();
+    let folder = ModelFolder::open(&golden("parity").join(case).join("model")).unwrap();
     let adapter = Adapter::read(&out.join("adapter"), folder.config()).unwrap();
     (folder, adapter)
 }
@@ -159,4 +162,89 @@ fn a_dora_that_trains_moves_its_magnitudes() {
         let moved = weight.data.chunks(weight.shape[1]).zip(magnitude).filter(|&pair| moved(pair)).count();
         assert!(moved * 2 > magnitude.len(), "{module}: {moved} of {}", magnitude.len());
     }
+}
+
+/// The modules of a fresh adapter under some target_modules, by layer and last name.
+#[test]
+fn target_modules_take_names_paths_and_patterns() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = |number: usize, names: &[&str]| -> Vec<String> {
+        names.iter().map(|name| format!("language_model.model.layers.{number}.{name}")).collect()
+    };
+    let q = "self_attn.q_proj";
+    for (number, (targets, expected)) in [
+        ("['q_proj']", [layer(0, &[q]), layer(1, &[q])].concat()),
+        // Full paths: of transformers now, and up to 4.51.
+        ("['model.language_model.layers.1.self_attn.q_proj']", layer(1, &[q])),
+        (
+            "['language_model.model.layers.0.self_attn.q_proj', 'layers.1.mlp.up_proj']",
+            [layer(0, &[q]), layer(1, &["mlp.up_proj"])].concat(),
+        ),
+        // As in the original LLaVA.
+        (r"'model\.layers\.0\.self_attn\.[qv]_proj'", layer(0, &[q, "self_attn.v_proj"])),
+        (r"'^(?!.*vision_tower)(?!.*layers\.0).*\.(up|down)_proj$'", layer(1, &["mlp.down_proj", "mlp.up_proj"])),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (path, out) = (dir.path().join(format!("{number}.toml")), dir.path().join(number.to_string()));
+        let text = format!("target_modules = {targets}\nr = 3\nmax_steps = 1\n");
+        write_config("llama3_rope_biases", &text, &path);
+        run([Path::new("train"), &path, Path::new("--output-dir"), &out]);
+        let folder = ModelFolder::open(&golden("parity/llama3_rope_biases/model")).unwrap();
+        let adapter = Adapter::read(&out.join("adapter"), folder.config()).unwrap();
+        assert_eq!(adapter.modules.keys().cloned().collect::<Vec<_>>(), expected, "{targets}");
+    }
+    let path = dir.path().join("none.toml");
+    for (targets, word) in
+        [("'q_proj'", "model.language_model.layers.0.self_attn.q_proj"), ("['q_proj', 'out_proj']", "`out_proj`")]
+    {
+        write_config("llama3_rope_biases", &format!("target_modules = {targets}\n"), &path);
+        let output = program([Path::new("train"), &path, Path::new("--dry-run")]).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains(word), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn an_adapter_to_start_from_decides_what_the_config_does_not_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = golden("parity/qwen2_dynamic");
+    let adapter = case.join("adapter-lora_dora");
+    let start = format!("adapter_name_or_path = '{}'\nmax_steps = 1\n", adapter.display());
+    let refused = |text: &str, words: &[&str]| {
+        let path = dir.path().join("refused.toml");
+        write_config("qwen2_dynamic", &format!("{start}{text}"), &path);
+        let output = program([Path::new("train"), &path, Path::new("--dry-run")]).output().unwrap();
+        let told = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}: {told}");
+        words.iter().for_each(|word| assert!(told.contains(word), "{text}: {told}"));
+    };
+    refused("r = 4\nuse_rslora = true\n", &["r is 4, the adapter's 3", "use_rslora is true, the adapter's false"]);
+    refused("use_dora = false\nlora_alpha = 5\n", &["use_dora is false, the adapter's true", "lora_alpha is 5"]);
+    refused("target_modules = ['q_proj']\n", &["target_modules leaves out", "mlp.down_proj"]);
+
+    // What it says itself, and the dropout, which may change.
+    let path = dir.path().join("run.toml");
+    let text = format!("{start}lora_alpha = 6\nlora_dropout = 0.25\ntarget_modules = 'all-linear'\n");
+    write_config("qwen2_dynamic", &text, &path);
+    let out = dir.path().join("run");
+    run([Path::new("train"), &path, Path::new("--output-dir"), &out]);
+    let json = read_json(&out.join("adapter/adapter_config.json"));
+    let read = ["r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora"].map(|key| json[key].clone());
+    assert_eq!(read, [3.into(), 6.into(), 0.25.into(), true.into(), Value::from(false)]);
+    // The run's own config repeats it, and goes on from the adapter without saying what that says.
+    run([Path::new("train"), &out.join("config.toml"), Path::new("--output-dir"), &dir.path().join("again")]);
+    let config = std::fs::read_to_string(out.join("config.toml")).unwrap();
+    assert!(config.contains("\nlora_alpha = 6") && !config.contains("\nr = "), "{config}");
+
+    // A second stage goes on with what the first one made.
+    let stages = "max_steps = 1\n[[stage]]\nname = 'one'\nr = 5\nuse_dora = true\nuse_rslora = true\n\
+                  target_modules = ['v_proj']\nlora_dropout = 0.1\n[[stage]]\nname = 'two'\n";
+    write_config("qwen2_dynamic", stages, &path);
+    let out = dir.path().join("stages");
+    run([Path::new("train"), &path, Path::new("--output-dir"), &out]);
+    let configs = ["one", "two"].map(|stage| read_json(&out.join(stage).join("adapter/adapter_config.json")));
+    assert_eq!(configs[0], configs[1]);
+    assert_eq!((&configs[1]["r"], &configs[1]["lora_dropout"]), (&5.into(), &0.1.into()));
 }

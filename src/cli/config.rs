@@ -54,7 +54,7 @@ pub fn run_config(args: &TrainArgs, global: &GlobalArgs, working_dir: &Path, now
     }
     let default_output_dir: PathBuf = folder.unwrap_or_else(|| runs.join(run_folder::dated_name(now)));
     RunConfig::resolve(&Request {
-        recipe: recipe.map(|recipe| (recipe.name, recipe.text)),
+        recipe: recipe.map(|recipe| (recipe.name.as_str(), recipe.text.as_str())),
         file: file.as_deref().zip(text.as_deref()),
         set: &set,
         output_dir: args.output_dir.as_deref(),

@@ -71,7 +71,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Shaders(args) => shaders::run(args, global),
         Command::Recipes(RecipesCommand::Ls) => report::print_data(&recipes::list()),
         Command::Recipes(RecipesCommand::Keys) => report::print_data(&recipes::keys()),
-        Command::Recipes(RecipesCommand::Show { name }) => report::print_data(recipes::find(name)?.text),
+        Command::Recipes(RecipesCommand::Show { name }) => report::print_data(&recipes::find(name)?.text),
         Command::Recipes(RecipesCommand::Copy { name, path }) => {
             let path = recipes::copy(name, path.as_deref())?;
             Ui::new(global.quiet, false).line(&format!("wrote {}", path.display()));
