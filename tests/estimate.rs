@@ -8,8 +8,12 @@ use common::{program, read_lines, run, stderr};
 use serde_json::Value;
 
 /// Methods and what else they need to be set.
-const METHODS: [(&str, &[&str]); 3] =
-    [("projector", &["version=plain", "mm_projector_type=mlp2x_gelu"]), ("full", &[]), ("lora", &["lora_dropout=0.1"])];
+const METHODS: [(&str, &[&str]); 4] = [
+    ("projector", &["version=plain", "mm_projector_type=mlp2x_gelu"]),
+    ("full", &[]),
+    ("lora", &["lora_dropout=0.1"]),
+    ("qlora", &["optim=adamw_8bit"]),
+];
 
 fn settings<'a>(method: &'a str, others: &[&'a str], mode: &'a str) -> Vec<String> {
     let mut set = vec![
