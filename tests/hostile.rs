@@ -15,7 +15,13 @@ use serde_json::{Value, json};
 use wgpu_llava::{
     data::{Tokenizer, image::decode, sentencepiece::SentencePieceModel},
     error::ErrorKind,
-    formats::{gguf::GgufFile, safetensors::Checkpoint, torch_bin::TorchFile},
+    formats::{
+        gguf::GgufFile,
+        safetensors::Checkpoint,
+        safetensors_writer::{TensorData, TensorHead, write_safetensors},
+        torch_bin::TorchFile,
+        weights::Weights,
+    },
 };
 
 #[path = "hostile/readers.rs"]
@@ -245,6 +251,29 @@ fn chat_templates_cannot_run_or_grow_for_ever() {
     for source in sources {
         bounded(source, 512 * MIB, || readers::chat_template(source));
     }
+}
+
+/// One weight as bitsandbytes stores it, alone in a file.
+#[test]
+fn damaged_weights_in_four_bits() {
+    const WEIGHT: &str = "language_model.model.layers.0.self_attn.k_proj.weight";
+    let model = bytes("parity/qlora/model-nf4/model.safetensors");
+    let whole = Checkpoint::from_bytes("model", model).unwrap();
+    let names = || whole.names().filter(|name| name.starts_with(WEIGHT));
+    let head = |name: &str| {
+        let tensor = whole.require(name).unwrap();
+        TensorHead { name: name.into(), dtype: tensor.dtype, shape: tensor.shape.to_vec() }
+    };
+    assert_eq!(names().count(), 6);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weight.safetensors");
+    write_safetensors(&path, names().map(head).collect(), &mut |head| {
+        Ok(TensorData::Raw(whole.require(&head.name)?.bytes.into()))
+    })
+    .unwrap();
+    let file = std::fs::read(&path).unwrap();
+    assert!(Weights::open(&path).unwrap().require(WEIGHT).unwrap().packed().is_some());
+    damage("a weight in four bits", &file, file.len(), 4 * MIB, readers::safetensors);
 }
 
 #[test]

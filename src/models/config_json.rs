@@ -9,8 +9,10 @@ use super::{
 };
 use crate::{error::Result, ops::attention::MAX_HEAD_SIZE};
 
-/// Old and new spelling, wherever either stands: transformers 5 loads in the dtype it finds here.
+/// Old and new spelling, wherever either stands: transformers 5 loads in the dtype it finds here. Weights that were
+/// quantised are dense with it, unless who writes them says otherwise.
 pub(super) fn set_dtype(map: &mut Map<String, Value>, dtype: &str) {
+    map.shift_remove("quantization_config");
     for (key, value) in map.iter_mut() {
         match (key.as_str(), value) {
             ("dtype" | "torch_dtype", value) => *value = json!(dtype),

@@ -423,6 +423,8 @@ CASES = [
                     "lr_scheduler_type": "linear",
                 },
             ),
+            # From the bytes that bitsandbytes stores.
+            Run("qlora_stored", {**QLORA, **micro(2, 1), "model_name_or_path": "model-nf4", "r": 2, "lora_alpha": 4}),
         ],
     ),
 ]
