@@ -307,6 +307,7 @@ fn train(projector: &str, method: &str) {
             epsilon: 1e-8,
             weight_decay: 0.0,
             max_norm: 0.0,
+            gradient_scale: 1.0,
             t: index as u64 + 1,
         };
         elementwise::fill(&square_sum, 0.0);
@@ -321,7 +322,7 @@ fn train(projector: &str, method: &str) {
         for (&id, [first, second]) in trained.iter().zip(&moments) {
             let parameter = model.parameters.get(id);
             let grad = parameter.grad.as_ref().unwrap();
-            adamw::step(&parameter.value, grad, first, second, &square_sum, &update);
+            adamw::step(adamw::Weights::Full(&parameter.value), grad, first, second, &square_sum, &update);
             elementwise::fill(grad, 0.0);
         }
     }

@@ -218,6 +218,7 @@ impl Optimizer {
             let Some(read) = copy.or(master) else { unreachable!("a tensor is f32 or packed") };
             parameters.place(trainable.id, read, None);
         }
+        gpu.trim();
         let gradients = arena(end.gradient);
         let moments = [arena(end.moments), arena(end.moments)];
         let moments_8bit = (end.moments_8bit > 0).then(|| Moments::new(&gpu, end.moments_8bit));
