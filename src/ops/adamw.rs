@@ -66,19 +66,18 @@ impl Weights<'_> {
 
     /// The variant of the kernel `name` for them.
     pub(super) fn kernel(&self, name: &'static str) -> String {
-        let suffix = match self {
-            Self::Full(_) => return name.to_owned(),
+        match self {
+            Self::Full(_) => name.to_owned(),
             Self::Master(_, copy) => match copy.dtype() {
-                Dtype::Bf16 => "bf16",
-                Dtype::F16 => "f16",
+                Dtype::Bf16 => format!("{name}.bf16"),
+                Dtype::F16 => format!("{name}.f16"),
                 other => panic!("a copy in {other:?} of weights in f32"),
             },
             Self::Stochastic(weights, _) => {
                 assert_eq!(weights.dtype(), Dtype::Bf16, "rounded at random");
-                "stochastic"
+                format!("{name}.stochastic")
             }
-        };
-        format!("{name}.{suffix}")
+        }
     }
 
     /// The last bindings of either kernel for `count` elements from `first` on, and how many elements earlier the

@@ -211,8 +211,11 @@ fn in_blocks(gpu: &Gpu, values: &[f32]) -> Tensor {
     Tensor::from_f32(gpu, &padded, &[padded.len()])
 }
 
-/// Indices as bytes and absmax pair by pair, without what is behind `count` elements from `first` on.
-fn read(moments: &Moments, first: usize, count: usize) -> Result<(Vec<u8>, Vec<u8>, Vec<[f32; 2]>)> {
+/// Indices of either moment, and absmax pair by pair.
+type OnHost = (Vec<u8>, Vec<u8>, Vec<[f32; 2]>);
+
+/// Moments without what is behind `count` elements from `first` on.
+fn read(moments: &Moments, first: usize, count: usize) -> Result<OnHost> {
     let cut = |bytes: Vec<u8>| bytes[first..first + count].to_vec();
     let absmax = moments.absmax.to_vec()?;
     let blocks = absmax.as_chunks().0[first / BLOCK..][..count.div_ceil(BLOCK)].to_vec();
@@ -347,6 +350,12 @@ mod tests {
         }
         assert_eq!((signed[usize::from(ZERO)], unsigned[0]), (0.0, 0.0));
         assert!(signed.is_sorted() && unsigned.is_sorted());
+        // FNV-1a over the words of `create_dynamic_map(signed=...)`, bitsandbytes 0.50.2: equal to the last bit.
+        let hash = |map: &[f32; 256]| {
+            let step = |hash: u64, value: &f32| (hash ^ u64::from(value.to_bits())).wrapping_mul(0x100_0000_01b3);
+            map.iter().fold(0xcbf2_9ce4_8422_2325, step)
+        };
+        assert_eq!((hash(&signed), hash(&unsigned)), (0x690c_a6ad_558a_2475, 0xa9aa_f4b4_f33a_51e3));
     }
 
     #[test]

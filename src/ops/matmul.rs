@@ -159,6 +159,10 @@ impl Call<'_> {
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
     fn run(&self, region: Region) {
         let gpu = self.c.gpu();
+        if gpu.only_counts() {
+            // A product over uniforms can be a hundred thousand launches, none of which allocates.
+            return;
+        }
         let most = gpu.max_binding();
         let bytes = |rows, tensor: &Tensor| (length(rows) * tensor.cols() * tensor.dtype().bytes()) as u64;
         let (a_rows, b_rows) = self.operand_rows(region);

@@ -222,6 +222,7 @@ impl Optimizer {
             let Some(read) = copy.or(master) else { unreachable!("a tensor is f32 or packed") };
             parameters.place(trainable.id, read, None);
         }
+        gpu.trim();
         let gradients = arena(Account::Gradients, end.gradient);
         let moments = [(); 2].map(|()| arena(Account::Optimizer, end.moments));
         let _optimizer = gpu.account(Account::Optimizer);
