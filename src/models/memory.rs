@@ -50,6 +50,8 @@ pub struct DecoderPass<'a> {
     pub embeddings_train: bool,
     /// Rows, pictures' included.
     pub tokens: usize,
+    /// Rows of the longest sequence among them.
+    pub longest: usize,
     /// Supervised positions.
     pub targets: usize,
 }
@@ -193,7 +195,7 @@ impl DecoderPass<'_> {
 
     /// Bytes that say where tokens stand and what they see.
     pub fn places(&self) -> u64 {
-        let positions = self.tokens.next_power_of_two().max(256);
+        let positions = self.longest.next_power_of_two().max(256);
         f32s(positions * self.config.head_dim) + 2 * f32s(2 * self.tokens) + 2 * f32s(self.tokens)
     }
 
