@@ -29,7 +29,7 @@ pub enum Checkpointing {
 #[derive(Clone, Copy, Debug)]
 pub struct Checkpoints {
     pub mode: Checkpointing,
-    /// The type that layers' inputs are rounded to, in every mode; gradients pass straight through.
+    /// The type that layers' inputs and dear results are rounded to, in every mode; gradients pass straight through.
     pub dtype: Dtype,
 }
 
@@ -59,13 +59,17 @@ pub fn checkpoint(
     let narrow = cast(&value, checkpoints.dtype);
     drop(value);
     let value = cast(&narrow, Dtype::F32);
+    let dear_dtype = Some(checkpoints.dtype).filter(|dtype| dtype.is_packed());
     if checkpoints.mode == Checkpointing::None {
         drop(narrow);
-        return layer(tape, Var { value, node });
+        tape.dear_dtype = dear_dtype;
+        let y = layer(tape, Var { value, node });
+        tape.dear_dtype = None;
+        return y;
     }
     let selective = checkpoints.mode == Checkpointing::Selective;
     let dear = if selective { Dear::PutDown(Vec::new()) } else { Dear::None };
-    let mut first = Tape { dear, ..Tape::silent() };
+    let mut first = Tape { dear, dear_dtype, ..Tape::silent() };
     let input = first.constant(value);
     let kept = match checkpoints.mode {
         Checkpointing::Offload => Kept::Host(narrow.offload()),
@@ -85,7 +89,7 @@ pub fn checkpoint(
         };
         let value = cast(&narrow, Dtype::F32);
         drop(narrow);
-        let mut again = Tape { dear, runs_again: true, ..Tape::recording() };
+        let mut again = Tape { dear, dear_dtype, runs_again: true, ..Tape::recording() };
         let x = if node.wants_gradient() { again.leaf(value) } else { again.constant(value) };
         let leaf = x.node();
         let root = layer(&mut again, x).node();

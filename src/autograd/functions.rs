@@ -256,7 +256,8 @@ pub fn rope(tape: &mut Tape, x: Var, positions: &Tensor, table: &Tensor, heads: 
 
 /// Attention of q [T, H * E] over k, v [T, K * E].
 pub fn attention(tape: &mut Tape, q: Var, k: Var, v: Var, ranges: &Ranges, heads: Heads) -> Var {
-    let [out, stats] = tape.dear(|| attention::forward(&q.value, &k.value, &v.value, ranges, heads).into());
+    let [out, stats] =
+        tape.dear([true, false], || attention::forward(&q.value, &k.value, &v.value, ranges, heads).into());
     let needed = q.wants_gradient() || k.wants_gradient() || v.wants_gradient();
     let (ranges, kept) = (ranges.clone(), out.clone());
     tape.record(out, needed, move |gradients, dout| {

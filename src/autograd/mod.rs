@@ -22,7 +22,11 @@ pub use checkpoint::{Checkpointing, Checkpoints, checkpoint};
 
 use std::collections::VecDeque;
 
-use crate::{gpu::Gpu, ops::elementwise, tensor::Tensor};
+use crate::{
+    gpu::Gpu,
+    ops::{cast::cast, elementwise},
+    tensor::{Dtype, Tensor},
+};
 
 /// A value on the tape; without a node it is a constant, and gradients end there.
 #[derive(Clone, Debug)]
@@ -86,6 +90,8 @@ pub struct Tape {
     /// Whether something that trains was met, on a silent tape too.
     trains: bool,
     dear: Dear,
+    /// What dear results are rounded to, in a layer that rounds.
+    dear_dtype: Option<Dtype>,
     /// Whether products are dear where they are called now.
     dear_products: bool,
     runs_again: bool,
@@ -168,19 +174,21 @@ impl Tape {
         self.unread = unread;
     }
 
-    /// `make`, or what it made when the layer ran first.
-    fn dear<const N: usize>(&mut self, make: impl FnOnce() -> [Tensor; N]) -> [Tensor; N] {
-        match &mut self.dear {
-            Dear::None => make(),
-            Dear::PutDown(list) => {
-                let made = make();
-                list.extend(made.iter().cloned());
-                made
-            }
-            Dear::TakeUp(list) => {
-                std::array::from_fn(|_| list.pop_front().expect("a layer runs again as it ran first"))
-            }
+    /// `make`, or what it made when the layer ran first; `rounds` says which of it is rounded where dear results are.
+    fn dear<const N: usize>(&mut self, rounds: [bool; N], make: impl FnOnce() -> [Tensor; N]) -> [Tensor; N] {
+        let kept = if let Dear::TakeUp(list) = &mut self.dear {
+            std::array::from_fn(|_| list.pop_front().expect("a layer runs again as it ran first"))
+        } else {
+            let mut rounds = rounds.into_iter();
+            make().map(|value| match self.dear_dtype {
+                Some(dtype) if rounds.next() == Some(true) => cast(&value, dtype),
+                _ => value,
+            })
+        };
+        if let Dear::PutDown(list) = &mut self.dear {
+            list.extend(kept.iter().cloned());
         }
+        kept.map(|value| if value.dtype().is_packed() { cast(&value, Dtype::F32) } else { value })
     }
 
     /// The value [T, N] of a product.
@@ -191,7 +199,7 @@ impl Tape {
         if !self.dear_products {
             return make();
         }
-        let [value] = self.dear(|| [make()]);
+        let [value] = self.dear([true], || [make()]);
         value
     }
 

@@ -50,6 +50,8 @@ pub struct DecoderPass<'a> {
     pub embeddings_train: bool,
     /// Rows, pictures' included.
     pub tokens: usize,
+    /// Rows of the longest sequence among them.
+    pub longest: usize,
     /// Supervised positions.
     pub targets: usize,
 }
@@ -103,6 +105,13 @@ impl DecoderPass<'_> {
         2 * queries + 2 * keys + stats
     }
 
+    /// Bytes that a layer keeps of that where it is dear.
+    fn dear(&self) -> u64 {
+        let (c, dtype) = (self.config, self.checkpoints.dtype);
+        let heads = |count: usize| bytes(self.tokens * count * c.head_dim, dtype);
+        2 * heads(c.num_attention_heads) + 2 * heads(c.num_key_value_heads) + self.sizes().stats
+    }
+
     /// Bytes of a layer's inner values that its backward reads.
     fn inner(&self) -> u64 {
         let Sizes { hidden, queries, keys, inner, row, .. } = self.sizes();
@@ -122,7 +131,7 @@ impl DecoderPass<'_> {
         let input = bytes(self.tokens * self.config.hidden_size, self.checkpoints.dtype);
         match self.checkpoints.mode {
             Checkpointing::None => self.sizes().hidden + self.inner(),
-            Checkpointing::Selective => input + self.attention(),
+            Checkpointing::Selective => input + self.dear(),
             Checkpointing::Full => input,
             Checkpointing::Offload => 0,
         }
@@ -139,7 +148,7 @@ impl DecoderPass<'_> {
         let Sizes { hidden, .. } = self.sizes();
         let again = match self.checkpoints.mode {
             Checkpointing::None => return self.backward(0),
-            Checkpointing::Selective => self.inner() - self.attention(),
+            Checkpointing::Selective => self.inner() - self.dear(),
             Checkpointing::Full | Checkpointing::Offload => self.inner(),
         };
         // The input is there as f32, in place of what was kept of it.
@@ -193,7 +202,7 @@ impl DecoderPass<'_> {
 
     /// Bytes that say where tokens stand and what they see.
     pub fn places(&self) -> u64 {
-        let positions = self.tokens.next_power_of_two().max(256);
+        let positions = self.longest.next_power_of_two().max(256);
         f32s(positions * self.config.head_dim) + 2 * f32s(2 * self.tokens) + 2 * f32s(self.tokens)
     }
 
@@ -240,7 +249,7 @@ impl TowerPass<'_> {
         let input = bytes(self.rows() * self.config.hidden_size, self.checkpoints.dtype);
         match self.checkpoints.mode {
             Checkpointing::None => hidden + self.inner(),
-            Checkpointing::Selective => input + 4 * hidden + stats,
+            Checkpointing::Selective => 5 * input + stats,
             Checkpointing::Full => input,
             Checkpointing::Offload => 0,
         }
@@ -253,7 +262,7 @@ impl TowerPass<'_> {
         let input = bytes(self.rows() * self.config.hidden_size, self.checkpoints.dtype);
         match self.checkpoints.mode {
             Checkpointing::None => backward,
-            Checkpointing::Selective => self.inner() - 4 * hidden - stats + hidden - input + backward,
+            Checkpointing::Selective => self.inner() - stats + hidden - 5 * input + backward,
             Checkpointing::Full => self.inner() + hidden - input + backward,
             Checkpointing::Offload => self.inner() + hidden + backward,
         }
