@@ -15,7 +15,9 @@ type Tolerance = (f64, f64);
 const EXACT: Tolerance = (2e-5, 1e-4);
 /// An index of a moment that lies between two may fall to either side, and so may a weight that is rounded.
 const EIGHT_BITS: Tolerance = (2e-4, 5e-3);
-const ROUNDED: Tolerance = (2e-4, 1e-3);
+/// In 16 bits layers' inputs, queries, keys, values and what attention gives are rounded too, which the reference leaves
+/// out: half a unit of bf16 is 2e-3 of a value.
+const ROUNDED: Tolerance = (5e-4, 5e-3);
 /// Against a model that is in 16 bits with its activations and gradients.
 const WHOLE: Tolerance = (1e-2, 1e-1);
 
@@ -71,10 +73,10 @@ runs! {
     full_8bit_tied: EIGHT_BITS;
     lora_8bit: EIGHT_BITS;
     lora_bf16: ROUNDED;
-    lora_f16: EIGHT_BITS;
+    lora_f16: ROUNDED;
     full_bf16: ROUNDED;
     full_bf16_biases: ROUNDED;
-    full_bf16_8bit: EIGHT_BITS;
+    full_bf16_8bit: ROUNDED;
     full_f16: ROUNDED;
     tower: EXACT;
     tower_bf16: ROUNDED;

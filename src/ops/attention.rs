@@ -23,6 +23,8 @@ pub struct Ranges {
     pub of_keys: Option<Tensor>,
     /// Lengths of packed sequences; empty where queries and keys are not the same rows.
     lengths: Arc<[usize]>,
+    /// Keys that queries see, all counted; 0 where it is not known.
+    pairs: u64,
 }
 
 /// What a token of a packed sequence sees of it.
@@ -62,7 +64,9 @@ impl Ranges {
             start = end;
         }
         let total = start as usize;
+        let pairs = queries.as_chunks::<2>().0.iter().map(|[first, end]| u64::from(end - first)).sum();
         Self {
+            pairs,
             of_queries: Tensor::from_u32(gpu, &queries, &[total, 2]),
             of_keys: Some(Tensor::from_u32(gpu, &keys, &[total, 2])),
             lengths: lengths.into(),
@@ -71,7 +75,7 @@ impl Ranges {
 
     /// Queries over rows of a cache, each with its own range of them: u32 [T, 2].
     pub fn cached(of_queries: Tensor) -> Self {
-        Self { of_queries, of_keys: None, lengths: Arc::default() }
+        Self { of_queries, of_keys: None, lengths: Arc::default(), pairs: 0 }
     }
 
     /// Whole sequences in windows of at most `rows` rows: (first row, rows). `None` when a sequence is longer.
@@ -183,6 +187,7 @@ fn forward_by(
 ) -> (Tensor, Tensor) {
     let gpu = q.gpu();
     let width = heads.heads * heads.head_size;
+    gpu.add_flops(4 * ranges.pairs * width as u64);
     let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
     let out = Tensor::empty(gpu, &[queries, width]);
     let stats = Tensor::empty(gpu, &[queries, heads.heads, 2]);
@@ -229,6 +234,7 @@ fn backward_by(
     let (queries, keys) = (q.len() / (heads.heads * heads.head_size), k.len() / (heads.kv_heads * heads.head_size));
     let params = heads.params(queries, keys);
     let rows = queries * heads.heads;
+    gpu.add_flops(10 * ranges.pairs * (heads.heads * heads.head_size) as u64);
     gpu.dispatch(
         "attention.backward_delta",
         &[out.binding(), dout.binding(), stats.binding()],
