@@ -18,17 +18,21 @@ const VOCABULARY: usize = 32_000;
 /// The tower of the released LLaVAs.
 const TOWER: &str = "clip-vit-large-patch14-336";
 
-/// The config of a LLaMA, Vicuna or LLaVA whose name holds its size, as `lmsys/vicuna-7b-v1.5` does.
+/// The config of a LLaMA, Vicuna or LLaVA whose name holds its size, as `lmsys/vicuna-7b-v1.5` does; and of what a stage 1
+/// will leave in the run folder of a recipe, `runs/7b-pretrain/model`.
 ///
 /// # Errors
 /// None that a caller could cause: the shapes are this file's own.
 pub fn by_name(name: &str) -> Result<Option<ModelConfig>> {
     let name = name.to_lowercase();
-    let leaf = name.rsplit(['/', '\\']).next().unwrap_or(&name);
-    let parts: Vec<&str> = leaf.split(['-', '_', '.', ' ']).collect();
-    let known = ["llama", "vicuna", "llava", "alpaca"].iter().any(|family| leaf.contains(family));
-    let Some(&(_, hidden, intermediate, layers, heads, kv_heads)) =
-        SIZES.iter().find(|(size, ..)| known && parts.contains(size))
+    let parts = name.split(['/', '\\']).rev();
+    let size_in = |part: &str| {
+        let words: Vec<&str> = part.split(['-', '_', '.', ' ']).collect();
+        let known = ["llama", "vicuna", "llava", "alpaca", "pretrain"].iter().any(|family| part.contains(family));
+        SIZES.iter().find(|(size, ..)| known && words.contains(size))
+    };
+    let Some((leaf, &(_, hidden, intermediate, layers, heads, kv_heads))) =
+        parts.take(2).find_map(|part| Some((part, size_in(part)?)))
     else {
         return Ok(None);
     };
@@ -38,7 +42,10 @@ pub fn by_name(name: &str) -> Result<Option<ModelConfig>> {
         "max_position_embeddings": 4096,
     });
     let config = ModelConfig::parse(&name, text.to_string().as_bytes())?;
-    Ok(Some(if leaf.contains("llava") { with_tower(&config, TOWER, ProjectorType::Mlp2xGelu)? } else { config }))
+    let pretrained = leaf.contains("pretrain") && !leaf.contains("v1.5");
+    let projector = if pretrained { ProjectorType::Linear } else { ProjectorType::Mlp2xGelu };
+    let sees = leaf.contains("llava") || leaf.contains("pretrain");
+    Ok(Some(if sees { with_tower(&config, TOWER, projector)? } else { config }))
 }
 
 /// A LLaVA of a language model and a tower that OpenAI released; other names count as the usual one, whose size they
@@ -96,7 +103,9 @@ mod tests {
         let llava = by_name("llava-hf/llava-1.5-7b-hf").unwrap().unwrap();
         // 23 layers of the tower, 64 rows more in embeddings and head, and the projector.
         assert_eq!(parameters(&llava), 6_738_415_616 + 2 * 64 * 4096 + 290_909_184 + 20_979_712);
-        for name in ["gpt2-7b", "vicuna", "llama-8b"] {
+        let left = by_name("runs/7b-pretrain/model").unwrap().unwrap();
+        assert_eq!(parameters(&left), 6_738_415_616 + 2 * 64 * 4096 + 290_909_184 + 4_198_400);
+        for name in ["gpt2-7b", "vicuna", "llama-8b", "runs/7b/model"] {
             assert!(by_name(name).unwrap().is_none(), "{name}");
         }
     }
