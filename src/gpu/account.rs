@@ -35,7 +35,7 @@ impl Account {
     }
 }
 
-/// Bytes of each account, and what the pool holds beside them for later use.
+/// Bytes of each account when most was in use, and what the pool then or later held in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Holdings {
     live: [u64; Account::ALL.len()],
@@ -66,9 +66,11 @@ impl Ledger {
     /// Notes a buffer for the current account; `held` is what the pool holds with it.
     pub fn take(&mut self, bytes: u64, held: u64) -> Account {
         self.live[self.current as usize] += bytes;
-        if held > self.peak.held {
-            self.peak = Holdings { live: self.live, held };
+        let in_use = |live: &[u64]| live.iter().sum::<u64>();
+        if in_use(&self.live) > in_use(&self.peak.live) {
+            self.peak.live = self.live;
         }
+        self.peak.held = self.peak.held.max(held);
         self.current
     }
 

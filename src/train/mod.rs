@@ -22,6 +22,7 @@ pub mod report;
 pub mod run;
 pub mod run_folder;
 pub mod schedule;
+mod shard;
 pub mod start;
 pub mod stepper;
 pub mod trainable;

@@ -1,22 +1,23 @@
-//! AdamW over flat arenas: everything that trains lies in a few buffers, one of each kind, so that zeroing, the
-//! gradient norm and the update are a few dispatches whatever the number of tensors.
+//! AdamW over flat arenas ([`Shard`]): everything that trains lies in a few buffers, its gradients and moments in others
+//! beside them, so that zeroing, the gradient norm and the update are a few dispatches whatever the number of tensors.
 //!
 //! Weights are f32; or f32 masters with copies in 16 bits, which the model reads; or bfloat16 alone, rounded at random.
 //! Moments are f32, or with `adamw_8bit` those of tensors that are not small in eight bits. Gradients are f32.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    gpu::Account,
-    models::names,
-    nn::{Id, Parameters},
-    ops::{
-        adamw::{self, Draw, Weights},
-        adamw_8bit::{self, Moments},
-        cast, elementwise, reduce,
-    },
-    tensor::{ALIGNMENT, Dtype, Tensor},
+use super::{
+    optimizer_state::State,
+    shard::{Placed, Shard, parts},
 };
+use crate::{
+    error::Result,
+    nn::{Id, Parameters},
+    tensor::{Dtype, Tensor},
+};
+
+/// Bytes of an arena at most, or of one tensor: devices refuse larger buffers.
+const ARENA_BYTES: u64 = 1 << 30;
 
 /// One tensor that trains.
 #[derive(Clone, Debug)]
@@ -77,240 +78,78 @@ pub struct Update {
     pub step: u64,
 }
 
-/// What kind of weights and moments a tensor has. Those of one kind lie together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Class {
-    /// 16 bits: a copy, or all there is.
-    pub packed: bool,
-    pub eight_bits: bool,
-}
-
-impl Class {
-    /// Blocks of eight-bit moments begin with their tensor; so does what can be bound in 16 bits.
-    fn alignment(self) -> usize {
-        match self {
-            Self { eight_bits: true, .. } => adamw_8bit::BLOCK,
-            Self { packed: true, .. } => Dtype::Bf16.alignment(),
-            _ => ALIGNMENT,
-        }
-    }
-}
-
-/// Where a tensor lies in each arena, in elements; where an arena holds nothing of it, any number.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Places {
-    pub gradient: usize,
-    pub value: usize,
-    pub copy: usize,
-    pub moments: usize,
-    pub moments_8bit: usize,
-}
-
-impl Places {
-    /// Goes behind a tensor of this class with `size` elements, padding included.
-    fn pass(&mut self, class: Class, keep: Keep, size: usize) {
-        self.gradient += size;
-        self.value += if class.packed && keep == Keep::Stochastic { 0 } else { size };
-        self.copy += if class.packed { size } else { 0 };
-        *(if class.eight_bits { &mut self.moments_8bit } else { &mut self.moments }) += size;
-    }
-}
-
-/// One tensor in the arenas.
-pub(super) struct Entry {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub class: Class,
-    pub places: Places,
-}
-
-/// A run of neighbouring tensors of one class with equal rates: `count` elements from `places` on.
-struct Group {
-    class: Class,
-    places: Places,
-    count: usize,
-    learning_rate: f64,
-    weight_decay: f64,
-    of_pictures: bool,
-}
-
-impl Group {
-    fn updates_like(&self, other: &Self) -> bool {
-        let key = |group: &Self| (group.class, group.learning_rate, group.weight_decay, group.of_pictures);
-        key(self) == key(other)
-    }
-}
-
 /// Parameters, gradients and moments of all that trains.
 pub struct Optimizer {
-    settings: AdamW,
-    groups: Vec<Group>,
-    /// In arena order.
-    pub(super) entries: Vec<Entry>,
-    /// f32: weights, or masters.
-    pub(super) values: Tensor,
-    /// 16 bits.
-    pub(super) copies: Option<Tensor>,
-    gradients: Tensor,
-    /// f32, first and second.
-    pub(super) moments: [Tensor; 2],
-    pub(super) moments_8bit: Option<Moments>,
+    shards: Vec<Shard>,
 }
 
 impl Optimizer {
     /// Moves what trains into arenas, and gives each its place for gradients.
-    pub fn new(parameters: &mut Parameters, mut trainables: Vec<Trainable>, settings: AdamW) -> Self {
-        let class = |id: Id| {
-            let parameter = parameters.get(id);
-            // Only what products and look-ups read may be packed.
-            let matrix = parameter.value.shape().len() > 1 && parameter.name != names::POSITION_EMBEDDING;
-            Class {
-                packed: settings.keep != Keep::Full && matrix,
-                eight_bits: settings.moments_8bit && parameter.value.len() >= adamw_8bit::LEAST,
-            }
-        };
-        let key = |t: &Trainable| {
-            let Class { packed, eight_bits } = class(t.id);
-            (!eight_bits, !packed, t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits(), t.id)
-        };
-        trainables.sort_by_key(key);
-        let (mut groups, mut entries, mut end): (Vec<Group>, Vec<Entry>, _) =
-            (Vec::new(), Vec::new(), Places::default());
-        for trainable in &trainables {
-            let (parameter, class, places) = (parameters.get(trainable.id), class(trainable.id), end);
-            let count = parameter.value.len().next_multiple_of(class.alignment());
-            end.pass(class, settings.keep, count);
-            let (name, shape) = (parameter.name.clone(), parameter.value.shape().to_vec());
-            entries.push(Entry { name, shape, class, places });
-            let Trainable { learning_rate, weight_decay, of_pictures, .. } = *trainable;
-            let group = Group { class, places, count, learning_rate, weight_decay, of_pictures };
-            match groups.last_mut() {
-                Some(last) if last.updates_like(&group) => last.count += count,
-                _ => groups.push(group),
-            }
-        }
+    pub fn new(parameters: &mut Parameters, trainables: Vec<Trainable>, settings: AdamW) -> Self {
         let gpu = match trainables.first() {
             Some(first) => parameters.get(first.id).value.gpu().clone(),
             None => unreachable!("trainable.rs refuses a stage in which nothing trains"),
         };
-        // What the weights were loaded to goes before there is more than the weights.
-        let arena = |account, elements: usize| {
-            let _account = gpu.account(account);
-            elementwise::zeros(&gpu, &[elements.max(ALIGNMENT)])
-        };
-        let values = arena(Account::Trained, end.value);
-        let copies = (end.copy > 0).then(|| {
-            let dtype = if let Keep::Master(dtype) = settings.keep { dtype } else { Dtype::Bf16 };
-            arena(Account::Trained, end.copy / 2).reinterpreted(dtype)
-        });
-        for (trainable, entry) in trainables.iter().zip(&entries) {
-            let loaded = &parameters.get(trainable.id).value;
-            let copy = copies.as_ref().filter(|_| entry.class.packed);
-            let copy = copy.map(|copies| copies.arena_part(entry.places.copy, &entry.shape));
-            if let Some(copy) = &copy {
-                if loaded.dtype() == copy.dtype() {
-                    copy.copy_from(loaded);
-                } else {
-                    cast::cast_into(loaded, 0, copy, 0, loaded.len());
-                }
-            }
-            let master = (copy.is_none() || settings.keep != Keep::Stochastic).then(|| {
-                let master = values.part(entry.places.value, &entry.shape);
-                master.copy_from(loaded);
-                master
-            });
-            let Some(read) = copy.or(master) else { unreachable!("a tensor is f32 or packed") };
-            parameters.place(trainable.id, read, None);
+        let most = ARENA_BYTES.min(gpu.facts().limits.max_buffer_size) / 4;
+        let mut placed = Vec::new();
+        for part in parts(parameters, trainables, &settings, most as usize) {
+            placed.push(Placed::new(&gpu, parameters, &part, &settings));
+            // What the weights were loaded to goes before there is more than the weights.
+            gpu.trim();
         }
-        gpu.trim();
-        let gradients = arena(Account::Gradients, end.gradient);
-        let moments = [(); 2].map(|()| arena(Account::Optimizer, end.moments));
-        let _optimizer = gpu.account(Account::Optimizer);
-        let moments_8bit = (end.moments_8bit > 0).then(|| Moments::new(&gpu, end.moments_8bit));
-        for (trainable, entry) in trainables.iter().zip(&entries) {
-            let value = parameters.get(trainable.id).value.clone();
-            parameters.place(trainable.id, value, Some(gradients.part(entry.places.gradient, &entry.shape)));
-        }
-        Self { settings, groups, entries, values, copies, gradients, moments, moments_8bit }
+        // Other draws for each.
+        let seeded = |index: usize| AdamW { seed: settings.seed ^ (index as u64) << 20, ..settings };
+        let shards = placed.into_iter().enumerate();
+        Self { shards: shards.map(|(index, placed)| Shard::new(parameters, placed, seeded(index))).collect() }
     }
 
     /// How many numbers train.
     pub fn elements(&self) -> usize {
-        self.entries.iter().map(|entry| entry.shape.iter().product::<usize>()).sum()
+        self.shards.iter().map(Shard::elements).sum()
     }
 
     pub fn zero_gradients(&self) {
-        elementwise::fill(&self.gradients, 0.0);
+        self.shards.iter().for_each(Shard::zero_gradients);
     }
 
     /// Adds the gradients' square sum to `out[slot]`.
     pub fn add_square_sum(&self, out: &Tensor, slot: usize) {
-        reduce::add_square_sum(&self.gradients, out, slot);
+        self.shards.iter().for_each(|shard| shard.add_square_sum(out, slot));
     }
 
     /// One update. `square_sum` [1] holds the gradients' square sum: the clip factor never leaves the device, and where
     /// it is not finite nothing changes.
     pub fn step(&self, update: &Update, square_sum: &Tensor) {
-        for group in self.groups.iter().filter(|group| update.pictures || !group.of_pictures) {
-            let (count, places) = ([group.count], &group.places);
-            let step = adamw::Step {
-                learning_rate: group.learning_rate * update.factor,
-                beta1: self.settings.beta1,
-                beta2: self.settings.beta2,
-                epsilon: self.settings.epsilon,
-                weight_decay: group.weight_decay,
-                max_norm: self.settings.max_grad_norm,
-                gradient_scale: 1.0 / update.loss_scale,
-                t: if group.of_pictures { update.updates.pictures } else { update.updates.language },
-            };
-            let gradient = self.gradients.part(places.gradient, &count);
-            let value = || self.values.part(places.value, &count);
-            let (master, copy);
-            let weights = match self.copies.as_ref().filter(|_| group.class.packed) {
-                None => {
-                    master = value();
-                    Weights::Full(&master)
-                }
-                Some(copies) => {
-                    copy = copies.part(places.copy, &count);
-                    if self.settings.keep == Keep::Stochastic {
-                        let (seed, step) = (self.settings.seed as u32, update.step as u32);
-                        Weights::Stochastic(&copy, Draw { seed, step, first: places.copy })
-                    } else {
-                        master = value();
-                        Weights::Master(&master, &copy)
-                    }
-                }
-            };
-            match self.moments_8bit.as_ref().filter(|_| group.class.eight_bits) {
-                Some(moments) => {
-                    let block = places.moments_8bit / adamw_8bit::BLOCK;
-                    adamw_8bit::step(weights, &gradient, moments, block, square_sum, &step);
-                }
-                None => {
-                    let [first, second] = self.moments.each_ref().map(|moments| moments.part(places.moments, &count));
-                    adamw::step(weights, &gradient, &first, &second, square_sum, &step);
-                }
-            }
-        }
+        self.shards.iter().for_each(|shard| shard.step(update, square_sum));
     }
 
-    /// Makes the copies in 16 bits again from their masters.
-    pub(super) fn refresh_copies(&self) {
-        let Some(copies) = self.copies.as_ref().filter(|_| self.settings.keep != Keep::Stochastic) else { return };
-        for entry in self.entries.iter().filter(|entry| entry.class.packed) {
-            let (master, copy) = (self.value(entry), copies.arena_part(entry.places.copy, &entry.shape));
-            cast::cast_into(&master, 0, &copy, 0, master.len());
-        }
+    /// Every tensor that must be remembered.
+    pub fn states(&self) -> Vec<State> {
+        let of = |(index, shard): (usize, &Shard)| shard.states(index);
+        self.shards.iter().enumerate().flat_map(of).collect()
     }
 
-    /// What of a tensor's weights must be remembered.
-    pub(super) fn value(&self, entry: &Entry) -> Tensor {
-        match &self.copies {
-            Some(copies) if entry.class.packed && self.settings.keep == Keep::Stochastic => {
-                copies.arena_part(entry.places.copy, &entry.shape)
-            }
-            _ => self.values.part(entry.places.value, &entry.shape),
-        }
+    /// The largest sizes of all blocks, by shard: what [`Optimizer::read`] needs of them at every call.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn absmax(&self) -> Result<Vec<Vec<f32>>> {
+        self.shards.iter().map(Shard::absmax).collect()
+    }
+
+    /// The content of a state, little-endian.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn read(&self, state: &State, absmax: &[Vec<f32>]) -> Result<Vec<u8>> {
+        self.shards[state.shard].read(state, &absmax[state.shard])
+    }
+
+    /// Puts back what `get` gives for every state: as many bytes as it has.
+    ///
+    /// # Errors
+    /// Those of `get`.
+    pub fn restore<'a>(&self, mut get: impl FnMut(&State) -> Result<&'a [u8]>) -> Result<()> {
+        self.shards.iter().enumerate().try_for_each(|(index, shard)| shard.restore(index, &mut get))
     }
 }

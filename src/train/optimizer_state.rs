@@ -2,7 +2,7 @@
 //! are any) and moments (`NAME.exp_avg`, `NAME.exp_avg_sq`), those of eight bits as indices beside the largest size of
 //! each block (`NAME.exp_avg.absmax`, `NAME.exp_avg_sq.absmax`).
 
-use super::optimizer::{Entry, Optimizer};
+use super::shard::{Entry, Shard};
 use crate::{
     error::{Error, Result},
     formats::safetensors::Dtype,
@@ -17,6 +17,8 @@ pub struct State {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
+    /// Which part of the optimizer has it.
+    pub(super) shard: usize,
     place: Place,
 }
 
@@ -38,17 +40,17 @@ fn lacking() -> Error {
     Error::failed("moments of eight bits, where the optimizer has none")
 }
 
-impl Optimizer {
+impl Shard {
     /// Every tensor that must be remembered.
-    pub fn states(&self) -> Vec<State> {
-        self.entries.iter().flat_map(|entry| self.states_of(entry)).collect()
+    pub fn states(&self, shard: usize) -> Vec<State> {
+        self.entries.iter().flat_map(|entry| self.states_of(entry, shard)).collect()
     }
 
-    fn states_of(&self, entry: &Entry) -> Vec<State> {
+    fn states_of(&self, entry: &Entry, shard: usize) -> Vec<State> {
         let Entry { name, shape, class, places } = entry;
         let whole = |name: String, tensor: Tensor| {
             let dtype = if tensor.dtype() == tensor::Dtype::Bf16 { Dtype::BF16 } else { Dtype::F32 };
-            State { name, dtype, shape: shape.clone(), place: Place::Whole(tensor) }
+            State { name, dtype, shape: shape.clone(), shard, place: Place::Whole(tensor) }
         };
         let mut states = vec![whole(name.clone(), self.value(entry))];
         for (which, suffix) in MOMENTS.into_iter().enumerate() {
@@ -57,9 +59,9 @@ impl Optimizer {
                 let (first, count) = (places.moments_8bit, shape.iter().product::<usize>());
                 let absmax = Place::Absmax { which, first: first / BLOCK, count: count.div_ceil(BLOCK) };
                 let (dtype, blocks) = (Dtype::F32, vec![count.div_ceil(BLOCK)]);
-                states.push(State { name: format!("{name}.absmax"), dtype, shape: blocks, place: absmax });
+                states.push(State { name: format!("{name}.absmax"), dtype, shape: blocks, shard, place: absmax });
                 let place = Place::Indices { which, first, count };
-                states.push(State { name, dtype: Dtype::U8, shape: shape.clone(), place });
+                states.push(State { name, dtype: Dtype::U8, shape: shape.clone(), shard, place });
             } else {
                 states.push(whole(name, self.moments[which].part(places.moments, shape)));
             }
@@ -67,7 +69,7 @@ impl Optimizer {
         states
     }
 
-    /// The largest sizes of all blocks: what [`Optimizer::read`] needs of them at every call.
+    /// The largest sizes of all blocks: what [`Shard::read`] needs of them at every call.
     ///
     /// # Errors
     /// Whatever has failed on the device so far.
@@ -100,9 +102,9 @@ impl Optimizer {
     ///
     /// # Errors
     /// Those of `get`.
-    pub fn restore<'a>(&self, mut get: impl FnMut(&State) -> Result<&'a [u8]>) -> Result<()> {
+    pub fn restore<'a>(&self, shard: usize, get: &mut dyn FnMut(&State) -> Result<&'a [u8]>) -> Result<()> {
         let mut absmax = self.absmax()?;
-        for state in self.states() {
+        for state in self.states(shard) {
             let bytes = get(&state)?;
             match &state.place {
                 Place::Whole(tensor) => tensor.write_bytes(bytes),
