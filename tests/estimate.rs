@@ -71,7 +71,7 @@ fn what_does_not_fit_is_refused_with_what_would_make_it_fit() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
     let set = settings("full", &[], "none");
-    let estimated = estimate(&config, &set, &["--memory", "80MB"]);
+    let estimated = estimate(&config, &set, &["--memory", "32MB"]);
     let stage = &estimated["stages"][0];
     assert_eq!(stage["fits"], false);
     let changes = stage["changes"].as_array().unwrap();

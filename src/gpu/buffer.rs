@@ -58,7 +58,7 @@ impl Drop for Buffer {
 
 /// Requests are counted in units of this many bytes.
 pub const UNIT: u64 = 256;
-/// Free buffers may lie about up to this many bytes, or a 32nd of the most that was ever in use.
+/// Free buffers may lie about up to this many bytes, or a 16th of what comes and goes.
 const SLACK: u64 = 4 << 20;
 
 /// What is free and what is in use, whatever the buffers are.
@@ -70,6 +70,8 @@ struct Shelf<R> {
     used: u64,
     peak: u64,
     highest: u64,
+    /// In use when what was free was last forgotten: weights, which stay.
+    floor: u64,
     /// Bytes of all buffers, and how many there are.
     held: u64,
     count: u64,
@@ -77,7 +79,7 @@ struct Shelf<R> {
 
 impl<R> Default for Shelf<R> {
     fn default() -> Self {
-        Self { free: BTreeMap::new(), clock: 0, used: 0, peak: 0, highest: 0, held: 0, count: 0 }
+        Self { free: BTreeMap::new(), clock: 0, used: 0, peak: 0, highest: 0, floor: 0, held: 0, count: 0 }
     }
 }
 
@@ -103,13 +105,14 @@ impl<R> Shelf<R> {
 
     /// What must go before a buffer of `size` bytes may be made: those that have been free for the longest time.
     fn make_room(&mut self, size: u64) -> Vec<R> {
-        let most = self.highest + SLACK.max(self.highest / 32);
+        let moving = self.highest.saturating_sub(self.floor);
+        let most = self.highest + SLACK.max(moving / 16);
         let mut gone = Vec::new();
         if self.held + size <= most {
             return gone;
         }
         // Somewhat more than must be, so that it need not be done for every buffer.
-        let most = most - self.highest / 64;
+        let most = most - moving / 32;
         while self.held + size > most {
             let oldest = self.free.iter().min_by_key(|(_, list)| list.front().map_or(u64::MAX, |(since, _)| *since));
             let Some((&size, _)) = oldest else { break };
@@ -131,7 +134,7 @@ impl<R> Shelf<R> {
             self.held -= size * list.len() as u64;
             self.count -= list.len() as u64;
         }
-        self.highest = self.used;
+        (self.highest, self.floor) = (self.used, self.used);
     }
 }
 
@@ -264,7 +267,7 @@ mod tests {
         let gone: usize = (0..9).map(|_| take(&mut shelf, 110 * MIB)).sum();
         assert!((9..=10).contains(&gone), "{gone}");
         assert_eq!((shelf.used, shelf.peak), (990 * MIB, 1000 * MIB));
-        assert!(shelf.held <= 1000 * MIB + 1000 * MIB / 32, "{}", shelf.held);
+        assert!(shelf.held <= 1000 * MIB + 1000 * MIB / 16, "{}", shelf.held);
         // The same again finds what it needs.
         (0..9).for_each(|_| shelf.put(110 * MIB, 110 * MIB, ()));
         assert_eq!((0..9).map(|_| take(&mut shelf, 110 * MIB)).sum::<usize>(), 0);

@@ -89,6 +89,39 @@ OPTIMISERS = {
 }
 
 
+class Rounded(torch.autograd.Function):
+    """x as a 16-bit type has it; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx, x, half):
+        return x.to(half).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def round_what_layers_keep(model, half, tower):
+    """As the program does with a 16-bit precision: the input of every decoder layer, its queries, keys and values before
+    they are rotated, and what attention gives; the same in a tower that trains."""
+
+    def first(_, arguments, keywords):
+        if arguments:
+            return (Rounded.apply(arguments[0], half), *arguments[1:]), keywords
+        return arguments, keywords | {"hidden_states": Rounded.apply(keywords["hidden_states"], half)}
+
+    for name, module in model.named_modules():
+        if "vision_tower" in name and not tower:
+            continue
+        parts = name.split(".")
+        if parts[-1].isdigit() and parts[-2] == "layers":
+            module.register_forward_pre_hook(first, with_kwargs=True)
+        elif parts[-1] in ("o_proj", "out_proj"):
+            module.register_forward_pre_hook(first, with_kwargs=True)
+        elif parts[-1] in ("q_proj", "k_proj", "v_proj"):
+            module.register_forward_hook(lambda _, __, output: Rounded.apply(output, half))
+
+
 def rounds(name, weight):
     """What the program keeps in 16 bits: matrices that products and look-ups read; of what trains, under `full` alone."""
     return weight.ndim > 1 and "position_embedding" not in name
@@ -96,7 +129,7 @@ def rounds(name, weight):
 
 def train(checkpoint, config_path, optimiser, half=None, whole=False):
     """Runs a train config. `half`: a dtype; the masters are f32, and the model reads them rounded to it: matrices alone,
-    in f32 arithmetic, or with `whole` every weight, activation and gradient, as a model cast to it computes."""
+    in f32 arithmetic that rounds what layers keep, or with `whole` every weight, activation and gradient, as a model cast to it computes."""
     config = tomllib.loads(config_path.read_text())
     folder = config_path.parent
     adapter = folder / config["adapter_name_or_path"] if "adapter_name_or_path" in config else None
@@ -119,6 +152,7 @@ def train(checkpoint, config_path, optimiser, half=None, whole=False):
 
     publish()
     if half is not None and not whole:
+        round_what_layers_keep(model, half, config.get("unfreeze_mm_vision_tower", False))
         # What is frozen is kept in 16 bits too.
         with torch.no_grad():
             for name, weight in model.named_parameters():

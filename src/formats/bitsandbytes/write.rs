@@ -100,7 +100,9 @@ impl<'c> Packing<'c> {
         let weight = self.weights.get_mut(&part.weight).ok_or_else(missing)?;
         let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect();
         if part.part == ".quant_map" {
-            return Ok(floats(kind.values()));
+            // FP4's second zero has no sign in the map that bitsandbytes writes.
+            let map: Vec<f32> = kind.values().iter().map(|value| value + 0.0).collect();
+            return Ok(floats(&map));
         }
         if part.part.is_empty() || weight.nested.is_none() {
             let (mut quantizer, mut codes) = (Quantizer::new(kind, weight.elements), Vec::new());

@@ -10,7 +10,7 @@ pub use advice::{Advice, advise};
 pub use batches::{Batch, Steps};
 
 use super::{
-    config::{Method, ProjectorType as WantedProjector, Source, StageConfig},
+    config::{GradientCheckpointing, Method, ProjectorType as WantedProjector, Source, StageConfig},
     events::{Event, Observer},
     optimizer::Updates,
     pictures::PictureStore,
@@ -40,7 +40,7 @@ pub struct Estimate {
     pub micro_batches: usize,
     /// When most is held.
     pub peak: Holdings,
-    /// Uploads pass through so many bytes of the host's memory that the device sees.
+    /// Of the host's memory that the device sees: what goes to it and comes back passes through.
     pub staging: u64,
     /// Of a step of such micro-batches, recomputation included.
     pub flops: u64,
@@ -195,7 +195,8 @@ pub(super) fn simulate(
         batch: steps.largest,
         micro_batches: steps.steps.iter().map(Vec::len).max().unwrap_or(0),
         peak: gpu.peak(),
-        staging: STAGING_BYTES,
+        // Uploads of weights have theirs before anything else is there.
+        staging: if stage.gradient_checkpointing == GradientCheckpointing::Offload { 2 * STAGING_BYTES } else { 0 },
         flops,
     })
 }
