@@ -15,8 +15,10 @@ type Tolerance = (f64, f64);
 const EXACT: Tolerance = (2e-5, 1e-4);
 /// An index of a moment that lies between two may fall to either side, and so may a weight that is rounded.
 const EIGHT_BITS: Tolerance = (2e-4, 5e-3);
-/// A value that lies between two of 16 bits may fall to either side.
-const ROUNDED: Tolerance = (2e-4, 2e-3);
+/// A value that lies between two of 16 bits may fall to either side, and the runs part from there.
+const ROUNDED: Tolerance = (1e-3, 5e-3);
+/// Of the first step's loss, before they part.
+const FIRST: f64 = 1e-4;
 /// Against a model that is in 16 bits with its activations and gradients.
 const WHOLE: Tolerance = (1e-2, 1e-1);
 
@@ -47,7 +49,8 @@ fn check(name: &str, tolerance: Tolerance) {
     for (got, want) in metrics.iter().zip(steps) {
         assert_eq!((&got["step"], &got["target_tokens"]), (&want["step"], &want["target_tokens"]));
         let what = format!("{name}, step {}", want["step"]);
-        compare(&what, got, want, tolerance, &mut wrong);
+        let loss = if want["step"] == 1 { FIRST.min(tolerance.0) } else { tolerance.0 };
+        compare(&what, got, want, (loss, tolerance.1), &mut wrong);
         let whole = &want["whole_model_in_16_bits"];
         if whole.is_object() {
             compare(&format!("{what}, wholly in 16 bits"), got, whole, WHOLE, &mut wrong);
