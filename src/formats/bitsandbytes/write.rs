@@ -12,6 +12,9 @@ use crate::{
     quant::{BLOCK, Factors, NESTED_BLOCK, Nested, QuantType, Quantizer},
 };
 
+/// Gives a weight's values, piece by piece in order, to who asks.
+pub type Values<'a> = dyn FnMut(&mut dyn FnMut(&[f32])) -> Result<()> + 'a;
+
 /// Which weights of a model are written in four bits, with double quantisation. A file wants the parts of all of them by
 /// dtype and name: what is small is kept from the first part of a weight to its last, codes are made when they are
 /// written.
@@ -90,11 +93,7 @@ impl<'c> Packing<'c> {
     ///
     /// # Errors
     /// Those of `values`.
-    pub fn data(
-        &mut self,
-        part: &Part,
-        values: &mut dyn FnMut(&mut dyn FnMut(&[f32])) -> Result<()>,
-    ) -> Result<Vec<u8>> {
+    pub fn data(&mut self, part: &Part, values: &mut Values<'_>) -> Result<Vec<u8>> {
         let missing = || Error::failed(format!("{} is not among the weights to be packed", part.weight));
         let kind = self.kind.ok_or_else(missing)?;
         let weight = self.weights.get_mut(&part.weight).ok_or_else(missing)?;
