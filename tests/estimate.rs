@@ -19,9 +19,9 @@ fn settings<'a>(method: &'a str, others: &[&'a str], mode: &'a str) -> Vec<Strin
     let mut set = vec![
         format!("method={method}"),
         format!("gradient_checkpointing={mode}"),
-        "per_device_train_batch_size=8".to_owned(),
+        "per_device_train_batch_size=4".to_owned(),
         "gradient_accumulation_steps=2".to_owned(),
-        "max_steps=4".to_owned(),
+        "max_steps=3".to_owned(),
         "r=8".to_owned(),
     ];
     set.extend(others.iter().map(|&other| other.to_owned()));
@@ -31,7 +31,7 @@ fn settings<'a>(method: &'a str, others: &[&'a str], mode: &'a str) -> Vec<Strin
 fn config(folder: &Path) -> String {
     let path = folder.join("run.toml");
     let text = "model_name_or_path = \"embedded:tiny\"\n\
-                data_path = [{ path = \"embedded:easy-vqa-questions\", limit = 48 }]\n";
+                data_path = [{ path = \"embedded:easy-vqa-questions\", limit = 24 }]\n";
     std::fs::write(&path, text).unwrap();
     path.display().to_string()
 }
@@ -71,7 +71,7 @@ fn what_does_not_fit_is_refused_with_what_would_make_it_fit() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
     let set = settings("full", &[], "none");
-    let estimated = estimate(&config, &set, &["--memory", "32MB"]);
+    let estimated = estimate(&config, &set, &["--memory", "24MB"]);
     let stage = &estimated["stages"][0];
     assert_eq!(stage["fits"], false);
     let changes = stage["changes"].as_array().unwrap();

@@ -376,7 +376,8 @@ fn memory(text: &str) -> Result<u64, String> {
         _ => return Err("must be bytes, or end in MB, GB, MiB or GiB".to_owned()),
     };
     let number: f64 = text[..digits].parse().map_err(|_| "must begin with a number".to_owned())?;
-    Ok((number * unit) as u64)
+    let bytes = (number * unit) as u64;
+    if bytes < 1 << 20 { Err(format!("{bytes} bytes are no card's memory: is {number}GB meant?")) } else { Ok(bytes) }
 }
 
 /// Parses what was typed. When that does not give a command to run (`--help`, `--version`, wrong use), prints what
@@ -454,6 +455,7 @@ mod tests {
             "generate --model m --prompt p --top-p 0",
             "eval easy-vqa --limit 0",
             "estimate --memory lots",
+            "estimate --memory 8",
             "--quiet --verbose devices",
             "--precision int8 devices",
             "--backend opengl devices",
