@@ -54,11 +54,14 @@ fn swiglu_forward(
 }
 
 #kernel swiglu_backward
+// IN_PLACE: dgate and dup take the places of gate and up.
 @group(0) @binding(0) var<storage, read_write> gate: array<vec4<f32>>; // [T, F]
 @group(0) @binding(1) var<storage, read_write> up: array<vec4<f32>>; // [T, F]
 @group(0) @binding(2) var<storage, read_write> dy: array<vec4<f32>>; // [T, F]
+#ifndef IN_PLACE
 @group(0) @binding(3) var<storage, read_write> dgate: array<vec4<f32>>; // [T, F]
 @group(0) @binding(4) var<storage, read_write> dup: array<vec4<f32>>; // [T, F]
+#endif
 
 @compute @workgroup_size(64)
 fn swiglu_backward(
@@ -71,30 +74,15 @@ fn swiglu_backward(
         let g = gate[i];
         let s = sigmoid(g);
         let d = dy[i];
-        dgate[i] = d * up[i] * s * (1.0 + g * (1.0 - s));
-        dup[i] = d * g * s;
-    }
-}
-
-#kernel swiglu_backward_in_place
-// dgate and dup take the places of gate and up.
-@group(0) @binding(0) var<storage, read_write> gate: array<vec4<f32>>; // [T, F]
-@group(0) @binding(1) var<storage, read_write> up: array<vec4<f32>>; // [T, F]
-@group(0) @binding(2) var<storage, read_write> dy: array<vec4<f32>>; // [T, F]
-
-@compute @workgroup_size(64)
-fn swiglu_backward_in_place(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        let g = gate[i];
-        let s = sigmoid(g);
-        let d = dy[i];
-        gate[i] = d * up[i] * s * (1.0 + g * (1.0 - s));
-        up[i] = d * g * s;
+        let of_gate = d * up[i] * s * (1.0 + g * (1.0 - s));
+        let of_up = d * g * s;
+#ifdef IN_PLACE
+        gate[i] = of_gate;
+        up[i] = of_up;
+#else
+        dgate[i] = of_gate;
+        dup[i] = of_up;
+#endif
     }
 }
 

@@ -31,22 +31,13 @@ var<workgroup> weights: array<vec4<f32>, 288>; // [32 keys, 32 queries and paddi
 var<workgroup> maxima: array<f32, 256>; // [32 queries, 8 threads]
 var<workgroup> sums: array<f32, 256>; // [32 queries, 8 threads]
 
+fn summed_at(at: u32) -> f32 {
+    return v[at];
+}
+
 @compute @workgroup_size(64)
 fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let head = group.y;
-    let kv_head = head * params.kv_heads / params.heads;
-    let size = params.head_size;
-    let last = params.queries - 1u;
-    let ty = lane / 8u;
-    let tx = lane % 8u;
-    let query = group.x * 32u + ty * 4u;
-    var first = ranges[min(group.x * 32u, last)].x;
-    var end = 0u;
-    for (var r = 0u; r < 32u; r++) {
-        let range = ranges[min(group.x * 32u + r, last)];
-        first = min(first, range.x);
-        end = max(end, range.y);
-    }
+#import flash_queries
 #unroll r in 0..4
     let range#{r} = ranges[min(query + #{r}u, last)];
     var largest#{r} = MASKED;
@@ -127,35 +118,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
             sum#{r} += sums[(ty * 4u + #{r}u) * 8u + i];
         }
 #end
-        for (var chunk = 0u; chunk < 32u && block + chunk < end; chunk += #{CHUNK}u) {
-#unroll i in 0..4
-            {
-                let at = lane + #{i * 64}u;
-                let key = min(block + chunk + at / #{COLS * 8}u, params.keys - 1u);
-                let e = at % #{COLS * 8}u * 4u;
-                let source = (key * params.kv_heads + kv_head) * size;
-                stage[at] = vec4<f32>(
-                    select(0.0, v[source + min(e, size - 1u)], e < size),
-                    select(0.0, v[source + min(e + 1u, size - 1u)], e + 1u < size),
-                    select(0.0, v[source + min(e + 2u, size - 1u)], e + 2u < size),
-                    select(0.0, v[source + min(e + 3u, size - 1u)], e + 3u < size),
-                );
-            }
-#end
-            workgroupBarrier();
-            for (var j = 0u; j < #{CHUNK}u; j++) {
-                let w = weights[(chunk + j) * 9u + ty];
-#unroll c in 0..COLS
-                {
-                    let x = stage[j * #{COLS * 8}u + #{c * 8}u + tx];
-#unroll r in 0..4
-                    acc#{r}_#{c} = fma(vec4<f32>(w[#{r}]), x, acc#{r}_#{c});
-#end
-                }
-#end
-            }
-            workgroupBarrier();
-        }
+#import flash_weighted_sum
     }
 #unroll r in 0..4
     if (query + #{r}u < params.queries) {
@@ -189,22 +152,13 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
 var<workgroup> stage: array<vec4<f32>, 256>; // q, dout, k, v as [8 channels, 32 rows] each; k as [CHUNK, E]
 var<workgroup> weights: array<vec4<f32>, 288>; // ds, [32 keys, 32 queries and padding]
 
+fn summed_at(at: u32) -> f32 {
+    return k[at];
+}
+
 @compute @workgroup_size(64)
 fn backward_query(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let head = group.y;
-    let kv_head = head * params.kv_heads / params.heads;
-    let size = params.head_size;
-    let last = params.queries - 1u;
-    let ty = lane / 8u;
-    let tx = lane % 8u;
-    let query = group.x * 32u + ty * 4u;
-    var first = ranges[min(group.x * 32u, last)].x;
-    var end = 0u;
-    for (var r = 0u; r < 32u; r++) {
-        let range = ranges[min(group.x * 32u + r, last)];
-        first = min(first, range.x);
-        end = max(end, range.y);
-    }
+#import flash_queries
 #unroll r in 0..4
     let range#{r} = ranges[min(query + #{r}u, last)];
     let stats#{r} = stats[min(query + #{r}u, last) * params.heads + head];
@@ -262,35 +216,7 @@ fn backward_query(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoca
 #unroll c in 0..4
         weights[(tx * 4u + #{c}u) * 9u + ty] = vec4<f32>(ds0[#{c}], ds1[#{c}], ds2[#{c}], ds3[#{c}]);
 #end
-        for (var chunk = 0u; chunk < 32u && block + chunk < end; chunk += #{CHUNK}u) {
-#unroll i in 0..4
-            {
-                let at = lane + #{i * 64}u;
-                let key = min(block + chunk + at / #{COLS * 8}u, params.keys - 1u);
-                let e = at % #{COLS * 8}u * 4u;
-                let source = (key * params.kv_heads + kv_head) * size;
-                stage[at] = vec4<f32>(
-                    select(0.0, k[source + min(e, size - 1u)], e < size),
-                    select(0.0, k[source + min(e + 1u, size - 1u)], e + 1u < size),
-                    select(0.0, k[source + min(e + 2u, size - 1u)], e + 2u < size),
-                    select(0.0, k[source + min(e + 3u, size - 1u)], e + 3u < size),
-                );
-            }
-#end
-            workgroupBarrier();
-            for (var j = 0u; j < #{CHUNK}u; j++) {
-                let w = weights[(chunk + j) * 9u + ty];
-#unroll c in 0..COLS
-                {
-                    let x = stage[j * #{COLS * 8}u + #{c * 8}u + tx];
-#unroll r in 0..4
-                    acc#{r}_#{c} = fma(vec4<f32>(w[#{r}]), x, acc#{r}_#{c});
-#end
-                }
-#end
-            }
-            workgroupBarrier();
-        }
+#import flash_weighted_sum
     }
 #unroll r in 0..4
     if (query + #{r}u < params.queries) {

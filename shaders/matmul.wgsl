@@ -317,12 +317,11 @@ fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
 
-const STRIDE: u32 = #{(TILE + 4) / 4}u; // of a staged row, in vec4s
-const SIDE: u32 = #{TILE / BLOCK}u; // threads along one side of the tile
-const THREADS: u32 = SIDE * SIDE;
+#import tile
 
-var<workgroup> tile_a: array<vec4<f32>, #{DEPTH * (TILE + 4) / 4}>; // [DEPTH, TILE + 4]
-var<workgroup> tile_b: array<vec4<f32>, #{DEPTH * (TILE + 4) / 4}>; // [DEPTH, TILE + 4]
+fn bias_at(col: u32) -> f32 {
+    return bias[col];
+}
 
 fn load_a(row: u32, k: u32) -> f32 {
     if (row >= params.m || k >= params.k) {
@@ -387,40 +386,10 @@ fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_inde
             tile_b[kb * STRIDE + cb] = vec4<f32>(load_b(db, cb4), load_b(db, cb4 + 1u), load_b(db, cb4 + 2u), load_b(db, cb4 + 3u));
         }
         workgroupBarrier();
-#unroll k in 0..DEPTH
-        {
-#unroll q in 0..BLOCK/4
-            let x#{q} = tile_a[#{k}u * STRIDE + my_row / 4u + #{q}u];
-            let y#{q} = tile_b[#{k}u * STRIDE + my_col / 4u + #{q}u];
-#end
-#unroll i in 0..BLOCK
-#unroll j in 0..BLOCK/4
-            c#{i}_#{j} = fma(vec4<f32>(x#{i / 4}[#{i % 4}]), y#{j}, c#{i}_#{j});
-#end
-#end
-        }
-#end
+#import tile_product
         workgroupBarrier();
     }
-#unroll j in 0..BLOCK
-    if (col + my_col + #{j}u < params.n) {
-        let at_col = col + my_col + #{j}u;
-        var shift = 0.0;
-        if ((params.flags & ADD_BIAS) != 0u) {
-            shift = bias[at_col];
-        }
-#unroll i in 0..BLOCK
-        if (row + my_row + #{i}u < params.m) {
-            let at = params.c_offset + (row + my_row + #{i}u) * params.ldc + at_col;
-            var value = fma(params.alpha, c#{i}_#{j / 4}[#{j % 4}], shift);
-            if ((params.flags & ACCUMULATE) != 0u) {
-                value += c[at];
-            }
-            c[at] = value;
-        }
-#end
-    }
-#end
+#import tile_write
 }
 
 #kernel rows

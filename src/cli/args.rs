@@ -104,8 +104,9 @@ pub struct DevicesArgs {
     pub json: bool,
 }
 
+/// Which run a command is about.
 #[derive(Clone, Debug, Default, Args)]
-pub struct TrainArgs {
+pub struct RunArgs {
     /// A TOML file; without it, the embedded default
     #[arg(value_name = "CONFIG.toml")]
     pub config: Option<PathBuf>,
@@ -115,6 +116,12 @@ pub struct TrainArgs {
     /// Override a config key (`recipes keys` lists them), of all stages or of one; may be given several times
     #[arg(long, short, value_name = "[STAGE.]KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
     /// The run folder [default: runs/<date>]
     #[arg(long, short, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
@@ -131,29 +138,14 @@ pub struct TrainArgs {
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct EstimateArgs {
-    /// A TOML file; without it, the embedded default
-    #[arg(value_name = "CONFIG.toml")]
-    pub config: Option<PathBuf>,
-    /// An embedded recipe, below the config file if both are given (see `recipes ls`)
-    #[arg(long, short, value_name = "NAME")]
-    pub recipe: Option<String>,
-    /// Override a config key, of all stages or of one; may be given several times
-    #[arg(long, short, value_name = "[STAGE.]KEY=VALUE")]
-    pub set: Vec<String>,
+    #[command(flatten)]
+    pub run: RunArgs,
     /// Of the card to ask about, such as 24GB [default: what this device has free]
     #[arg(long, value_name = "BYTES", value_parser = memory)]
     pub memory: Option<u64>,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
-}
-
-impl EstimateArgs {
-    /// The run that is asked about.
-    pub fn as_train(&self) -> TrainArgs {
-        let Self { config, recipe, set, .. } = self.clone();
-        TrainArgs { config, recipe, set, ..TrainArgs::default() }
-    }
 }
 
 /// Which model a command runs.

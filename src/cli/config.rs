@@ -27,7 +27,7 @@ use std::{
 pub fn run_config(args: &TrainArgs, global: &GlobalArgs, working_dir: &Path, now: SystemTime) -> Result<RunConfig> {
     let runs = working_dir.join("runs");
     let mut folder = args.output_dir.as_ref().map(|dir| working_dir.join(dir));
-    let mut file = args.config.as_ref().map(|path| working_dir.join(path));
+    let mut file = args.run.config.as_ref().map(|path| working_dir.join(path));
     if args.resume && folder.is_none() {
         // A run's own config stands in its folder, and names no other.
         folder = match &file {
@@ -35,17 +35,17 @@ pub fn run_config(args: &TrainArgs, global: &GlobalArgs, working_dir: &Path, now
             _ => run_folder::latest_run(&runs)?,
         };
     }
-    if args.resume && file.is_none() && args.recipe.is_none() {
+    if args.resume && file.is_none() && args.run.recipe.is_none() {
         let saved = folder.as_ref().map(|folder| folder.join(run_folder::CONFIG_FILE));
         file = saved.filter(|path| path.exists());
     }
     let text = file.as_ref().map(|path| config::read_file(path)).transpose()?;
-    let recipe = match (&args.recipe, &file) {
+    let recipe = match (&args.run.recipe, &file) {
         (Some(name), _) => Some(recipes::find(name)?),
         (None, None) => Some(recipes::find("default")?),
         (None, Some(_)) => None,
     };
-    let mut set = args.set.clone();
+    let mut set = args.run.set.clone();
     if let Some(device) = &global.device {
         set.push(format!("devices={device}"));
     }
@@ -90,8 +90,13 @@ fn settings(text: &mut String, settings: &[Setting]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::args::RunArgs;
     use crate::train::config::{DeviceChoice, Precision};
     use std::time::UNIX_EPOCH;
+
+    fn of(run: RunArgs) -> TrainArgs {
+        TrainArgs { run, ..Default::default() }
+    }
 
     fn resolve(args: TrainArgs, dir: &Path) -> RunConfig {
         run_config(&args, &GlobalArgs::default(), dir, UNIX_EPOCH).unwrap()
@@ -110,11 +115,11 @@ mod tests {
     #[test]
     fn resuming_takes_the_config_and_the_folder_of_the_run() {
         let dir = tempfile::tempdir().unwrap();
-        let started = resolve(TrainArgs { set: vec!["seed=5".into()], ..Default::default() }, dir.path());
+        let started = resolve(of(RunArgs { set: vec!["seed=5".into()], ..Default::default() }), dir.path());
         std::fs::create_dir_all(&started.output_dir).unwrap();
         std::fs::write(started.output_dir.join("config.toml"), started.to_toml()).unwrap();
         let resume = |config: Option<PathBuf>, output_dir: Option<PathBuf>| TrainArgs {
-            config,
+            run: RunArgs { config, ..Default::default() },
             output_dir,
             resume: true,
             ..Default::default()
@@ -128,7 +133,7 @@ mod tests {
             resumed.check_resumable(&started).unwrap();
         }
         // Without --resume the saved config is a new run, in a folder of its own.
-        let repeated = resolve(TrainArgs { config: Some(saved), ..Default::default() }, &dir.path().join("other"));
+        let repeated = resolve(of(RunArgs { config: Some(saved), ..Default::default() }), &dir.path().join("other"));
         assert_ne!(repeated.output_dir, started.output_dir);
         assert_eq!(repeated.stages[1].values, started.stages[1].values);
     }
@@ -144,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_dry_run_shows_origins_and_is_a_config_again() {
-        let args = TrainArgs { set: vec!["finetune.r=8".into()], ..Default::default() };
+        let args = of(RunArgs { set: vec!["finetune.r=8".into()], ..Default::default() });
         let run = resolve(args, Path::new("/"));
         let text = describe(&run);
         for part in ["# recipe default", "# command line", "# default", "name = \"finetune\""] {

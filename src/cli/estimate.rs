@@ -5,9 +5,8 @@ use std::{env, fmt::Write, time::SystemTime};
 use serde_json::{Value, json};
 
 use super::{
-    args::{EstimateArgs, GlobalArgs},
+    args::{EstimateArgs, GlobalArgs, TrainArgs},
     backend, config as resolve, report,
-    train::device_of,
 };
 use crate::{
     error::{Error, Result},
@@ -23,7 +22,8 @@ use crate::{
 pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
-    let config = resolve::run_config(&args.as_train(), global, &working_dir, SystemTime::now())?;
+    let run = TrainArgs { run: args.run.clone(), ..TrainArgs::default() };
+    let config = resolve::run_config(&run, global, &working_dir, SystemTime::now())?;
     let gpu = open_quietly(&config, global)?;
     let facts = gpu.as_ref().map_or_else(AdapterFacts::of_a_usual_gpu, |gpu| gpu.facts().clone());
     let memory = args.memory.or(gpu.as_ref().and_then(Gpu::available_memory));
@@ -53,7 +53,7 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
 /// # Errors
 /// An adapter that was asked for and is not there.
 fn open_quietly(config: &RunConfig, global: &GlobalArgs) -> Result<Option<Gpu>> {
-    let device = global.device.clone().or(device_of(config));
+    let device = global.device.clone().or(config.device.as_ref().map(ToString::to_string));
     let asked = device.is_some() || global.backend.is_some();
     let options = AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
     match Gpu::open(&options) {

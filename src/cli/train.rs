@@ -14,7 +14,7 @@ use crate::{
     gpu::Gpu,
     train::{
         check,
-        config::{DeviceChoice, RunConfig, Source},
+        config::{RunConfig, Source},
         metrics, plot,
         report::{self, ReportData, StageReport},
         run::{self, RunOutcome},
@@ -32,7 +32,7 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         return dry_run(config, &mut ui);
     }
     hub::localize(&mut config, &mut ui)?;
-    let gpu = super::open_device(global, device_of(&config), &mut ui)?;
+    let gpu = super::open_device(global, config.device.as_ref().map(ToString::to_string), &mut ui)?;
     if args.resume && !config.output_dir.join(CONFIG_FILE).exists() {
         ui.line(&format!("  nothing to go on with in {}: starting from the beginning", shown(&config.output_dir)));
     }
@@ -47,14 +47,6 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         ui.line(&format!("  {command}"));
     }
     Ok(())
-}
-
-/// The adapter that a config names.
-pub(super) fn device_of(config: &RunConfig) -> Option<String> {
-    config.device.as_ref().map(|choice| match choice {
-        DeviceChoice::Index(index) => index.to_string(),
-        DeviceChoice::Name(name) => name.clone(),
-    })
 }
 
 /// The config as resolved, with the origin of each value, on stdout; then what it would do, or what is wrong with it.

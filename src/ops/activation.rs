@@ -28,7 +28,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
 /// The gradients of gate and up. Where nobody else holds these, their own memory takes the results.
 pub fn swiglu_backward(gate: Tensor, up: Tensor, dy: &Tensor) -> (Tensor, Tensor) {
     if !gate.is_shared() && !up.is_shared() {
-        launch("activation.swiglu_backward_in_place", &[&gate, &up, dy]);
+        launch("activation.swiglu_backward.in_place", &[&gate, &up, dy]);
         return (gate, up);
     }
     let (dgate, dup) = (Tensor::empty(gate.gpu(), gate.shape()), Tensor::empty(gate.gpu(), gate.shape()));

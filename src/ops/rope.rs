@@ -40,7 +40,7 @@ pub fn rotate(x: Tensor, positions: &Tensor, table: &Tensor, heads: usize, inver
                 let [x, positions, table] = bindings;
                 gpu.dispatch("rope.rotate", &[x, positions, table, y.range(start, count)], &params, groups);
             }
-            None => gpu.dispatch("rope.rotate_in_place", &bindings, &params, groups),
+            None => gpu.dispatch("rope.rotate.in_place", &bindings, &params, groups),
         }
     }
     y.unwrap_or(x)

@@ -84,8 +84,10 @@ impl<'a> Trainer<'a> {
         let processor = prepared.processor(stage)?;
         let plan = plan(stage, &dataset)?;
         let total_steps = plan.total_steps();
+        let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if let Some(memory) = memory {
-            estimate::check(stage, &prepared, &dataset, gpu.facts(), memory)?;
+            let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
+            estimate::check(stage, &prepared, &steps, gpu.facts(), memory)?;
         }
         let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
         let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));
@@ -101,8 +103,10 @@ impl<'a> Trainer<'a> {
             state = checkpoint::load(folder, &stepper.optimizer, dataset.len(), total_steps)?;
             dora::update_norms(&mut stepper.start.model);
         }
-        let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
-        let left = used_images(&dataset, &plan, state.step, stage.unfreeze_mm_vision_tower)?;
+        let left = match state.step {
+            0 => used.clone(),
+            step => used_images(&dataset, &plan, step, stage.unfreeze_mm_vision_tower)?,
+        };
         let frozen = !stage.unfreeze_mm_vision_tower;
         let pictures = PictureStore::new(stepper.model(), processor, &used, &left, frozen, observer)?;
         let schedule = Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);

@@ -4,13 +4,13 @@ use std::collections::HashSet;
 
 use super::super::{config::StageConfig, start::Prepared, trainer};
 use crate::{
-    data::{ImageSource, Sample, dataset::Dataset},
+    data::{ImageSource, Sample, dataset::Dataset, sampler::Plan},
     error::Result,
     models::{
         batch::PackedBatch,
         config::{LlavaConfig, ModelConfig},
     },
-    train::events::{Event, Observer},
+    train::events::Silent,
 };
 
 /// Steps that are run as they come: enough for the pool of buffers to have met what it will meet.
@@ -55,12 +55,6 @@ pub struct Steps {
     pub pictures: usize,
 }
 
-struct Silent;
-
-impl Observer for Silent {
-    fn event(&mut self, _: Event<'_>) {}
-}
-
 impl Steps {
     /// Those of the stage's data where model and data are here, else one made up.
     ///
@@ -70,12 +64,15 @@ impl Steps {
         if !(model_found && stage.data_path.iter().all(|entry| entry.path.is_here())) {
             return Ok(Self::made_up(stage, prepared.config()));
         }
-        Self::of_data(stage, prepared.config(), &prepared.dataset(stage, &mut Silent)?)
+        let dataset = prepared.dataset(stage, &mut Silent)?;
+        let plan = trainer::plan(stage, &dataset)?;
+        let shown = trainer::used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
+        Self::of_data(prepared.config(), &dataset, &plan, &shown)
     }
 
-    /// The first steps, and those with most positions and most supervised ones.
-    pub fn of_data(stage: &StageConfig, config: &ModelConfig, dataset: &Dataset) -> Result<Self> {
-        let plan = trainer::plan(stage, dataset)?;
+    /// The plan's first steps, and those with most positions and most supervised ones. `shown` are the pictures of all
+    /// steps, whose features may be kept.
+    pub fn of_data(config: &ModelConfig, dataset: &Dataset, plan: &Plan, shown: &[ImageSource]) -> Result<Self> {
         let image_tokens = config.llava().map_or(0, LlavaConfig::image_seq_length);
         let step = |number: u64| -> Result<Vec<PackedBatch>> {
             plan.step(number)
@@ -104,8 +101,7 @@ impl Steps {
         }
         let largest = steps.iter().flatten().max_by_key(|batch| batch.tokens());
         let largest = largest.map(|batch| Batch::of(batch, true)).unwrap_or_default();
-        let shown = trainer::used_images(dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
-        let pictures: HashSet<ImageSource> = shown.into_iter().collect();
+        let pictures: HashSet<&ImageSource> = shown.iter().collect();
         Ok(Self { steps, largest, pictures: pictures.len() })
     }
 

@@ -11,14 +11,14 @@ pub use batches::{Batch, Steps};
 
 use super::{
     config::{GradientCheckpointing, Method, ProjectorType as WantedProjector, Source, StageConfig},
-    events::{Event, Observer},
+    events::Silent,
     optimizer::Updates,
     pictures::PictureStore,
     start::{self, Prepared},
     stepper::{Step, Stepper},
 };
 use crate::{
-    data::{ImageSource, dataset::Dataset},
+    data::ImageSource,
     error::{Error, ErrorKind, Result},
     formats::{model_folder::ModelFolder, safetensors::Dtype},
     gpu::{AdapterFacts, Gpu, Holdings, STAGING_BYTES},
@@ -51,12 +51,6 @@ impl Estimate {
     pub fn bytes(&self) -> u64 {
         self.peak.held + self.staging
     }
-}
-
-struct Silent;
-
-impl Observer for Silent {
-    fn event(&mut self, _: Event<'_>) {}
 }
 
 /// Stands for a picture that is made up.
@@ -130,15 +124,8 @@ pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts) -> Result<Vec<Esti
 ///
 /// # Errors
 /// `Memory`, with the first changes that would make it fit.
-pub fn check(
-    stage: &StageConfig,
-    prepared: &Prepared,
-    dataset: &Dataset,
-    facts: &AdapterFacts,
-    memory: u64,
-) -> Result<()> {
-    let steps = Steps::of_data(stage, prepared.config(), dataset)?;
-    let needed = simulate(stage, prepared, true, &steps, facts)?.bytes();
+pub fn check(stage: &StageConfig, prepared: &Prepared, steps: &Steps, facts: &AdapterFacts, memory: u64) -> Result<()> {
+    let needed = simulate(stage, prepared, true, steps, facts)?.bytes();
     if needed <= memory {
         return Ok(());
     }
