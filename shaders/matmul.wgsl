@@ -461,15 +461,29 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 }
 
-#kernel transpose
-// C[N, K] -> [K, N], so that an NT product can run as NN. m, n: rows and columns of the source.
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, N]
-@group(0) @binding(1) var<storage, read_write> c: array<f32>; // [N, M]
+#kernel block
+// A part of a matrix in f32, TRANSPOSED or not. m, n: rows and columns of what is written, from c_offset on.
+#ifdef PACKED
+#import packed
+@group(0) @binding(0) var<storage, read_write> a: array<u32>; // from a_offset on, rows of lda, packed
+#else
+@group(0) @binding(0) var<storage, read_write> a: array<f32>; // from a_offset on, rows of lda
+#endif
+@group(0) @binding(1) var<storage, read_write> c: array<f32>; // [M, N], rows of ldc
 
 @compute @workgroup_size(#{TILE}, #{TILE})
-fn transpose(@builtin(global_invocation_id) id: vec3<u32>) {
-    // Lanes run along the rows of the result, so that writes are whole and reads gather.
-    if (id.x < params.m && id.y < params.n) {
-        c[params.c_offset + id.y * params.ldc + id.x] = a[params.a_offset + id.x * params.lda + id.y];
+fn block(@builtin(global_invocation_id) id: vec3<u32>) {
+    // Lanes run along the rows of the result, so that writes are whole.
+    if (id.x < params.n && id.y < params.m) {
+#ifdef TRANSPOSED
+        let at = params.a_offset + id.x * params.lda + id.y;
+#else
+        let at = params.a_offset + id.y * params.lda + id.x;
+#endif
+#ifdef PACKED
+        c[params.c_offset + id.y * params.ldc + id.x] = widen_one(a[at / 2u], at);
+#else
+        c[params.c_offset + id.y * params.ldc + id.x] = a[at];
+#endif
     }
 }

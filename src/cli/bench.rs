@@ -149,6 +149,7 @@ fn data(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, times: &StepTim
         },
         "loading_seconds": times.loading_seconds,
         "device_bytes": times.peak.held,
+        "estimated_bytes": times.estimated,
         "bytes": peak,
     })
 }
@@ -178,7 +179,7 @@ fn text(stage: &StageConfig, times: &StepTimes, data: &Value, before: Option<&Va
             phases.forward, phases.backward, phases.optimizer
         ),
     );
-    row("memory", gigabytes(times.peak.held));
+    row("memory", format!("{}, {} expected", gigabytes(times.peak.held), gigabytes(times.estimated)));
     row("loading", format!("{:.1} s", times.loading_seconds));
     if let Some(before) = before {
         for key in ["seconds_per_step", "tokens_per_second", "device_bytes"] {

@@ -10,9 +10,13 @@
 //! their own (`nf4_matmul.rs`).
 //!
 //! Which kernel runs is chosen per adapter and shape: GPUs stage tiles in workgroup memory, host processors want
-//! their operands as uniforms (`host.rs`), and a few rows of A go to a kernel that reads W once.
+//! their operands as uniforms (`host.rs`, of long rows blocks: `blocks.rs`), and a few rows of A go to a kernel that
+//! reads W once.
 
+mod blocks;
 mod host;
+
+pub(super) use blocks::block;
 
 use super::{Comparison, Cost, Op, Random, nf4_matmul, testing::wide};
 use crate::{
@@ -74,25 +78,15 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     if m == 0 || n == 0 {
         return;
     }
-    let call = Call { layout, a, b, b_first: [0, 0], c, epilogue };
+    let call = Call { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue };
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
-/// What a block of B, from its row and column `[row, col]` on, has in a product: all of a few columns of C, for an A
-/// whose columns are those that are multiplied with this block.
-pub(super) fn product_of_block(
-    layout: Layout,
-    a: &Tensor,
-    b: &Tensor,
-    [row, col]: [usize; 2],
-    c: &Tensor,
-    epilogue: Epilogue<'_>,
-) {
-    let (b_first, n, k) = match layout {
-        Layout::Nt => ([row, 0], (row, row + b.rows()), b.cols()),
-        Layout::Nn | Layout::Tn => ([0, col], (col, col + b.cols()), b.rows()),
-    };
-    Call { layout, a, b, b_first, c, epilogue }.run(Region { m: (0, c.rows()), n, k: (0, k) });
+/// Writes or adds the product of A [M, K] and B [K, n] to columns of C [M, ..], from `first` on.
+pub(super) fn product_of_columns(a: &Tensor, b: &Tensor, first: usize, c: &Tensor, epilogue: Epilogue<'_>) {
+    let (n, k) = ((first, first + b.cols()), (0, b.rows()));
+    let call = Call { layout: Layout::Nn, a, a_first: [0, 0], b, b_first: [0, first], c, epilogue };
+    call.run(Region { m: (0, c.rows()), n, k });
 }
 
 /// The part of a product that the rows of B from `first` on have in it, which are all of `b`: NT columns of C, an NN
@@ -110,7 +104,7 @@ pub(super) fn product_of_rows(
         Layout::Nt => (rows, (0, b.cols())),
         Layout::Nn | Layout::Tn => ((0, b.cols()), rows),
     };
-    Call { layout, a, b, b_first: [first, 0], c, epilogue }.run(Region { m: (0, c.rows()), n, k });
+    Call { layout, a, a_first: [0, 0], b, b_first: [first, 0], c, epilogue }.run(Region { m: (0, c.rows()), n, k });
 }
 
 /// A block of the product: half-open ranges of M, N, K.
@@ -124,8 +118,10 @@ struct Region {
 struct Call<'a> {
     layout: Layout,
     a: &'a Tensor,
+    /// Where A is a part of the whole: its first row and column there, as regions count them.
+    a_first: [usize; 2],
     b: &'a Tensor,
-    /// Where B is a part of the whole: its first row and column there, as regions count them.
+    /// The same of B.
     b_first: [usize; 2],
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
@@ -159,10 +155,6 @@ impl Call<'_> {
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
     fn run(&self, region: Region) {
         let gpu = self.c.gpu();
-        if gpu.only_counts() {
-            // A product over uniforms can be a hundred thousand launches, none of which allocates.
-            return;
-        }
         let most = gpu.max_binding();
         let bytes = |rows, tensor: &Tensor| (length(rows) * tensor.cols() * tensor.dtype().bytes()) as u64;
         let (a_rows, b_rows) = self.operand_rows(region);
@@ -170,16 +162,12 @@ impl Call<'_> {
             region.cut_m(halved(region.m))
         } else if bytes(a_rows, self.a) > most && length(a_rows) > 64 {
             if self.layout == Layout::Tn { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
-        } else if gpu.is_cpu()
-            && self.layout == Layout::Nt
-            && (self.b.dtype().is_packed() || length(region.m) <= 32)
-            && host::rows_fit(self.a, self.b)
-        {
+        } else if gpu.is_cpu() && self.layout == Layout::Nt && self.wants_lanes(region) {
             return self.by_lanes(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
         } else if gpu.is_cpu() {
-            return self.by_uniforms(region);
+            return if self.wants_blocks() { self.by_blocks(region) } else { self.by_uniforms(region) };
         } else {
             return self.launch(region);
         };
@@ -195,7 +183,7 @@ impl Call<'_> {
     }
 
     fn launch(&self, region: Region) {
-        let Self { layout, a, b, b_first, c, epilogue } = *self;
+        let Self { layout, a, b, b_first, c, epilogue, .. } = *self;
         let (m, n, k) = (length(region.m), length(region.n), length(region.k));
         // Row ranges are bound; column ranges are offsets inside the binding.
         let (a_rows, b_rows) = self.operand_rows(region);
@@ -281,9 +269,10 @@ pub fn reference(layout: Layout, a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) ->
 
 fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
-    // Square, a few rows, a narrow result, sides that fill whole vectors, and one row.
-    let even = n.next_multiple_of(8);
-    for [m, n, k] in [[n, n + 2, n + 1], [3, n, n], [n, 8, n], [even, n, even], [1, n, even]] {
+    // Square, a few rows, a narrow result, sides that fill whole vectors, one row; and each side longer than a block.
+    let (even, long) = (n.next_multiple_of(8), n + 2051);
+    let short = [[n, n + 2, n + 1], [3, n, n], [n, 8, n], [even, n, even], [1, n, even]];
+    for [m, n, k] in short.into_iter().chain([[long, 34, n], [34, long, n], [34, n, long]]) {
         let mut random = Random::new((m * 31 + n * 7 + k) as u64);
         let (a, ta) = random.tensor(gpu, &if layout == Layout::Tn { [k, m] } else { [m, k] });
         let b = dtype.narrow(&random.values(n * k));

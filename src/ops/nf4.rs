@@ -4,7 +4,7 @@
 //! A device quantises what streams in, block by block, to the bits of the host's code; on host processors that code
 //! itself runs. Factors in eight bits are made on the host, a value for 64 of the tensor's.
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, groups_for, testing::wide};
+use super::{Comparison, Cost, Op, Random, THREADS, groups_for, testing::wide};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -83,36 +83,29 @@ pub fn dequantize_into(x: &Tensor, factors: &Tensor, x_start: usize, y: &Tensor,
     }
 }
 
-/// Rows `row..row + rows` and columns `col..col + cols` of a quantised x as f32 [rows, cols]. All columns are multiples
-/// of 8, and so are those of x.
+/// Rows `row..row + rows` and columns `col..col + cols` of a quantised x as f32 [rows, cols], or `transposed`. All
+/// columns are multiples of 8, and so are those of x.
 pub(super) fn dequantize_tile(
     x: &Tensor,
     factors: &Tensor,
     [row, rows]: [usize; 2],
     [col, cols]: [usize; 2],
+    transposed: bool,
 ) -> Tensor {
     let (gpu, kind, words, k) = (x.gpu(), kind_of(x), x.words(), x.cols());
     assert!([k, col, cols].iter().all(|x| x.is_multiple_of(8)), "columns {col}, {cols} of {x:?}");
-    let y = Tensor::empty(gpu, &[rows, cols]);
+    let y = Tensor::empty(gpu, &if transposed { [cols, rows] } else { [rows, cols] });
     let (start, count) = (row * k, rows * k);
     let before = start % ALIGNED;
     let codes = words.range((start - before) / 8, (before + count).div_ceil(8));
     let blocks = factors.range((start - before) / BLOCK, (before + count).div_ceil(BLOCK));
     let params = [(rows * cols) as u32, (before + col) as u32, 0, 0, 0, 0, cols as u32, k as u32];
-    let kernel = of(kind, ["nf4.dequantize_tile.nf4", "nf4.dequantize_tile.fp4"]);
+    let kernel = if transposed {
+        of(kind, ["nf4.dequantize_tile.nf4_transposed", "nf4.dequantize_tile.fp4_transposed"])
+    } else {
+        of(kind, ["nf4.dequantize_tile.nf4", "nf4.dequantize_tile.fp4"])
+    };
     gpu.dispatch(kernel, &[codes, blocks, y.binding()], &params, groups_for(rows * cols / 8, THREADS));
-    y
-}
-
-/// Columns `col..col + cols` of an f32 x.
-pub(super) fn columns(x: &Tensor, col: usize, cols: usize) -> Tensor {
-    let (gpu, row) = (x.gpu(), x.cols());
-    let y = Tensor::empty(gpu, &[x.rows(), cols]);
-    for (first, rows) in bindable_rows(gpu, x.rows(), row) {
-        let params = [(rows * cols) as u32, col as u32, 0, 0, 0, 0, cols as u32, row as u32];
-        let bindings = [x.range(first * row, rows * row), y.range(first * cols, rows * cols)];
-        gpu.dispatch("nf4.columns", &bindings, &params, groups_for(rows * cols, THREADS));
-    }
     y
 }
 

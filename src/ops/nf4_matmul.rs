@@ -103,7 +103,7 @@ impl Call<'_> {
         let (summed, summed_most, other, other_most) =
             if layout == Layout::Nt { (k, tile, n, rows) } else { (n, rows, k, tile) };
         for [first, count] in parts(summed, summed_most) {
-            let a = nf4::columns(a, first, count);
+            let a = matmul::block(a, (0, a.rows()), (first, first + count), false);
             let begins = first == 0;
             let epilogue = Epilogue {
                 bias: epilogue.bias.filter(|_| begins),
@@ -111,10 +111,10 @@ impl Call<'_> {
                 ..epilogue
             };
             for part in parts(other, other_most) {
-                let [of_rows, of_columns] =
-                    if layout == Layout::Nt { [part, [first, count]] } else { [[first, count], part] };
-                let block = nf4::dequantize_tile(w, factors, of_rows, of_columns);
-                matmul::product_of_block(layout, &a, &block, [of_rows[0], of_columns[0]], c, epilogue);
+                let transposed = layout == Layout::Nt;
+                let [of_rows, of_columns] = if transposed { [part, [first, count]] } else { [[first, count], part] };
+                let block = nf4::dequantize_tile(w, factors, of_rows, of_columns, transposed);
+                matmul::product_of_columns(&a, &block, part[0], c, epilogue);
             }
         }
     }

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use super::{
     config::StageConfig,
-    estimate::{Steps, no_picture},
-    events::Observer,
+    estimate::{self, Steps, no_picture},
+    events::{Event, Observer},
     optimizer::Updates,
     pictures::PictureStore,
     start::Prepared,
@@ -35,8 +35,10 @@ pub struct StepTimes {
     pub flops: u64,
     pub parameters: u64,
     pub trainable: u64,
-    /// When most was held during the steps.
+    /// When most was held, from the first weight on.
     pub peak: Holdings,
+    /// What was expected to be held at most, bytes ([`estimate`]).
+    pub estimated: u64,
 }
 
 impl StepTimes {
@@ -75,19 +77,21 @@ pub fn steps(
     gpu: &Gpu,
     observer: &mut dyn Observer,
 ) -> Result<StepTimes> {
-    let begun = Instant::now();
     let stored = match stage.precision.map(|precision| precision.dtype()) {
         Some(Kept::Bf16) | None => Dtype::BF16,
         Some(Kept::F16) => Dtype::F16,
         Some(_) => Dtype::F32,
     };
     let prepared = Prepared::of(stage, ModelFolder::random(config, stored, stage.seed)?)?;
-    let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
     let made_up = Steps::of_length(sizes.sequences, sizes.length, config);
+    let estimated = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts())?.peak.held;
+    observer.event(Event::Note(&format!("expected: {:.2} GB of device memory", estimated as f64 / 1e9)));
+    gpu.start_peak();
+    let begun = Instant::now();
+    let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
     let pictures = PictureStore::made_up(stepper.model(), made_up.pictures, !stage.unfreeze_mm_vision_tower)?;
     gpu.sync()?;
     let loading_seconds = begun.elapsed().as_secs_f64();
-    gpu.start_peak();
 
     let batches = &made_up.steps[0][..1];
     let images: Vec<Vec<ImageSource>> = batches.iter().map(|batch| vec![no_picture(); batch.images]).collect();
@@ -115,5 +119,6 @@ pub fn steps(
         parameters: stepper.model().parameters.elements() as u64,
         trainable: stepper.optimizer.elements() as u64,
         peak: gpu.peak(),
+        estimated,
     })
 }

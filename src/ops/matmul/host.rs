@@ -8,33 +8,14 @@ use crate::{
     tensor::{Dtype, Tensor},
 };
 
-/// Whether a row of A, and one of W, is a uniform; longer ones are for the kernels of GPUs.
-pub(super) fn rows_fit(a: &Tensor, b: &Tensor) -> bool {
-    uniform_rows(a.cols(), Dtype::F32) > 0 && uniform_rows(b.cols(), b.dtype()) > 0
-}
-
 impl Call<'_> {
-    /// Cuts a region until the rows of A and of B are uniforms of 64 KiB at most; rows longer than that, or so long
-    /// that few fit, are served by the tiled kernel.
+    /// Cuts a region until the rows of A and of B are uniforms of 64 KiB at most.
     pub(super) fn by_uniforms(&self, region: Region) {
-        let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
-        if fit_a < 8 || fit_b < 8 {
-            return self.launch(region);
-        }
-        let n = length(region.n);
-        let whole_rows = region.k.0 == 0 && length(region.k) == self.b.cols();
-        if self.layout == Layout::Nt && fit_b < 64 && whole_rows && uniform_rows(n, Dtype::F32) > fit_b {
-            // Too few rows of W fit to fill the lanes: the transposed matrix has shorter rows.
-            let transposed = Tensor::empty(self.c.gpu(), &[length(region.k), n]);
-            transpose_rows(self.b, region.n.0 - self.b_first[0], &transposed);
-            let window = Window::new(n, usize::MAX, Dtype::F32);
-            for m in parts(region.m, fit_a) {
-                for k in parts(region.k, window.most()) {
-                    self.launch_uniform(Region { m, n: region.n, k }, Layout::Nn, &transposed, (k.0, 0), window);
-                }
-            }
+        if self.c.gpu().only_counts() {
+            // It can be a hundred thousand launches, none of which allocates.
             return;
         }
+        let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
         let (m_most, n_most, window) = match self.layout {
             Layout::Nt => (fit_a, fit_b, Window { rows: usize::MAX, count: 1 }),
             Layout::Nn => (fit_a, usize::MAX, Window::new(self.b.cols(), usize::MAX, self.b.dtype())),
@@ -43,27 +24,30 @@ impl Call<'_> {
         for m in parts(region.m, m_most) {
             for n in parts(region.n, n_most) {
                 for k in parts(region.k, window.most()) {
-                    let b_row = self.operand_rows(Region { m, n, k }).1.0 - self.b_first[0];
-                    let b_start = (b_row, if self.layout == Layout::Nt { k.0 } else { n.0 - self.b_first[1] });
-                    self.launch_uniform(Region { m, n, k }, self.layout, self.b, b_start, window);
+                    self.launch_uniform(Region { m, n, k }, window);
                 }
             }
         }
     }
 
-    /// One dispatch over a region whose operands fit into uniforms; B's block starts at row and column `b_start`.
-    fn launch_uniform(&self, region: Region, layout: Layout, b: &Tensor, b_start: (usize, usize), window: Window) {
-        let Self { a, c, epilogue, .. } = *self;
+    /// One dispatch over a region whose operands fit into uniforms.
+    fn launch_uniform(&self, region: Region, window: Window) {
+        let Self { layout, a, a_first, b, b_first, c, epilogue } = *self;
         let (m, n, k) = (length(region.m), length(region.n), length(region.k));
-        let (a_row, a_col) = if layout == Layout::Tn { (region.k.0, region.m.0) } else { (region.m.0, region.k.0) };
+        let starts =
+            |(rows, cols): ((usize, usize), (usize, usize)), first: [usize; 2]| (rows.0 - first[0], cols.0 - first[1]);
+        let (a_row, a_col) =
+            starts(if layout == Layout::Tn { (region.k, region.m) } else { (region.m, region.k) }, a_first);
+        let (b_row, b_col) =
+            starts(if layout == Layout::Nt { (region.n, region.k) } else { (region.k, region.n) }, b_first);
         let rows = window.rows.min(k.next_multiple_of(4));
         // A window past the end is bound, and not read: the first one serves.
         let at = |w: usize, row: usize| if w * rows < k { row + w * rows } else { row };
         let b_count = if layout == Layout::Nt { 1 } else { WINDOWS };
         let a_count = if layout == Layout::Tn { WINDOWS } else { 1 };
-        let b_bindings: Vec<_> = (0..b_count).map(|w| uniform(b, at(w, b_start.0) * b.cols())).collect();
+        let b_bindings: Vec<_> = (0..b_count).map(|w| uniform(b, at(w, b_row) * b.cols())).collect();
         let a_bindings: Vec<_> = (0..a_count).map(|w| a.uniform(at(w, a_row) * a.cols())).collect();
-        let (a_offset, b_offset) = (a_bindings[0].1 + a_col, b_bindings[0].1 + b_start.1);
+        let (a_offset, b_offset) = (a_bindings[0].1 + a_col, b_bindings[0].1 + b_col);
         let first = region.k.0 == 0;
         let bias = epilogue.bias.filter(|_| first).map(|bias| bias.uniform(region.n.0));
         let (bias_binding, bias_before) = bias.unwrap_or((a_bindings[0].0, 0));
@@ -129,9 +113,19 @@ impl Call<'_> {
         c.gpu().dispatch(kernel, &bindings, &params, groups);
     }
 
+    /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A, or W is in 16 bits.
+    pub(super) fn wants_lanes(&self, region: Region) -> bool {
+        let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
+        let few = length(region.m) <= 32;
+        fit_a > 0 && fit_b > 0 && (few || (self.b.dtype().is_packed() && fit_a >= 8))
+    }
+
     /// NT: rows of W are spread over lanes, as many as fit into LANE_WINDOWS uniforms a dispatch.
     pub(super) fn by_lanes(&self, region: Region) {
         let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
+        if self.c.gpu().only_counts() {
+            return;
+        }
         // Whole vectors of lanes; and few enough columns that their bias is one uniform.
         let window = (if fit_b >= LANES { fit_b / LANES * LANES } else { fit_b }).min(1024);
         for m in parts(region.m, fit_a) {
@@ -238,15 +232,6 @@ fn parts((from, to): (usize, usize), most: usize) -> impl Iterator<Item = (usize
     let count = (to - from).div_ceil(most).max(1);
     let step = (to - from).div_ceil(count).next_multiple_of(grain).min(most).max(1);
     (from..to).step_by(step).map(move |start| (start, (start + step).min(to)))
-}
-
-/// Writes rows of `from` [.., K], starting at `first`, as the columns of `to` [K, N].
-fn transpose_rows(from: &Tensor, first: usize, to: &Tensor) {
-    let (k, n) = (to.rows(), to.cols());
-    let (source, before) = from.range_from(first * k, n * k);
-    let params = [n as u32, k as u32, 0, k as u32, 0, n as u32, before as u32, 0, 0, 0, 0, 0, 0];
-    let groups = [n.div_ceil(16) as u32, k.div_ceil(16) as u32, 1];
-    to.gpu().dispatch("matmul.transpose", &[source, to.binding()], &params, groups);
 }
 
 /// A uniform of a weight of either kind.
