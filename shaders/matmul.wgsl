@@ -205,6 +205,150 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 #end
 }
 
+#kernel by_storage
+// For such devices where loads of storage are cheap enough: as by_uniform, with no bounds on what a dispatch takes.
+// What costs there is a load at an address for each lane, and then one at an address that all lanes share: so a thread
+// owns a large block of C, ROWS x COLS. VEC: A's rows (NT: and B's) in whole vec4s; in TN M in whole vec4s.
+#ifdef VEC
+@group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
+#else
+@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
+#endif
+#ifdef PACKED
+#import packed
+@group(0) @binding(1) var<storage, read_write> b: array<u32>; // the same, packed
+#else
+@group(0) @binding(1) var<storage, read_write> b: array<f32>; // [K, N], or [N, K] in NT
+#endif
+@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
+@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
+
+fn load_b(at: u32) -> f32 {
+#ifdef PACKED
+    return widen_one(b[at / 2u], at);
+#else
+    return b[at];
+#endif
+}
+
+@compute @workgroup_size(#{THREADS})
+fn by_storage(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let row = group.y * #{ROWS}u;
+    let col = group.x * #{COLS * THREADS}u + local;
+    let last_row = params.m - 1u;
+    let last_col = params.n - 1u;
+#unroll j in 0..COLS
+#ifdef NT
+    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col) * params.ldb;
+#else
+    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col);
+#endif
+#end
+#ifdef TN
+#ifdef VEC
+#unroll q in 0..ROWS/4
+    let a#{q} = (params.a_offset + min(row + #{q * 4}u, params.m - 4u)) / 4u;
+#end
+#else
+#unroll i in 0..ROWS
+    let a#{i} = params.a_offset + min(row + #{i}u, last_row);
+#end
+#endif
+#else
+#unroll i in 0..ROWS
+    let a#{i} = params.a_offset + min(row + #{i}u, last_row) * params.lda;
+#end
+#endif
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+    var c#{i}_#{j} = 0.0;
+#end
+#end
+#ifdef TN
+    for (var k = 0u; k < params.k; k++) {
+#unroll j in 0..COLS
+        let y#{j} = load_b(b#{j} + k * params.ldb);
+#end
+#ifdef VEC
+#unroll q in 0..ROWS/4
+        let x#{q} = a[a#{q} + k * params.lda / 4u];
+#end
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
+#end
+#end
+#else
+#unroll i in 0..ROWS
+        let x#{i} = a[a#{i} + k * params.lda];
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
+#end
+#end
+#endif
+    }
+#else
+#ifdef VEC
+    for (var k = 0u; k < params.k; k += 4u) {
+#unroll i in 0..ROWS
+        let x#{i} = a[(a#{i} + k) / 4u];
+#end
+#unroll s in 0..4
+#unroll j in 0..COLS
+#ifdef NT
+        let y#{s}_#{j} = load_b(b#{j} + k + #{s}u);
+#else
+        let y#{s}_#{j} = load_b(b#{j} + (k + #{s}u) * params.ldb);
+#endif
+#end
+#unroll i in 0..ROWS
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i}[#{s}], y#{s}_#{j}, c#{i}_#{j});
+#end
+#end
+#end
+    }
+#else
+    for (var k = 0u; k < params.k; k++) {
+#unroll j in 0..COLS
+#ifdef NT
+        let y#{j} = load_b(b#{j} + k);
+#else
+        let y#{j} = load_b(b#{j} + k * params.ldb);
+#endif
+#end
+#unroll i in 0..ROWS
+        let x#{i} = a[a#{i} + k];
+#unroll j in 0..COLS
+        c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
+#end
+#end
+    }
+#endif
+#endif
+#unroll j in 0..COLS
+    {
+        let at_col = col + #{j * THREADS}u;
+        if (at_col < params.n) {
+            var shift = 0.0;
+            if ((params.flags & ADD_BIAS) != 0u) {
+                shift = bias[at_col];
+            }
+#unroll i in 0..ROWS
+            if (row + #{i}u < params.m) {
+                let at = params.c_offset + (row + #{i}u) * params.ldc + at_col;
+                var value = fma(params.alpha, c#{i}_#{j}, shift);
+                if ((params.flags & ACCUMULATE) != 0u) {
+                    value += c[at];
+                }
+                c[at] = value;
+            }
+#end
+        }
+    }
+#end
+}
+
 #kernel by_lane
 // NT for the same devices: a lane owns a row of W and ROWS rows of C's column. W comes in WINDOWS uniforms of `window`
 // whole rows, one a workgroup; A is read at the same address by all lanes. A sum goes over CHAINS accumulators, so that

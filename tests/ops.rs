@@ -22,7 +22,7 @@ struct Way {
     concerns: fn(&str) -> bool,
 }
 
-const WAYS: [Way; 4] = [
+const WAYS: [Way; 5] = [
     Way { name: "plain", options: AdapterOptions::default, sizes: &SIZES, concerns: |_| true },
     Way {
         name: "without_subgroups",
@@ -43,6 +43,13 @@ const WAYS: [Way; 4] = [
         options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
         sizes: &[1, 7, 63, 65, 257],
         concerns: |op| ["matmul", "nf4", "attention", "patch_embed"].iter().any(|family| op.starts_with(family)),
+    },
+    // On older software Vulkan the products of newer ones.
+    Way {
+        name: "fast_storage",
+        options: || AdapterOptions { fast_storage: true, ..Default::default() },
+        sizes: &[1, 7, 63, 65, 257],
+        concerns: |op| op.starts_with("matmul"),
     },
 ];
 

@@ -17,6 +17,8 @@ pub struct AdapterOptions {
     pub without_subgroups: bool,
     /// Run a GPU's kernels even on a host processor (tests use it).
     pub treat_as_gpu: bool,
+    /// Take storage for fast even where it is not (tests use it).
+    pub fast_storage: bool,
     /// Wait for every dispatch and keep its time ([`Gpu::profile`](super::Gpu::profile)); slow.
     pub profile: bool,
 }
@@ -36,6 +38,9 @@ pub struct AdapterFacts {
     pub limits: AdapterLimits,
     /// Whether kernels run on the host's processor.
     pub is_cpu: bool,
+    /// Whether loads of storage are far slower than loads of uniforms there: in Mesa before 26.
+    #[serde(skip)]
+    pub slow_storage: bool,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -131,7 +136,14 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
             subgroup_max_size: info.subgroup_max_size,
         },
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
+        slow_storage: mesa_version(&info.driver_info).is_some_and(|version| version < 26),
     }
+}
+
+/// The major version in a driver's description such as "Mesa 26.1.6-1 (LLVM 21.1.8)".
+fn mesa_version(driver_info: &str) -> Option<u32> {
+    let (_, version) = driver_info.split_once("Mesa ")?;
+    version.split('.').next()?.parse().ok()
 }
 
 fn host() -> Option<sysinfo::System> {
@@ -172,6 +184,7 @@ impl AdapterFacts {
                 subgroup_max_size: 32,
             },
             is_cpu: false,
+            slow_storage: false,
         }
     }
 }
@@ -223,5 +236,6 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let adapter = found.swap_remove(index);
     let mut facts = facts(index, &adapter);
     facts.is_cpu &= !options.treat_as_gpu;
+    facts.slow_storage &= !options.fast_storage;
     Ok((adapter, facts))
 }

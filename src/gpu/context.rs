@@ -203,6 +203,11 @@ impl Gpu {
         self.inner.facts.is_cpu
     }
 
+    /// Whether products had better take their operands as uniforms: on software Vulkan before Mesa 26.
+    pub fn wants_uniforms(&self) -> bool {
+        self.is_cpu() && self.inner.facts.slow_storage
+    }
+
     /// The most bytes one binding may cover.
     pub fn max_binding(&self) -> u64 {
         self.inner.max_binding

@@ -166,7 +166,7 @@ impl Call<'_> {
             return self.by_lanes(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
-        } else if gpu.is_cpu() {
+        } else if gpu.wants_uniforms() {
             return if self.wants_blocks() { self.by_blocks(region) } else { self.by_uniforms(region) };
         } else {
             return self.launch(region);
@@ -212,7 +212,13 @@ impl Call<'_> {
             0,
             0,
         ];
-        let (kernel, groups) = choose(layout, b.dtype(), m, n);
+        let (kernel, groups) = if c.gpu().is_cpu() {
+            let fast = if layout == Layout::Tn { m } else { k };
+            let even = [a.cols(), a_col, fast].iter().all(|x| x.is_multiple_of(4));
+            choose_by_storage(layout, b.dtype(), even, m, n)
+        } else {
+            choose(layout, b.dtype(), m, n)
+        };
         c.gpu().dispatch(kernel, &[a_binding, b_binding, bias_binding, c_binding], &params, groups);
     }
 }
@@ -252,6 +258,28 @@ fn choose(layout: Layout, b: Dtype, m: usize, n: usize) -> (&'static str, [u32; 
     let side = if small { 32 } else { 64 };
     (kernel, [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1])
 }
+
+/// The same for host processors that load storage well enough; `even`: A's rows are whole vec4s.
+fn choose_by_storage(layout: Layout, b: Dtype, even: bool, m: usize, n: usize) -> (&'static str, [u32; 3]) {
+    let typed = |names| typed(b, names);
+    let kernel = match (layout, even) {
+        (Layout::Nt, true) => typed(["matmul.by_storage.nt", "matmul.by_storage.nt_bf16", "matmul.by_storage.nt_f16"]),
+        (Layout::Nt, false) => {
+            typed(["matmul.by_storage.nt_odd", "matmul.by_storage.nt_odd_bf16", "matmul.by_storage.nt_odd_f16"])
+        }
+        (Layout::Nn, true) => typed(["matmul.by_storage.nn", "matmul.by_storage.nn_bf16", "matmul.by_storage.nn_f16"]),
+        (Layout::Nn, false) => {
+            typed(["matmul.by_storage.nn_odd", "matmul.by_storage.nn_odd_bf16", "matmul.by_storage.nn_odd_f16"])
+        }
+        (Layout::Tn, true) => "matmul.by_storage.tn",
+        (Layout::Tn, false) => "matmul.by_storage.tn_odd",
+    };
+    (kernel, [n.div_ceil(STORAGE_COLS) as u32, m.div_ceil(STORAGE_ROWS) as u32, 1])
+}
+
+/// The block of C of a workgroup of `matmul.by_storage` (ROWS, and COLS times THREADS, in shaders/variants).
+const STORAGE_ROWS: usize = 16;
+const STORAGE_COLS: usize = 32;
 
 /// The same product on the host, in f64.
 pub fn reference(layout: Layout, a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) -> Vec<f64> {

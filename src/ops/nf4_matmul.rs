@@ -79,7 +79,7 @@ impl Call<'_> {
     /// Dequantises W in parts of about `bytes` bytes, for dense products; in tiles, where these have to be smaller.
     fn by_scratch(&self, bytes: usize, tile: usize) {
         let (n, k) = (self.w.rows(), self.w.cols());
-        if self.w.gpu().is_cpu() && n.max(k) > WIDE && k.is_multiple_of(8) {
+        if self.w.gpu().wants_uniforms() && n.max(k) > WIDE && k.is_multiple_of(8) {
             return self.by_scratch_tiles(tile);
         }
         let step = (bytes / 4 / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
