@@ -21,6 +21,8 @@ from PIL import Image
 from transformers import (AutoConfig, AutoTokenizer, AutoModelForCausalLM, AutoProcessor, CLIPImageProcessor,
                           LlavaForConditionalGeneration)
 
+from golden.checkpoint import forget_lengths
+
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
           "and polite answers to the user's questions.")
 
@@ -89,6 +91,7 @@ def ask_transformers(model, is_llava, tokenizer, args, prompt):
         images = [Image.open(path).convert("RGB") for path in args.image]
         inputs["pixel_values"] = CLIPImageProcessor.from_pretrained(args.model)(images, return_tensors="pt").pixel_values
     ids = torch.tensor([prompt_ids(tokenizer, text, model.config, pictures)])
+    forget_lengths(model)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
                          max_new_tokens=args.max_new_tokens, output_logits=True, return_dict_in_generate=True, **inputs)
     best = [step[0].float().topk(2).values for step in out.logits]
