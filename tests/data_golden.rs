@@ -311,8 +311,14 @@ fn data_sets_are_mixed_measured_and_planned() {
     let taken: usize = (0..plan.total_steps()).map(|step| plan.step(step).concat().len()).sum();
     assert_eq!(taken, 11);
 
-    let wrong = Source { weight: -1.0, ..Source::new(&texts) };
+    // Records that are in no file, embedded ones say, mix with files as these do.
     let encoder = dataset.encoder().clone();
+    let records = Some(read_records(&pictures, folder.path(), None).unwrap());
+    let given = Source { weight: 0.5, limit: Some(4), records, ..Source::new("embedded:pictures") };
+    let mixed = Dataset::open(&[given, Source::new(&texts)], encoder.clone(), 0).unwrap();
+    assert_eq!((mixed.len(), mixed.images().len() <= 2), (2 + 2, true));
+
+    let wrong = Source { weight: -1.0, ..Source::new(&texts) };
     assert_eq!(Dataset::open(&[wrong], encoder, 0).err().unwrap().kind, wgpu_llava::error::ErrorKind::Usage);
     assert!(
         read_records(&folder.path().join("none.json"), folder.path(), None).unwrap_err().message.contains("none.json")

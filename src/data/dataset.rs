@@ -24,8 +24,8 @@ use crate::{
 /// Samples are kept after a first pass as long as they hold no more tokens than this (about half a GiB).
 const KEPT_TOKENS: usize = 1 << 26;
 
-/// A file of records and how much of it is used.
-#[derive(Clone, Debug, PartialEq)]
+/// A file of records, or records that are here already, and how much of them is used.
+#[derive(Clone, Debug)]
 pub struct Source {
     pub path: PathBuf,
     /// Relative picture paths begin here; the file's own folder if absent.
@@ -34,11 +34,13 @@ pub struct Source {
     pub weight: f64,
     /// Only the first so many records.
     pub limit: Option<usize>,
+    /// The records themselves, where they are in no file: `path` is their name then.
+    pub records: Option<Vec<Record>>,
 }
 
 impl Source {
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), image_folder: None, weight: 1.0, limit: None }
+        Self { path: path.into(), image_folder: None, weight: 1.0, limit: None, records: None }
     }
 }
 
@@ -92,20 +94,13 @@ impl Dataset {
             }
             let beside = source.path.parent().unwrap_or(Path::new(""));
             let folder = source.image_folder.as_deref().unwrap_or(beside);
-            let read = read_records(&source.path, folder, source.limit)?;
+            let read = match &source.records {
+                Some(records) => records.iter().take(source.limit.unwrap_or(usize::MAX)).cloned().collect(),
+                None => read_records(&source.path, folder, source.limit)?,
+            };
             entries.extend(used(records.len(), read.len(), source.weight, &mut Rng::new(seed, number as u64)));
             records.extend(read);
         }
-        Self::new(records, entries, encoder)
-    }
-
-    /// A data set of records that are already here, each used once.
-    pub fn from_records(records: Vec<Record>, encoder: Encoder) -> Result<Self> {
-        let entries = (0..records.len() as u32).collect();
-        Self::new(records, entries, encoder)
-    }
-
-    fn new(records: Vec<Record>, entries: Vec<u32>, encoder: Encoder) -> Result<Self> {
         if entries.is_empty() {
             return Err(
                 Error::data("the data set is empty").hint("check `data_path`, and the weights and limits in it")

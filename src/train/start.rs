@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
 use super::{
     config::{
-        DataSource, ImageAspectRatio, Method, Precision, ProjectorType as WantedProjector, SelectFeature, Source,
-        StageConfig,
+        DataEntry, DataSource, ImageAspectRatio, Method, Precision, ProjectorType as WantedProjector, SelectFeature,
+        Source, StageConfig,
     },
     events::{Event, Observer},
     trainable,
@@ -323,29 +323,17 @@ fn check_adapter_suffices(stage: &StageConfig, folder: &ModelFolder, config: &Mo
     }
 }
 
-/// What `data_path` names: files, or embedded records.
+/// What `data_path` names: files and embedded records.
 fn open_dataset(stage: &StageConfig, encoder: Encoder) -> Result<Dataset> {
-    let mut sources = Vec::new();
-    let mut records = Vec::new();
-    for entry in &stage.data_path {
-        match &entry.path {
-            DataSource::File(path) => sources.push(dataset::Source {
-                path: path.clone(),
-                image_folder: entry.image_folder.clone(),
-                weight: entry.weight,
-                limit: entry.limit,
-            }),
-            DataSource::Embedded(name) => {
-                let found = embedded::records(name)?;
-                records.extend(found.into_iter().take(entry.limit.unwrap_or(usize::MAX)));
-            }
-        }
-    }
-    match (sources.is_empty(), records.is_empty()) {
-        (false, true) => Dataset::open(&sources, encoder, stage.seed),
-        (true, _) => Dataset::from_records(records, encoder),
-        (false, false) => Err(Error::usage("data_path mixes embedded records and files").hint("name one kind of them")),
-    }
+    let source = |entry: &DataEntry| {
+        let (path, records) = match &entry.path {
+            DataSource::File(path) => (path.clone(), None),
+            DataSource::Embedded(name) => (PathBuf::from(name), Some(embedded::records(name)?)),
+        };
+        let (image_folder, weight, limit) = (entry.image_folder.clone(), entry.weight, entry.limit);
+        Ok(dataset::Source { path, image_folder, weight, limit, records })
+    };
+    Dataset::open(&stage.data_path.iter().map(source).collect::<Result<Vec<_>>>()?, encoder, stage.seed)
 }
 
 /// Applies the stage's wishes to the model's config. `keeps`: the model brings the projector that will be used.
