@@ -1,5 +1,7 @@
 //! Which adapters there are, and which one a run takes.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -19,6 +21,8 @@ pub struct AdapterOptions {
     pub treat_as_gpu: bool,
     /// Wait for every dispatch and keep its time ([`Gpu::profile`](super::Gpu::profile)); slow.
     pub profile: bool,
+    /// Keep the first launch of every kernel in this folder, with all it read and wrote (tests use it); slow.
+    pub capture: Option<PathBuf>,
 }
 
 /// One adapter as `wgpu-llava devices` shows it.

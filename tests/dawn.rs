@@ -1,0 +1,99 @@
+//! Every kernel that the ops launch, asked of a second WebGPU implementation on the same machine: Dawn, whose results
+//! must be the engine's (tools/dawn/replay.mjs compares them).
+//!
+//! Each op's own check runs once more with `AdapterOptions::capture`. Dawn comes from npm: `tools/dawn/install` puts it
+//! into target/dawn, and `tools/test` calls that where node and npm are there. Without it, or where Dawn has no adapter,
+//! the test is skipped and says so.
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use wgpu_llava::{
+    gpu::{AdapterOptions, Gpu},
+    ops::OPS,
+};
+
+/// Kernels that must be among those that were asked: a family that is launched no more would go unnoticed otherwise.
+const MAIN: [&str; 18] = [
+    "matmul.tiled.nt",
+    "matmul.tiled.nn",
+    "matmul.tiled.tn",
+    "matmul.rows",
+    "matmul.by_uniform",
+    "matmul.by_lane",
+    "nf4_matmul.tiled",
+    "nf4_matmul.rows",
+    "nf4.dequantize",
+    "nf4.quantize",
+    "flash_attention.forward",
+    "flash_attention.backward_query",
+    "flash_attention.backward_key_value",
+    "rms_norm",
+    "rope",
+    "activation.swiglu",
+    "cross_entropy",
+    "adamw",
+];
+
+/// The ops' checks at this size end inside of tiles and vectors.
+const SIZE: usize = 65;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let modules = modules();
+    let missing = !modules.join("node_modules/webgpu").is_dir();
+    if missing {
+        eprintln!(
+            "Dawn is not installed (tools/dawn/install does it, with npm): no kernel is asked of a second WebGPU"
+        );
+    }
+    let trials = [("as_gpu", true), ("plain", false)].map(|(name, as_gpu)| {
+        let modules = modules.clone();
+        Trial::test(name, move || compare(&modules, as_gpu)).with_ignored_flag(missing)
+    });
+    libtest_mimic::run(&arguments, trials.into()).exit();
+}
+
+/// Where `tools/dawn/install` puts Dawn: beside the folder that cargo gives tests.
+fn modules() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("dawn")
+}
+
+fn compare(modules: &Path, as_gpu: bool) -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let captures = folder.path().to_owned();
+    let options = AdapterOptions { treat_as_gpu: as_gpu, capture: Some(captures.clone()), ..Default::default() };
+    let told = |error: wgpu_llava::error::Error| format!("{error}: {:?}", error.source);
+    let gpu = Gpu::open(&options).map_err(told)?;
+    for op in OPS {
+        (op.check)(&gpu, SIZE).map_err(told)?;
+    }
+    let replay = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/dawn/replay.mjs");
+    let node = env::var_os("NODE").unwrap_or("node".into());
+    let output = Command::new(node).arg(replay).arg(modules).arg(&captures).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    eprintln!("{}", said.trim());
+    match output.status.code() {
+        // Dawn has no adapter, and has said so.
+        Some(77) => return Ok(()),
+        Some(0) => {}
+        _ => return Err(format!("{said}{}", String::from_utf8_lossy(&output.stderr)).into()),
+    }
+    let mut asked = BTreeSet::new();
+    for entry in fs::read_dir(&captures)? {
+        asked.insert(entry?.file_name().to_string_lossy().into_owned());
+    }
+    let of_gpus = |kernel: &str| ["tiled", "rows", "flash"].iter().any(|part| kernel.contains(part));
+    for main in MAIN {
+        let mine = if as_gpu { !main.contains(".by_") } else { !of_gpus(main) };
+        if mine && !asked.iter().any(|file| file.starts_with(main)) {
+            return Err(format!("no kernel `{main}` was launched").into());
+        }
+    }
+    Ok(())
+}
