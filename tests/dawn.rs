@@ -46,15 +46,13 @@ const SIZE: usize = 65;
 fn main() {
     let arguments = Arguments::from_args();
     let modules = modules();
-    let missing = !modules.join("node_modules/webgpu").is_dir();
-    if missing {
-        eprintln!(
-            "Dawn is not installed (tools/dawn/install does it, with npm): no kernel is asked of a second WebGPU"
-        );
+    let missing = missing(&modules);
+    if let Some(why) = &missing {
+        eprintln!("no kernel is asked of a second WebGPU: {why}");
     }
     let trials = [("as_gpu", true), ("plain", false)].map(|(name, as_gpu)| {
         let modules = modules.clone();
-        Trial::test(name, move || compare(&modules, as_gpu)).with_ignored_flag(missing)
+        Trial::test(name, move || compare(&modules, as_gpu)).with_ignored_flag(missing.is_some())
     });
     libtest_mimic::run(&arguments, trials.into()).exit();
 }
@@ -62,6 +60,25 @@ fn main() {
 /// Where `tools/dawn/install` puts Dawn: beside the folder that cargo gives tests.
 fn modules() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("dawn")
+}
+
+/// Why Dawn cannot be asked on this machine.
+fn missing(modules: &Path) -> Option<String> {
+    if !modules.join("node_modules/webgpu").is_dir() {
+        return Some("Dawn is not installed; tools/dawn/install does it, with npm".into());
+    }
+    match replay(modules).output() {
+        // It has no adapter, and says why; any other failure is the tests' to tell.
+        Ok(output) if output.status.code() == Some(77) => Some(String::from_utf8_lossy(&output.stdout).trim().into()),
+        Ok(_) => None,
+        Err(error) => Some(format!("node does not start: {error}")),
+    }
+}
+
+fn replay(modules: &Path) -> Command {
+    let mut command = Command::new(env::var_os("NODE").unwrap_or("node".into()));
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/dawn/replay.mjs")).arg(modules);
+    command
 }
 
 fn compare(modules: &Path, as_gpu: bool) -> Result<(), Failed> {
@@ -73,16 +90,11 @@ fn compare(modules: &Path, as_gpu: bool) -> Result<(), Failed> {
     for op in OPS {
         (op.check)(&gpu, SIZE).map_err(told)?;
     }
-    let replay = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/dawn/replay.mjs");
-    let node = env::var_os("NODE").unwrap_or("node".into());
-    let output = Command::new(node).arg(replay).arg(modules).arg(&captures).output()?;
+    let output = replay(modules).arg(&captures).output()?;
     let said = String::from_utf8_lossy(&output.stdout);
     eprintln!("{}", said.trim());
-    match output.status.code() {
-        // Dawn has no adapter, and has said so.
-        Some(77) => return Ok(()),
-        Some(0) => {}
-        _ => return Err(format!("{said}{}", String::from_utf8_lossy(&output.stderr)).into()),
+    if !output.status.success() {
+        return Err(format!("{said}{}", String::from_utf8_lossy(&output.stderr)).into());
     }
     let mut asked = BTreeSet::new();
     for entry in fs::read_dir(&captures)? {
