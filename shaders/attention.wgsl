@@ -38,6 +38,7 @@ const MASKED: f32 = -3.0e38;
 
 var<workgroup> weights: array<f32, #{ROWS * THREADS}>; // [THREADS, ROWS]
 var<workgroup> shrink: array<f32, #{ROWS}>; // by how much earlier blocks shrink
+var<workgroup> span: vec2<u32>;
 
 @compute @workgroup_size(#{THREADS})
 fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -58,6 +59,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     first = min(first, range#{r}.x);
     end = max(end, range#{r}.y);
 #end
+#import span
     // The running maximum and sum of row `lane`, kept by the first ROWS lanes.
     var largest = MASKED;
     var sum = 0.0;
@@ -169,6 +171,7 @@ fn backward_delta(
 @group(0) @binding(6) var<storage, read_write> dq: array<f32>; // [T, H, E]
 
 var<workgroup> weights: array<f32, #{ROWS * THREADS}>; // ds, [THREADS, ROWS]
+var<workgroup> span: vec2<u32>;
 
 @compute @workgroup_size(#{THREADS})
 fn backward_query(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -190,6 +193,7 @@ fn backward_query(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoca
     first = min(first, range#{r}.x);
     end = max(end, range#{r}.y);
 #end
+#import span
     for (var block = first; block < end; block += #{THREADS}u) {
         let key = block + lane;
         if (key < end) {
@@ -253,6 +257,7 @@ fn backward_query(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoca
 
 var<workgroup> weights_p: array<f32, #{ROWS * THREADS}>; // [THREADS, ROWS]
 var<workgroup> weights_ds: array<f32, #{ROWS * THREADS}>; // [THREADS, ROWS]
+var<workgroup> span: vec2<u32>;
 
 @compute @workgroup_size(#{THREADS})
 fn backward_key_value(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -274,6 +279,7 @@ fn backward_key_value(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_in
     first = min(first, range#{r}.x);
     end = max(end, range#{r}.y);
 #end
+#import span
     for (var head = kv_head * group_size; head < (kv_head + 1u) * group_size; head++) {
         for (var block = first; block < end; block += #{THREADS}u) {
             let query = block + lane;

@@ -15,6 +15,8 @@ struct Params {
 // Finite: a fast-math compiler may assume that no infinity occurs.
 const MASKED: f32 = -3.0e38;
 
+var<workgroup> span: vec2<u32>;
+
 #kernel forward
 // A workgroup owns 32 queries of one head, an 8 x 8 grid of threads 4 queries each, and walks the keys in blocks of 32:
 // scores by a tiled product (a thread 4 x 4 of them), a running maximum and sum in registers, then the weighted values
@@ -264,6 +266,7 @@ fn backward_key_value(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_in
         first = min(first, range.x);
         end = max(end, range.y);
     }
+#import span
 #unroll r in 0..4
     let range#{r} = ranges[min(key + #{r}u, last)];
 #unroll c in 0..COLS

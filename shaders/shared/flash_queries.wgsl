@@ -13,3 +13,4 @@
         first = min(first, range.x);
         end = max(end, range.y);
     }
+#import span

@@ -1,5 +1,7 @@
 //! Which adapters there are, and which one a run takes.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -21,6 +23,8 @@ pub struct AdapterOptions {
     pub fast_storage: bool,
     /// Wait for every dispatch and keep its time ([`Gpu::profile`](super::Gpu::profile)); slow.
     pub profile: bool,
+    /// Keep the first launch of every kernel in this folder, with all it read and wrote (tests use it); slow.
+    pub capture: Option<PathBuf>,
 }
 
 /// One adapter as `wgpu-llava devices` shows it.
@@ -64,6 +68,41 @@ const NO_ADAPTER_HINTS: [&str; 3] = [
     "`wgpu-llava devices` lists what can be seen",
 ];
 
+/// Every Windows has an adapter for Direct3D 12, if only its software one: where none is found, the compiler is missing.
+const NO_DXC: &str = "Direct3D 12 cannot be used without the shader compiler DXC, and its predecessor FXC is refused";
+const NO_DXC_HINTS: [&str; 3] = [
+    "put dxcompiler.dll (1.8.2502 or newer, from the releases of Microsoft's DirectXShaderCompiler) beside wgpu-llava.exe or on the PATH",
+    "or build with `cargo build --release --features static-dxc`, which needs no such file",
+    "or use your GPU's Vulkan driver: --backend vulkan",
+];
+
+/// Kernels go to DXC alone: FXC knows neither subgroups nor 16-bit floats, and takes minutes over unrolled blocks or fails
+/// at them. Without DXC the backend has no adapters.
+fn dxc() -> wgpu::Dx12Compiler {
+    if cfg!(all(feature = "static-dxc", windows, target_env = "msvc", not(target_arch = "aarch64"))) {
+        wgpu::Dx12Compiler::StaticDxc
+    } else {
+        wgpu::Dx12Compiler::default_dynamic_dxc()
+    }
+}
+
+/// Why there is no adapter at all, or none of `backend`; `other` is what can be had without asking for it.
+fn no_adapter(backend: Option<&str>, other: Option<&AdapterFacts>, on_windows: bool) -> Error {
+    let without_dxc = on_windows && backend.is_none_or(|backend| backend == "dx12");
+    let error = match (backend, other) {
+        _ if without_dxc && backend.is_some() => Error::device(NO_DXC),
+        (Some(backend), Some(other)) => {
+            return Error::device(format!("no adapter offers the backend `{backend}`"))
+                .hint(format!("without --backend there is {} ({})", other.name, other.backend));
+        }
+        _ => NO_ADAPTER_HINTS.iter().fold(Error::device(NO_ADAPTER), |error, hint| error.hint(*hint)),
+    };
+    if !without_dxc {
+        return error;
+    }
+    NO_DXC_HINTS.iter().fold(error, |error, hint| error.hint(*hint))
+}
+
 pub(super) fn instance(backend: Option<&str>) -> Result<wgpu::Instance> {
     let backends = match backend {
         None => wgpu::Backends::PRIMARY,
@@ -79,6 +118,7 @@ pub(super) fn instance(backend: Option<&str>) -> Result<wgpu::Instance> {
     descriptor.backends = backends;
     // VALIDATION_INDIRECT_CALL lowers buffer limits, and nothing here dispatches indirectly.
     descriptor.flags = wgpu::InstanceFlags::empty();
+    descriptor.backend_options.dx12.shader_compiler = dxc();
     Ok(wgpu::Instance::new(descriptor))
 }
 
@@ -210,14 +250,8 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let instance = instance(options.backend.as_deref())?;
     let mut found = adapters(&instance);
     if found.is_empty() {
-        if let Some(backend) = &options.backend {
-            let others = list_adapters(None)?;
-            if let Some(first) = others.first() {
-                return Err(Error::device(format!("no adapter offers the backend `{backend}`"))
-                    .hint(format!("without --backend there is {} ({})", first.name, first.backend)));
-            }
-        }
-        return Err(NO_ADAPTER_HINTS.iter().fold(Error::device(NO_ADAPTER), |error, hint| error.hint(*hint)));
+        let others = if options.backend.is_some() { list_adapters(None)? } else { Vec::new() };
+        return Err(no_adapter(options.backend.as_deref(), others.first(), cfg!(windows)));
     }
     let index = match options.device.as_deref() {
         None => 0,
@@ -238,4 +272,27 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     facts.is_cpu &= !options.treat_as_gpu;
     facts.slow_storage &= !options.fast_storage;
     Ok((adapter, facts))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_compiler_is_named_with_the_ways_out() {
+        let gpu = AdapterFacts::of_a_usual_gpu();
+        let hints = |error: Error| error.hints.join("\n");
+        let refused = no_adapter(Some("dx12"), Some(&gpu), true);
+        assert_eq!(refused.message, NO_DXC);
+        let ways = hints(refused);
+        assert!(ways.contains("dxcompiler.dll") && ways.contains("static-dxc") && ways.contains("--backend vulkan"));
+        // Nothing was asked for and nothing found: the driver may be missing, or the compiler.
+        let nothing = no_adapter(None, None, true);
+        assert_eq!(nothing.message, NO_ADAPTER);
+        assert!(hints(nothing).contains("dxcompiler.dll"));
+        // Elsewhere there is no Direct3D.
+        assert!(!hints(no_adapter(None, None, false)).contains("dxcompiler.dll"));
+        let vulkan = no_adapter(Some("dx12"), Some(&gpu), false);
+        assert!(vulkan.message.contains("`dx12`") && hints(vulkan).contains("a GPU (vulkan)"));
+    }
 }

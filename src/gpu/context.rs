@@ -14,6 +14,7 @@ use super::{
     account::{Account, Holdings},
     adapter::{self, AdapterFacts, AdapterOptions},
     buffer::{Buffer, Pool, UNIT},
+    capture::Capture,
     download::{self, Download, Downloads},
     kernel::{Kernels, MAX_PARAMS},
     staging::{SLOT_BYTES, Staging},
@@ -67,6 +68,7 @@ struct Device {
     device: wgpu::Device,
     queue: wgpu::Queue,
     kernels: Kernels,
+    capture: Option<Capture>,
 }
 
 /// What has been recorded and not yet submitted.
@@ -118,13 +120,11 @@ impl Gpu {
             }
         });
 
-        let kernels = Kernels::new(
-            &device,
-            features.contains(wgpu::Features::IMMEDIATES),
-            features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups,
-        );
+        let subgroups = features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;
+        let kernels = Kernels::new(&device, features.contains(wgpu::Features::IMMEDIATES), subgroups);
+        let capture = options.capture.clone().map(|folder| Capture::new(folder, subgroups));
         let stream = Stream { profile: options.profile.then(HashMap::new), ..Default::default() };
-        let device = Device { device, queue, kernels };
+        let device = Device { device, queue, kernels, capture };
         Ok(Self::with(Some(device), facts, options.max_binding, stream, failure))
     }
 
@@ -286,7 +286,26 @@ impl Gpu {
         if groups.contains(&0) {
             return;
         }
-        let Some(Device { device, kernels, .. }) = &self.inner.device else { return };
+        let Some(device) = &self.inner.device else { return };
+        if let Some(capture) = &device.capture {
+            let launched = capture
+                .launch(self, (name, bindings, params, groups), || self.record(device, name, bindings, params, groups));
+            if let Err(error) = launched {
+                self.failure().get_or_insert(format!("{name} is not captured: {error}"));
+            }
+        } else {
+            self.record(device, name, bindings, params, groups);
+        }
+    }
+
+    fn record(
+        &self,
+        Device { device, kernels, .. }: &Device,
+        name: &str,
+        bindings: &[Binding<'_>],
+        params: &[u32],
+        groups: [u32; 3],
+    ) {
         let uniforms: Vec<bool> = bindings.iter().map(|binding| binding.uniform).collect();
         let layout = kernels.layout(device, &uniforms);
         let pipeline = kernels.pipeline(device, name, &layout);

@@ -10,6 +10,7 @@
 mod account;
 mod adapter;
 mod buffer;
+mod capture;
 mod context;
 mod download;
 mod kernel;
