@@ -105,6 +105,8 @@ fn wrong_use_is_refused() {
         (vec!["ops", "--filter", "no such op"], 2, "no such op"),
         (vec!["step", "--filter", "matmul"], 2, "--filter"),
         (vec!["nothing"], 2, "nothing"),
+        (vec!["--hidden-size", "64"], 2, "bench step"),
+        (vec!["generate", "--set", "seed=1"], 2, "--set"),
         (vec!["ops", "--out", &missing], 2, "--out"),
         (vec!["ops", "--compare", &broken], 3, "--compare"),
         (vec!["generate", "--method", "prefix"], 2, "prefix"),

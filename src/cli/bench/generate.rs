@@ -35,8 +35,9 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
             return Err(Error::usage(format!("--method {other}: use qlora for weights in four bits, or none")));
         }
     };
-    if args.recipe.is_some() || !args.set.is_empty() {
-        return Err(Error::usage("bench generate has no settings of training").hint("leave --recipe and --set out"));
+    if args.recipe.is_some() || !args.set.is_empty() || args.gradient_checkpointing.is_some() {
+        return Err(Error::usage("bench generate has no settings of training")
+            .hint("leave --recipe, --set and --gradient-checkpointing out"));
     }
     let tokens = args.tokens;
     let config = model(args, None, args.seq + tokens)?;

@@ -40,6 +40,12 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs) -> Result<()> {
     if args.filter.is_some() && args.what != Bench::Ops {
         return Err(Error::usage("--filter chooses among ops").hint("wgpu-llava bench ops --filter rms_norm"));
     }
+    if matches!(args.what, Bench::Ops | Bench::Table) && names_a_model(args) {
+        return Err(Error::usage(
+            "ops have sizes of their own: the options of a model and its training are not theirs",
+        )
+        .hint("wgpu-llava bench step, or bench generate, with these options"));
+    }
     let mut ui = Ui::new(global.quiet, global.verbose);
     let result = match args.what {
         Bench::Ops => ops::run(args, global, before.as_ref(), &mut ui)?,
@@ -66,6 +72,15 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Whether an option is given that only a model has.
+fn names_a_model(args: &BenchArgs) -> bool {
+    let sizes = [args.hidden_size, args.intermediate_size, args.num_layers, args.num_heads, args.num_kv_heads];
+    let words = [&args.recipe, &args.model, &args.method, &args.gradient_checkpointing];
+    sizes.iter().chain([&args.vocab_size, &args.batch]).any(Option::is_some)
+        || words.iter().any(|word| word.is_some())
+        || !args.set.is_empty()
 }
 
 /// What a benchmark found.

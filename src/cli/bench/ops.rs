@@ -83,9 +83,11 @@ fn text(roofs: &Roofs, rows: &[Row], json: &[Value], left_out: &[String]) -> Str
         let runs = row.samples.seconds.len();
         let before =
             json["times_before"].as_f64().map_or(String::new(), |times| format!("  {times:.2} of the time before"));
+        let cached = if row.cached { ", in caches" } else { "" };
+        let clock = if row.samples.clock == roofs.clock { "" } else { ", by the host's clock" };
         let _ = writeln!(
             text,
-            "  {:<22} {:<28} {:>9}  {spread:<22} {runs:>3} runs  {rate:>14}  {:>5} of {}{before}",
+            "  {:<22} {:<28} {:>9}  {spread:<22} {runs:>3} runs  {rate:>14}  {:>5} of {}{cached}{clock}{before}",
             row.pass,
             row.shape,
             seconds(row.samples.median()),
