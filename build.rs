@@ -4,7 +4,7 @@
 #[allow(dead_code, reason = "the preprocessor's runtime half is not used here")]
 mod wgsl;
 
-use std::{collections::BTreeMap, env, fmt::Write, fs, path::Path};
+use std::{collections::BTreeMap, env, fmt::Write, fs, path::Path, process::Command};
 
 /// What a device may or may not have; every variant is validated under each combination.
 const MODES: [&[&str]; 4] = [&[], &["IMMEDIATES"], &["SUBGROUPS"], &["IMMEDIATES", "SUBGROUPS"]];
@@ -12,6 +12,7 @@ const MODES: [&[&str]; 4] = [&[], &["IMMEDIATES"], &["SUBGROUPS"], &["IMMEDIATES
 fn main() {
     println!("cargo:rerun-if-changed=shaders");
     println!("cargo:rerun-if-changed=src/gpu/wgsl.rs");
+    name_commit();
     let mut files = BTreeMap::new();
     for (folder, prefix) in [("shaders", ""), ("shaders/shared", "shared/")] {
         for entry in fs::read_dir(folder).expect("shaders/ is readable").flatten() {
@@ -58,10 +59,29 @@ fn main() {
     fs::write(Path::new(&out).join("shaders.rs"), table).expect("OUT_DIR is writable");
 }
 
+/// Tells the program its commit, where there is a repository with git.
+fn name_commit() {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())
+    };
+    // Not the repository of somebody else that this one lies in.
+    let own = git(&["ls-files", "--error-unmatch", "build.rs"]).is_some();
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]).filter(|_| own) else { return };
+    println!("cargo:rustc-env=WGPU_LLAVA_COMMIT={commit}");
+    // Where a commit or a change of branch is noticed.
+    if let Some(log) = git(&["rev-parse", "--git-path", "logs/HEAD"]) {
+        println!("cargo:rerun-if-changed={log}");
+    }
+}
+
 fn validate(variant: &wgsl::Variant, modes: &[&str], files: &BTreeMap<String, String>) -> Result<(), String> {
     let text = wgsl::expand(variant, modes, &|name| files.get(name).map(String::as_str))?;
     let module = naga::front::wgsl::parse_str(&text).map_err(|error| error.emit_to_string(&text))?;
-    let capabilities = naga::valid::Capabilities::IMMEDIATES | naga::valid::Capabilities::SUBGROUP;
+    // A kernel that says `enable f16` is compiled only where the device has it.
+    let capabilities = naga::valid::Capabilities::IMMEDIATES
+        | naga::valid::Capabilities::SUBGROUP
+        | naga::valid::Capabilities::SHADER_FLOAT16;
     naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
         .validate(&module)
         .map_err(|error| error.emit_to_string(&text))?;

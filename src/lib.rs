@@ -1,10 +1,11 @@
 //! Train and run LLaVA multimodal language models on any GPU: hand-written WGSL on wgpu, an autograd tape, no Python.
 //!
 //! The layers, each knowing only those before it:
-//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub` → `models` → `train`, `generate`, `eval` → `cli`.
+//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub` → `models` → `train`, `generate`, `eval` → `bench` → `cli`.
 //! `error`, `rng` and `quant` (weights in four bits, as bytes) are below all of them. ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
+pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod embedded;

@@ -18,6 +18,7 @@ use super::{
     download::{self, Download, Downloads},
     kernel::{Kernels, MAX_PARAMS},
     staging::{SLOT_BYTES, Staging},
+    timing::Marks,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -81,6 +82,8 @@ struct Stream {
     bind_groups: HashMap<Vec<(u64, u64, u64, bool)>, wgpu::BindGroup>,
     /// Count and seconds of each kernel, when they are timed.
     profile: Option<HashMap<String, (u64, f64)>>,
+    /// Where the device writes down when passes begin and end, while it shall.
+    marks: Option<Marks>,
 }
 
 impl Gpu {
@@ -90,7 +93,10 @@ impl Gpu {
     /// `Device` when there is none, or it refuses the device; `Usage` for an unknown backend.
     pub fn open(options: &AdapterOptions) -> Result<Self> {
         let (adapter, facts) = adapter::choose(options)?;
-        let wanted = wgpu::Features::IMMEDIATES | wgpu::Features::SUBGROUP;
+        let wanted = wgpu::Features::IMMEDIATES
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::SHADER_F16
+            | wgpu::Features::TIMESTAMP_QUERY;
         let features = adapter.features() & wanted;
         let limits = adapter.limits();
         let descriptor = wgpu::DeviceDescriptor {
@@ -263,6 +269,19 @@ impl Gpu {
         })
     }
 
+    /// Submits what is recorded, and replaces the marks of what follows.
+    pub(super) fn swap_marks(&self, make: impl FnOnce(&wgpu::Device, &wgpu::Queue) -> Option<Marks>) -> Option<Marks> {
+        let Device { device, queue, .. } = self.inner.device.as_ref()?;
+        let stream = &mut *self.stream();
+        self.submit(stream);
+        std::mem::replace(&mut stream.marks, make(device, queue))
+    }
+
+    /// What `ask` gives of the device, where there is one.
+    pub(super) fn with_device<T>(&self, ask: impl FnOnce(&wgpu::Device, &wgpu::Queue) -> Option<T>) -> Option<T> {
+        self.inner.device.as_ref().and_then(|device| ask(&device.device, &device.queue))
+    }
+
     fn stream(&self) -> MutexGuard<'_, Stream> {
         self.inner.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -337,7 +356,10 @@ impl Gpu {
         });
 
         let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
-        let pass = stream.pass.get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime());
+        let pass = stream.pass.get_or_insert_with(|| {
+            let timestamp_writes = stream.marks.as_mut().and_then(Marks::of_a_pass);
+            encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes }).forget_lifetime()
+        });
         pass.set_pipeline(&pipeline);
         pass.set_bind_group(0, &*bind_group, &[]);
         if kernels.immediates {

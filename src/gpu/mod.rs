@@ -5,7 +5,7 @@
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
 //! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `staging.rs` (large writes),
-//! `download.rs` (what goes to the host and comes back), `wgsl.rs` (the preprocessor).
+//! `download.rs` (what goes to the host and comes back), `timing.rs` (how long it takes), `wgsl.rs` (the preprocessor).
 
 mod account;
 mod adapter;
@@ -15,6 +15,7 @@ mod context;
 mod download;
 mod kernel;
 mod staging;
+mod timing;
 pub mod wgsl;
 
 pub use account::{Account, Holdings};
@@ -24,3 +25,4 @@ pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
 pub use download::Download;
 pub use kernel::{expand_shader, shader_variants};
 pub use staging::STAGING_BYTES;
+pub use timing::{Clock, Effort, Elapsed, Samples};

@@ -6,7 +6,9 @@
 //! | gelu | x (1 + erf(x / sqrt 2)) / 2 | `F.gelu(x)` |
 //! | quick_gelu | x sigmoid(1.702 x) | transformers' `QuickGELUActivation` |
 
-use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, case::floats, elementwise::bindable_elements, groups_for,
+};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 fn launch(name: &str, tensors: &[&Tensor]) {
@@ -144,10 +146,54 @@ fn cost(n: usize) -> Cost {
     Cost { flops: 8 * elements, bytes: 8 * elements }
 }
 
-pub const SWIGLU: Op = Op { name: "activation.swiglu", check: check_swiglu, cost };
-pub const GELU: Op = Op { name: "activation.gelu", check: |gpu, n| check_activation(Activation::Gelu, gpu, n), cost };
-pub const QUICK_GELU: Op =
-    Op { name: "activation.quick_gelu", check: |gpu, n| check_activation(Activation::QuickGelu, gpu, n), cost };
+fn swiglu_cases(shapes: &Shapes) -> Vec<Case> {
+    let size = [shapes.tokens, shapes.intermediate];
+    let case = |pass, flops, bytes| {
+        Case::of(pass, format!("{}x{}", size[0], size[1]), Cost::each(size[0] * size[1], flops, bytes))
+    };
+    vec![
+        case("forward", 8, 12).run(move |gpu| {
+            let (gate, up) = (floats(gpu, &size), floats(gpu, &size));
+            move || swiglu(&gate, &up).into()
+        }),
+        case("backward", 14, 20).run(move |gpu| {
+            let (gate, up, dy) = (floats(gpu, &size), floats(gpu, &size), floats(gpu, &size));
+            move || swiglu_backward(gate.clone(), up.clone(), &dy).into()
+        }),
+    ]
+}
+
+fn cases(activation: Activation, size: [usize; 2]) -> Vec<Case> {
+    let case = |pass, flops, bytes| {
+        Case::of(pass, format!("{}x{}", size[0], size[1]), Cost::each(size[0] * size[1], flops, bytes))
+    };
+    vec![
+        case("forward", 8, 8).run(move |gpu| {
+            let x = floats(gpu, &size);
+            move || activation.forward(&x).into()
+        }),
+        case("backward", 16, 12).run(move |gpu| {
+            let (x, dy) = (floats(gpu, &size), floats(gpu, &size));
+            move || activation.backward(&x, &dy).into()
+        }),
+    ]
+}
+
+pub const SWIGLU: Op = Op { name: "activation.swiglu", check: check_swiglu, cost, cases: swiglu_cases };
+pub const GELU: Op = Op {
+    name: "activation.gelu",
+    check: |gpu, n| check_activation(Activation::Gelu, gpu, n),
+    cost,
+    // The projector.
+    cases: |shapes| cases(Activation::Gelu, [shapes.patches, shapes.hidden]),
+};
+pub const QUICK_GELU: Op = Op {
+    name: "activation.quick_gelu",
+    check: |gpu, n| check_activation(Activation::QuickGelu, gpu, n),
+    cost,
+    // The tower.
+    cases: |shapes| cases(Activation::QuickGelu, [shapes.patches + 1, 4 * shapes.vision_hidden]),
+};
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,12 @@
 //!
 //! [`Weights`] says what of a parameter there is on the device: f32, f32 and a copy in 16 bits, or bfloat16 alone.
 
-use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS,
+    case::{floats, random},
+    elementwise::{self, bindable_elements},
+    groups_for,
+};
 use crate::{
     error::Result,
     gpu::{Binding, Gpu},
@@ -123,6 +128,20 @@ pub fn step(
 }
 
 impl Step {
+    /// What the benches of this optimizer and its relative take.
+    pub(super) fn usual() -> Self {
+        Self {
+            learning_rate: 1e-5,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_norm: 1.0,
+            gradient_scale: 1.0,
+            t: 1000,
+        }
+    }
+
     /// `Params` of the kernels: `count` vec4s or blocks, from element `first` of the weights on, whose packed binding
     /// begins `before` elements earlier, as that of the absmax does `absmax_before` blocks.
     pub(super) fn params(
@@ -308,9 +327,30 @@ pub(super) fn check_narrow(gpu: &Gpu, n: usize, update: impl Fn(Weights<'_>)) ->
     Ok(out)
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let size = [shapes.hidden, shapes.hidden];
+    let case =
+        |pass, bytes| Case::of(pass, format!("{}x{}", size[0], size[1]), Cost::each(size[0] * size[1], 14, bytes));
+    vec![
+        case("f32", 28).run(move |gpu| {
+            let [p, g, m, v] = [(); 4].map(|()| floats(gpu, &size));
+            elementwise::fill(&v, 1.0);
+            let square_sum = Tensor::from_f32(gpu, &[1.0], &[1]);
+            move || step(Weights::Full(&p), &g, &m, &v, &square_sum, &Step::usual()).into()
+        }),
+        case("f32 and a copy in bf16", 30).run(move |gpu| {
+            let [p, g, m, v] = [(); 4].map(|()| floats(gpu, &size));
+            elementwise::fill(&v, 1.0);
+            let (copy, square_sum) = (random(gpu, Dtype::Bf16, &size), Tensor::from_f32(gpu, &[1.0], &[1]));
+            move || step(Weights::Master(&p, &copy), &g, &m, &v, &square_sum, &Step::usual()).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "adamw",
     check,
+    cases,
     cost: |n| {
         let elements = (n * (n + 3)) as u64;
         Cost { flops: 16 * elements, bytes: 28 * elements }

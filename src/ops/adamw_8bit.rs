@@ -8,8 +8,9 @@
 use std::sync::OnceLock;
 
 use super::{
-    Comparison, Cost, MAX_GROUPS, Op, Random,
+    Case, Comparison, Cost, MAX_GROUPS, Op, Random, Shapes,
     adamw::{Step, Weights, check_narrow},
+    case::floats,
     elementwise, groups_for,
     testing::wide,
 };
@@ -318,9 +319,23 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     Ok(out)
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let size = [shapes.hidden, shapes.hidden];
+    let elements = size[0] * size[1];
+    // 8 more bytes of either moment's scale, read and written, for each block.
+    let cost = Cost { flops: 50 * elements as u64, bytes: (16 * elements + elements / BLOCK * 16) as u64 };
+    let case = Case::of("f32", format!("{}x{}", size[0], size[1]), cost).run(move |gpu| {
+        let (p, g, moments) = (floats(gpu, &size), floats(gpu, &size), Moments::new(gpu, elements));
+        let square_sum = Tensor::from_f32(gpu, &[1.0], &[1]);
+        move || step(Weights::Full(&p), &g, &moments, 0, &square_sum, &Step::usual()).into()
+    });
+    vec![case]
+}
+
 pub const OP: Op = Op {
     name: "adamw_8bit",
     check,
+    cases,
     cost: |n| {
         let elements = (n * (n + 3)) as u64;
         Cost { flops: 50 * elements, bytes: 16 * elements + elements / 16 }

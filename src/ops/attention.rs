@@ -5,7 +5,7 @@
 //! What a query may see is a half-open range of keys, so causal, full, packed and cached attention are one kernel
 //! with other ranges. Query head h reads key/value head h * K / H.
 
-use super::{Comparison, Cost, Op, Random, flash_attention, groups_for};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, case::floats, flash_attention, groups_for};
 use std::sync::Arc;
 
 use crate::{
@@ -380,6 +380,82 @@ pub(super) fn cost(n: usize) -> Cost {
     Cost { flops: 4 * n * n * width, bytes: 16 * n * width }
 }
 
-pub const CAUSAL: Op = Op { name: "attention.causal", check: |gpu, n| check(Mask::Causal, false, gpu, n), cost };
-pub const FULL: Op = Op { name: "attention.full", check: |gpu, n| check(Mask::Full, false, gpu, n), cost };
-pub const WINDOW: Op = Op { name: "attention.window", check: |gpu, n| check(Mask::Window(5), false, gpu, n), cost };
+/// Forward and backward of one sequence. `tiled` forces the tiled kernels.
+pub(super) fn cases(tokens: usize, mask: Mask, heads: Heads, tiled: bool) -> Vec<Case> {
+    let Heads { heads: h, head_size, .. } = heads;
+    let size = [tokens, h * head_size];
+    let shape = format!("{tokens}x{h}x{head_size}");
+    let pairs: usize = match mask {
+        Mask::Full => tokens * tokens,
+        _ => (0..tokens).map(|position| position + 1 - mask.first_key(position)).sum(),
+    };
+    let elements = size[0] * size[1];
+    let case = |pass, products: usize, tensors: usize| {
+        let cost = Cost { flops: (2 * products * pairs * size[1]) as u64, bytes: (4 * tensors * elements) as u64 };
+        Case::of(pass, shape.clone(), cost)
+    };
+    let by = move |gpu: &Gpu| {
+        if tiled { flash_attention::of_size(head_size) } else { flash_attention::variant(gpu, heads) }
+    };
+    let inputs = move |gpu: &Gpu| ([(); 3].map(|()| floats(gpu, &size)), Ranges::packed(gpu, &[tokens], mask));
+    vec![
+        case("forward", 2, 4).run(move |gpu| {
+            let (by, ([q, k, v], ranges)) = (by(gpu), inputs(gpu));
+            move || forward_by(by, &q, &k, &v, &ranges, heads).into()
+        }),
+        case("backward", 5, 8).run(move |gpu| {
+            let (by, ([q, k, v], ranges), dout) = (by(gpu), inputs(gpu), floats(gpu, &size));
+            let (out, stats) = forward_by(by, &q, &k, &v, &ranges, heads);
+            move || backward_by(by, [&q, &k, &v, &out, &stats], &dout, &ranges, heads).into()
+        }),
+    ]
+}
+
+/// One query over a cache.
+fn decode_case(keys: usize, heads: Heads) -> Case {
+    let width = heads.heads * heads.head_size;
+    let shape = format!("1 over {keys}x{}x{}", heads.heads, heads.head_size);
+    Case::of("decode", shape, Cost::each(keys * width, 4, 8)).run(move |gpu| {
+        let [k, v] = [(); 2].map(|()| floats(gpu, &[keys, width]));
+        let q = floats(gpu, &[1, width]);
+        let ranges = Ranges::cached(Tensor::from_u32(gpu, &[0, keys as u32], &[1, 2]));
+        move || forward(&q, &k, &v, &ranges, heads).into()
+    })
+}
+
+impl Shapes {
+    /// The decoder's heads.
+    pub(super) fn decoder_heads(&self) -> Heads {
+        Heads { heads: self.heads, kv_heads: self.heads, head_size: self.head_size }
+    }
+
+    /// The tower's, of 64 channels, or as many as the tiny model's.
+    fn tower_heads(&self) -> Heads {
+        let head_size = self.head_size.min(64);
+        let heads = self.vision_hidden / head_size;
+        Heads { heads, kv_heads: heads, head_size }
+    }
+}
+
+pub const CAUSAL: Op = Op {
+    name: "attention.causal",
+    check: |gpu, n| check(Mask::Causal, false, gpu, n),
+    cost,
+    cases: |shapes| {
+        let mut cases = cases(shapes.tokens, Mask::Causal, shapes.decoder_heads(), false);
+        cases.push(decode_case(shapes.tokens, shapes.decoder_heads()));
+        cases
+    },
+};
+pub const FULL: Op = Op {
+    name: "attention.full",
+    check: |gpu, n| check(Mask::Full, false, gpu, n),
+    cost,
+    cases: |shapes| cases(shapes.patches + 1, Mask::Full, shapes.tower_heads(), false),
+};
+pub const WINDOW: Op = Op {
+    name: "attention.window",
+    check: |gpu, n| check(Mask::Window(5), false, gpu, n),
+    cost,
+    cases: |shapes| cases(shapes.tokens, Mask::Window(shapes.tokens / 4), shapes.decoder_heads(), false),
+};

@@ -3,7 +3,10 @@
 //! Every value of a 16-bit type widens exactly; NaN stays NaN, and what is too large for f16 becomes infinite.
 //! [`Upload`] converts while a tensor arrives.
 
-use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for, nf4, testing::wide};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, case::random, elementwise::bindable_elements, groups_for, nf4,
+    testing::wide,
+};
 use crate::{
     error::Result,
     gpu::{Binding, Gpu},
@@ -175,4 +178,21 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     Ok(out)
 }
 
-pub const OP: Op = Op { name: "cast", check, cost: |n| Cost { flops: 0, bytes: 6 * ((n + 2) * n) as u64 } };
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let size = [shapes.hidden, shapes.hidden];
+    let case = |pass, from, to| {
+        let shape = format!("{}x{}", size[0], size[1]);
+        Case::of(pass, shape, Cost::each(size[0] * size[1], 0, 6)).run(move |gpu| {
+            let x = random(gpu, from, &size);
+            move || cast(&x, to).into()
+        })
+    };
+    vec![
+        case("bf16 to f32", Dtype::Bf16, Dtype::F32),
+        case("f32 to bf16", Dtype::F32, Dtype::Bf16),
+        case("f16 to f32", Dtype::F16, Dtype::F32),
+        case("f32 to f16", Dtype::F32, Dtype::F16),
+    ]
+}
+
+pub const OP: Op = Op { name: "cast", check, cases, cost: |n| Cost { flops: 0, bytes: 6 * ((n + 2) * n) as u64 } };

@@ -3,7 +3,7 @@
 //!
 //! Rows without a target do not come here: the caller takes the supervised positions before the vocabulary product.
 
-use super::{Comparison, Cost, Op, Random, bindable_rows, groups_for};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, case::floats, groups_for};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// The losses [N] of logits [N, V] at targets (u32 [N], each below V).
@@ -69,9 +69,26 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let (n, v) = (shapes.targets, shapes.vocab);
+    let case = |pass, flops, bytes| Case::of(pass, format!("{n}x{v}"), Cost::each(n * v, flops, bytes));
+    let inputs = move |gpu: &Gpu| (floats(gpu, &[n, v]), Tensor::from_u32(gpu, &Random::new(1).indices(n, v), &[n]));
+    vec![
+        case("forward", 4, 4).run(move |gpu| {
+            let (logits, targets) = inputs(gpu);
+            move || loss(&logits, &targets).into()
+        }),
+        case("forward and backward", 7, 8).run(move |gpu| {
+            let (logits, targets) = inputs(gpu);
+            move || loss_and_gradient(&logits, &targets, 1.0).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "cross_entropy",
     check,
+    cases,
     cost: |n| {
         let elements = ((n + 1) * (3 * n + 1)) as u64;
         Cost { flops: 4 * elements, bytes: 4 * elements }

@@ -3,7 +3,9 @@
 //!
 //! A norm of 0 (a row of zeros, which has no direction) counts as a factor of 0, where PEFT divides by it.
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, elementwise, groups_for,
+};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// Writes the lengths of the rows of w [N, K] to `norm` [N].
@@ -92,9 +94,31 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let (t, d) = (shapes.tokens, shapes.hidden);
+    let case =
+        |pass, rows: usize, flops, bytes| Case::of(pass, format!("{rows}x{d}"), Cost::each(rows * d, flops, bytes));
+    vec![
+        case("norms of rows", d, 2, 4).run(move |gpu| {
+            let (w, norm) = (floats(gpu, &[d, d]), floats(gpu, &[d]));
+            move || row_norms(&w, &norm).into()
+        }),
+        case("forward", t, 2, 8).run(move |gpu| {
+            let (x, magnitude, norm) = (floats(gpu, &[t, d]), floats(gpu, &[d]), floats(gpu, &[d]));
+            move || scale_columns(&x, &magnitude, &norm, None).into()
+        }),
+        case("backward magnitude", t, 2, 8).run(move |gpu| {
+            let (x, dy, norm) = (floats(gpu, &[t, d]), floats(gpu, &[t, d]), floats(gpu, &[d]));
+            let dmagnitude = elementwise::zeros(gpu, &[d]);
+            move || backward_magnitude(&x, &norm, &dy, &dmagnitude).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "dora.scale_columns",
     check,
+    cases,
     cost: |n| {
         let elements = ((n / 2 + 1) * n) as u64;
         Cost { flops: 2 * elements, bytes: 8 * elements + 12 * n as u64 }

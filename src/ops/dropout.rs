@@ -4,7 +4,9 @@
 //! (i / 4, step, stream, 0) and the key (seed, 0), is at least p * 2^32. The same call on dy is the backward, and a
 //! recomputed or resumed step draws what it drew before, on every device.
 
-use super::{Comparison, Cost, Op, Random, THREADS, elementwise::bindable_elements, groups_for};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, case::floats, elementwise::bindable_elements, groups_for,
+};
 use crate::{error::Result, gpu::Gpu, rng::philox, tensor::Tensor};
 
 /// What a dropout draws: the same key always gives the same mask.
@@ -96,9 +98,27 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let size = [shapes.tokens, shapes.hidden];
+    let key = Key { probability: 0.05, seed: 1, stream: 2, step: 3 };
+    let case =
+        |pass, bytes| Case::of(pass, format!("{}x{}", size[0], size[1]), Cost::each(size[0] * size[1], 1, bytes));
+    vec![
+        case("forward", 8).run(move |gpu| {
+            let x = floats(gpu, &size);
+            move || apply(&x, key).into()
+        }),
+        case("backward", 12).run(move |gpu| {
+            let (dy, dx) = (floats(gpu, &size), floats(gpu, &size));
+            move || add_to(&dy, key, &dx).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "dropout",
     check,
+    cases,
     cost: |n| {
         let elements = (n * (n + 2)) as u64;
         Cost { flops: elements, bytes: 8 * elements }

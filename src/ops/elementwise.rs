@@ -1,6 +1,6 @@
 //! Add, scale, fill, and the sum of rows (a bias's gradient).
 
-use super::{Comparison, Cost, MAX_GROUPS, Op, Random, THREADS, groups_for};
+use super::{Case, Comparison, Cost, MAX_GROUPS, Op, Random, Shapes, THREADS, case::floats, groups_for};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -89,8 +89,32 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let (t, d) = (shapes.tokens, shapes.hidden);
+    let case = |pass, flops, bytes| Case::of(pass, format!("{t}x{d}"), Cost::each(t * d, flops, bytes));
+    vec![
+        case("add", 1, 12).run(move |gpu| {
+            let (a, b) = (floats(gpu, &[t, d]), floats(gpu, &[t, d]));
+            move || add(&a, &b).into()
+        }),
+        case("add in place", 1, 12).run(move |gpu| {
+            let (a, y) = (floats(gpu, &[t, d]), floats(gpu, &[t, d]));
+            move || add_in_place(&a, &y).into()
+        }),
+        case("sum of rows", 1, 4).run(move |gpu| {
+            let (x, out) = (floats(gpu, &[t, d]), zeros(gpu, &[d]));
+            move || add_rows(&x, &out).into()
+        }),
+        case("fill", 0, 4).run(move |gpu| {
+            let y = floats(gpu, &[t, d]);
+            move || fill(&y, 0.5).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "elementwise.add",
     check,
+    cases,
     cost: |n| Cost { flops: (n * (n + 1)) as u64, bytes: 12 * (n * (n + 1)) as u64 },
 };

@@ -5,7 +5,12 @@
 //!
 //! An id outside the table leaves its row alone; [`LEAVE`] is such an id for every table.
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for, testing::wide};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows,
+    case::{floats, random},
+    elementwise, groups_for,
+    testing::wide,
+};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -179,9 +184,32 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     Ok(comparisons)
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let Shapes { tokens, hidden, vocab, .. } = *shapes;
+    let shape = format!("{tokens} of {vocab}x{hidden}");
+    let case = |pass, bytes| Case::of(pass, shape.clone(), Cost::each(tokens * hidden, 0, bytes));
+    let ids = move || Random::new(1).indices(tokens, vocab);
+    let gather_from = move |dtype| {
+        move |gpu: &Gpu| {
+            let (table, ids) = (random(gpu, dtype, &[vocab, hidden]), Tensor::from_u32(gpu, &ids(), &[tokens]));
+            move || gather(&table, &ids).into()
+        }
+    };
+    vec![
+        case("forward", 8).run(gather_from(Dtype::F32)),
+        case("forward, bf16", 6).run(gather_from(Dtype::Bf16)),
+        case("backward", 12).run(move |gpu| {
+            let (dy, csr) = (floats(gpu, &[tokens, hidden]), Csr::new(gpu, &ids()));
+            let dtable = elementwise::zeros(gpu, &[vocab, hidden]);
+            move || scatter_add(&dy, &csr, &dtable).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "embedding",
     check,
+    cases,
     cost: |n| {
         let elements = ((n + 2) * (n / 2 + 1)) as u64;
         Cost { flops: 0, bytes: 8 * elements + 4 * (n as u64 + 2) }

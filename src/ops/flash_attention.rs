@@ -42,4 +42,5 @@ pub const OP: Op = Op {
         Ok(comparisons)
     },
     cost: attention::cost,
+    cases: |shapes| attention::cases(shapes.tokens, Mask::Causal, shapes.decoder_heads(), true),
 };

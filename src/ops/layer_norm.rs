@@ -1,7 +1,9 @@
 //! y = (x - mean) / sqrt(var + eps) * w + b over the last dimension, biased variance, in f32.
 //! PyTorch: `torch.nn.functional.layer_norm`.
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, elementwise, groups_for,
+};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// Normalises the rows of x [T, D]: y [T, D], and mean and reciprocal deviation of each row [T, 2].
@@ -98,9 +100,33 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let (t, d) = (shapes.patches + 1, shapes.vision_hidden);
+    let case = |pass, flops, bytes| Case::of(pass, format!("{t}x{d}"), Cost::each(t * d, flops, bytes));
+    let inputs = move |gpu: &Gpu| (floats(gpu, &[t, d]), floats(gpu, &[d]), floats(gpu, &[t, d]));
+    vec![
+        case("forward", 8, 8).run(move |gpu| {
+            let (x, weight, _) = inputs(gpu);
+            move || forward(&x, &weight, &weight, 1e-5).into()
+        }),
+        case("backward x", 12, 12).run(move |gpu| {
+            let (x, weight, dy) = inputs(gpu);
+            let (_, stats) = forward(&x, &weight, &weight, 1e-5);
+            move || backward_x(&x, &weight, &stats, &dy).into()
+        }),
+        case("backward weight", 5, 8).run(move |gpu| {
+            let (x, weight, dy) = inputs(gpu);
+            let (_, stats) = forward(&x, &weight, &weight, 1e-5);
+            let (dweight, dbias) = (elementwise::zeros(gpu, &[d]), elementwise::zeros(gpu, &[d]));
+            move || backward_weight(&x, &stats, &dy, &dweight, &dbias).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "layer_norm",
     check,
+    cases,
     cost: |n| {
         let elements = ((n / 2 + 1) * n) as u64;
         Cost { flops: 8 * elements, bytes: 8 * elements }

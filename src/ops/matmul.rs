@@ -13,12 +13,13 @@
 //! their operands as uniforms (`host.rs`, of long rows blocks: `blocks.rs`), and a few rows of A go to a kernel that
 //! reads W once.
 
+mod bench;
 mod blocks;
 mod host;
 
 pub(super) use blocks::block;
 
-use super::{Comparison, Cost, Op, Random, nf4_matmul, testing::wide};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, nf4_matmul, testing::wide};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -332,14 +333,42 @@ fn packed_cost(n: usize) -> Cost {
     Cost { flops, bytes: bytes - 2 * ((n + 2) * (n + 1)) as u64 }
 }
 
-const fn op(name: &'static str, check: fn(&Gpu, usize) -> Result<Vec<Comparison>>, cost: fn(usize) -> Cost) -> Op {
-    Op { name, check, cost }
+const fn op(
+    name: &'static str,
+    check: fn(&Gpu, usize) -> Result<Vec<Comparison>>,
+    cost: fn(usize) -> Cost,
+    cases: fn(&Shapes) -> Vec<Case>,
+) -> Op {
+    Op { name, check, cost, cases }
 }
 
-pub const NT: Op = op("matmul.nt", |gpu, n| check(Layout::Nt, Dtype::F32, gpu, n), cost);
-pub const NN: Op = op("matmul.nn", |gpu, n| check(Layout::Nn, Dtype::F32, gpu, n), cost);
-pub const TN: Op = op("matmul.tn", |gpu, n| check(Layout::Tn, Dtype::F32, gpu, n), cost);
-pub const NT_BF16: Op = op("matmul.nt_bf16", |gpu, n| check(Layout::Nt, Dtype::Bf16, gpu, n), packed_cost);
-pub const NT_F16: Op = op("matmul.nt_f16", |gpu, n| check(Layout::Nt, Dtype::F16, gpu, n), packed_cost);
-pub const NN_BF16: Op = op("matmul.nn_bf16", |gpu, n| check(Layout::Nn, Dtype::Bf16, gpu, n), packed_cost);
-pub const NN_F16: Op = op("matmul.nn_f16", |gpu, n| check(Layout::Nn, Dtype::F16, gpu, n), packed_cost);
+pub const NT: Op =
+    op("matmul.nt", |gpu, n| check(Layout::Nt, Dtype::F32, gpu, n), cost, |s| bench::cases(Layout::Nt, Dtype::F32, s));
+pub const NN: Op =
+    op("matmul.nn", |gpu, n| check(Layout::Nn, Dtype::F32, gpu, n), cost, |s| bench::cases(Layout::Nn, Dtype::F32, s));
+pub const TN: Op =
+    op("matmul.tn", |gpu, n| check(Layout::Tn, Dtype::F32, gpu, n), cost, |s| bench::cases(Layout::Tn, Dtype::F32, s));
+pub const NT_BF16: Op = op(
+    "matmul.nt_bf16",
+    |gpu, n| check(Layout::Nt, Dtype::Bf16, gpu, n),
+    packed_cost,
+    |s| bench::cases(Layout::Nt, Dtype::Bf16, s),
+);
+pub const NT_F16: Op = op(
+    "matmul.nt_f16",
+    |gpu, n| check(Layout::Nt, Dtype::F16, gpu, n),
+    packed_cost,
+    |s| bench::cases(Layout::Nt, Dtype::F16, s),
+);
+pub const NN_BF16: Op = op(
+    "matmul.nn_bf16",
+    |gpu, n| check(Layout::Nn, Dtype::Bf16, gpu, n),
+    packed_cost,
+    |s| bench::cases(Layout::Nn, Dtype::Bf16, s),
+);
+pub const NN_F16: Op = op(
+    "matmul.nn_f16",
+    |gpu, n| check(Layout::Nn, Dtype::F16, gpu, n),
+    packed_cost,
+    |s| bench::cases(Layout::Nn, Dtype::F16, s),
+);

@@ -8,6 +8,7 @@ pub mod activation;
 pub mod adamw;
 pub mod adamw_8bit;
 pub mod attention;
+pub mod case;
 pub mod cast;
 pub mod cross_entropy;
 pub mod dora;
@@ -27,6 +28,7 @@ pub mod rope;
 
 mod testing;
 
+pub use case::{Case, Shapes};
 pub use testing::{Comparison, Random};
 
 use crate::{
@@ -52,6 +54,8 @@ pub struct Op {
     pub check: fn(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>>,
     /// What the forward launch of `check` costs at `n`.
     pub cost: fn(n: usize) -> Cost,
+    /// What is timed of it at the shapes of a model, forward and backward.
+    pub cases: fn(shapes: &Shapes) -> Vec<Case>,
 }
 
 /// Every operation.

@@ -4,7 +4,9 @@
 //! A device quantises what streams in, block by block, to the bits of the host's code; on host processors that code
 //! itself runs. Factors in eight bits are made on the host, a value for 64 of the tensor's.
 
-use super::{Comparison, Cost, Op, Random, THREADS, groups_for, testing::wide};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, case::floats, elementwise, groups_for, testing::wide,
+};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -360,5 +362,47 @@ fn cost(n: usize) -> Cost {
     Cost { flops: elements, bytes: elements * 9 / 2 + elements / 16 }
 }
 
-pub const NF4: Op = Op { name: "nf4.nf4", check: |gpu, n| check(QuantType::Nf4, gpu, n), cost };
-pub const FP4: Op = Op { name: "nf4.fp4", check: |gpu, n| check(QuantType::Fp4, gpu, n), cost };
+/// A quantised tensor of random codes, factors in eight bits, made on the device.
+pub(super) fn random_quantized(gpu: &Gpu, kind: QuantType, shape: &[usize]) -> Tensor {
+    let x = Tensor::empty_quantized(gpu, kind, true, shape);
+    let bits = |to: &Tensor| to.copy_from(&floats(gpu, &[to.len()]).reinterpreted(Dtype::U32));
+    bits(&x.words());
+    if let Some(Scales::Nested { codes, absmax, map, .. }) = x.scales() {
+        bits(codes);
+        [absmax, map].into_iter().for_each(|floats| elementwise::fill(floats, 0.25));
+    }
+    x
+}
+
+fn cases(kind: QuantType, shapes: &Shapes) -> Vec<Case> {
+    let size = [shapes.intermediate, shapes.hidden];
+    let (elements, shape) = (size[0] * size[1], format!("{}x{}", size[0], size[1]));
+    // Half a byte an element, and a factor a block: in eight bits, then in f32.
+    let cost =
+        |factor: usize| Cost { flops: elements as u64, bytes: (elements * 9 / 2 + elements / BLOCK * factor) as u64 };
+    vec![
+        Case::of("dequantize", shape.clone(), cost(1)).run(move |gpu| {
+            let x = random_quantized(gpu, kind, &size);
+            move || dequantize(&x).into()
+        }),
+        Case::of("quantize", shape, cost(4)).run(move |gpu| {
+            let x = floats(gpu, &size);
+            let codes = Tensor::empty_of(gpu, Dtype::U32, &[elements / 8]);
+            let absmax = Tensor::empty(gpu, &[elements / BLOCK]);
+            move || quantize_blocks(kind, &x, elements / BLOCK, &codes, &absmax, 0).into()
+        }),
+    ]
+}
+
+pub const NF4: Op = Op {
+    name: "nf4.nf4",
+    check: |gpu, n| check(QuantType::Nf4, gpu, n),
+    cost,
+    cases: |shapes| cases(QuantType::Nf4, shapes),
+};
+pub const FP4: Op = Op {
+    name: "nf4.fp4",
+    check: |gpu, n| check(QuantType::Fp4, gpu, n),
+    cost,
+    cases: |shapes| cases(QuantType::Fp4, shapes),
+};

@@ -8,7 +8,8 @@
 //! Where rows of W are no whole words (K is no multiple of 8), only the second one serves.
 
 use super::{
-    Comparison, Cost, Op, Random,
+    Case, Comparison, Cost, Op, Random, Shapes,
+    case::floats,
     matmul::{self, Epilogue, Layout},
     nf4::{self, ALIGNED, awkward, kind_of, of},
     testing::wide,
@@ -332,11 +333,58 @@ fn cost(n: usize) -> Cost {
     Cost { flops: 2 * m * n * k, bytes: 4 * (m * k + m * n) + n * k * 9 / 16 }
 }
 
-const fn op(name: &'static str, check: fn(&Gpu, usize) -> Result<Vec<Comparison>>) -> Op {
-    Op { name, check, cost }
+/// The products of a decoder's linears with a W in four bits: all of them, or the widest alone.
+fn cases(layout: Layout, kind: QuantType, shapes: &Shapes) -> Vec<Case> {
+    let Shapes { tokens, hidden, intermediate, .. } = *shapes;
+    let all = [
+        ("q_proj", tokens, hidden, hidden),
+        ("up_proj", tokens, intermediate, hidden),
+        ("down_proj", tokens, hidden, intermediate),
+        ("up_proj, decode", 1, intermediate, hidden),
+    ];
+    let cut = match (layout, kind) {
+        (Layout::Nt, QuantType::Nf4) => &all[..],
+        (_, QuantType::Nf4) => &all[..3],
+        _ => &all[1..2],
+    };
+    let case = |&(pass, m, n, k): &(&'static str, usize, usize, usize)| {
+        // Either layout reads an A of m rows and all of W, and writes m rows.
+        let bytes = 4 * m * (n + k) + n * k / 2 + n * k / BLOCK;
+        let cost = Cost { flops: (2 * m * n * k) as u64, bytes: bytes as u64 };
+        let columns = if layout == Layout::Nt { k } else { n };
+        Case::of(pass, format!("{m}x{columns} by {n}x{k}"), cost).run(move |gpu| {
+            let (a, w) = (floats(gpu, &[m, columns]), nf4::random_quantized(gpu, kind, &[n, k]));
+            move || matmul::product(layout, &a, &w).into()
+        })
+    };
+    cut.iter().map(case).collect()
 }
 
-pub const NT_NF4: Op = op("nf4_matmul.nt", |gpu, n| check(Layout::Nt, QuantType::Nf4, gpu, n));
-pub const NT_FP4: Op = op("nf4_matmul.nt_fp4", |gpu, n| check(Layout::Nt, QuantType::Fp4, gpu, n));
-pub const NN_NF4: Op = op("nf4_matmul.nn", |gpu, n| check(Layout::Nn, QuantType::Nf4, gpu, n));
-pub const NN_FP4: Op = op("nf4_matmul.nn_fp4", |gpu, n| check(Layout::Nn, QuantType::Fp4, gpu, n));
+const fn op(
+    name: &'static str,
+    check: fn(&Gpu, usize) -> Result<Vec<Comparison>>,
+    cases: fn(&Shapes) -> Vec<Case>,
+) -> Op {
+    Op { name, check, cost, cases }
+}
+
+pub const NT_NF4: Op = op(
+    "nf4_matmul.nt",
+    |gpu, n| check(Layout::Nt, QuantType::Nf4, gpu, n),
+    |shapes| cases(Layout::Nt, QuantType::Nf4, shapes),
+);
+pub const NT_FP4: Op = op(
+    "nf4_matmul.nt_fp4",
+    |gpu, n| check(Layout::Nt, QuantType::Fp4, gpu, n),
+    |shapes| cases(Layout::Nt, QuantType::Fp4, shapes),
+);
+pub const NN_NF4: Op = op(
+    "nf4_matmul.nn",
+    |gpu, n| check(Layout::Nn, QuantType::Nf4, gpu, n),
+    |shapes| cases(Layout::Nn, QuantType::Nf4, shapes),
+);
+pub const NN_FP4: Op = op(
+    "nf4_matmul.nn_fp4",
+    |gpu, n| check(Layout::Nn, QuantType::Fp4, gpu, n),
+    |shapes| cases(Layout::Nn, QuantType::Fp4, shapes),
+);

@@ -4,7 +4,7 @@
 //! The patch convolution before it has a stride as long as its kernel, so it is a product of [`patchify`]'s rows with
 //! the weight [D, 3 * p * p].
 
-use super::{Comparison, Cost, Op, Random, THREADS, elementwise, embedding, groups_for};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, THREADS, case::floats, elementwise, embedding, groups_for};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -126,9 +126,27 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     Ok(out)
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let (p, d) = (shapes.patches, shapes.vision_hidden);
+    let case = |pass, flops, bytes| Case::of(pass, format!("1x{p}x{d}"), Cost::each(p * d, flops, bytes));
+    vec![
+        case("forward", 1, 12).run(move |gpu| {
+            let (patches, class) = (floats(gpu, &[1, p, d]), floats(gpu, &[d]));
+            let position = floats(gpu, &[p + 1, d]);
+            move || assemble(&patches, &class, &position).into()
+        }),
+        case("backward position", 1, 12).run(move |gpu| {
+            let dy = floats(gpu, &[1, p + 1, d]);
+            let (dposition, dclass) = (elementwise::zeros(gpu, &[p + 1, d]), elementwise::zeros(gpu, &[d]));
+            move || backward_position(&dy, &dposition, &dclass).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "patch_embed",
     check,
+    cases,
     cost: |n| {
         let elements = (3 * (n + 1) * 64) as u64;
         Cost { flops: elements, bytes: 8 * elements }

@@ -4,7 +4,8 @@
 //! the size, so that a run repeats to the bit on one device.
 
 use super::{
-    Comparison, Cost, Op, Random, THREADS,
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS,
+    case::floats,
     elementwise::{bindable_elements, zeros},
 };
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
@@ -57,9 +58,20 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let size = [shapes.intermediate, shapes.hidden];
+    let cost = Cost::each(size[0] * size[1], 2, 4);
+    let case = Case::of("forward", format!("{}x{}", size[0], size[1]), cost).run(move |gpu| {
+        let (x, out) = (floats(gpu, &size), zeros(gpu, &[1]));
+        move || add_square_sum(&x, &out, 0).into()
+    });
+    vec![case]
+}
+
 pub const OP: Op = Op {
     name: "reduce.square_sum",
     check,
+    cases,
     cost: |n| {
         let elements = (n * (7 * n + 1)) as u64;
         Cost { flops: 2 * elements, bytes: 4 * elements }

@@ -1,6 +1,9 @@
 //! y = x / sqrt(mean(x^2) + eps) * w over the last dimension, in f32. PyTorch: `torch.nn.functional.rms_norm`.
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, elementwise, groups_for, uniform_windows};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, elementwise, groups_for,
+    uniform_windows,
+};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// Normalises the rows of x [T, D] by weight [D]: y [T, D] and the rows' reciprocal deviations [T].
@@ -110,9 +113,33 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let (t, d) = (shapes.tokens, shapes.hidden);
+    let case = |pass, flops, bytes| Case::of(pass, format!("{t}x{d}"), Cost::each(t * d, flops, bytes));
+    let inputs = move |gpu: &Gpu| (floats(gpu, &[t, d]), floats(gpu, &[d]), floats(gpu, &[t, d]));
+    vec![
+        case("forward", 4, 8).run(move |gpu| {
+            let (x, weight, _) = inputs(gpu);
+            move || forward(&x, &weight, 1e-5).into()
+        }),
+        case("backward x", 8, 12).run(move |gpu| {
+            let (x, weight, dy) = inputs(gpu);
+            let (_, rstd) = forward(&x, &weight, 1e-5);
+            move || backward_x(&x, &weight, &rstd, &dy).into()
+        }),
+        case("backward weight", 3, 8).run(move |gpu| {
+            let (x, weight, dy) = inputs(gpu);
+            let (_, rstd) = forward(&x, &weight, 1e-5);
+            let dweight = elementwise::zeros(gpu, &[d]);
+            move || backward_weight(&x, &rstd, &dy, &dweight).into()
+        }),
+    ]
+}
+
 pub const OP: Op = Op {
     name: "rms_norm",
     check,
+    cases,
     cost: |n| {
         let elements = ((n / 2 + 1) * n) as u64;
         Cost { flops: 4 * elements, bytes: 8 * elements }

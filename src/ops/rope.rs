@@ -1,7 +1,7 @@
 //! Rotary position embedding, halves convention (Hugging Face LLaMA): with e = E/2, channel j < e pairs with j + e,
 //! out_j = x_j cos - x_{j+e} sin, out_{j+e} = x_{j+e} cos + x_j sin, angle = position * theta^(-2j/E).
 
-use super::{Comparison, Cost, Op, Random, THREADS, bindable_rows, groups_for};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, groups_for};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// Cosines and sines [rows, 2, E/2], a row a position with its frequencies (radians per position, [E/2]). The angle is
@@ -84,9 +84,31 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     ])
 }
 
+fn cases(shapes: &Shapes) -> Vec<Case> {
+    let Shapes { tokens, heads, head_size, .. } = *shapes;
+    let shape = format!("{tokens}x{heads}x{head_size}");
+    let case = |pass, inverse| {
+        let cost = Cost::each(tokens * heads * head_size, 3, 8);
+        Case::of(pass, shape.clone(), cost).run(move |gpu| {
+            let positions: Vec<u32> = (0..tokens as u32).collect();
+            let positions = Tensor::from_u32(gpu, &positions, &[tokens]);
+            let frequencies = frequencies(head_size, 10_000.0);
+            let table = table(gpu, (0..tokens).map(|position| (position, frequencies.as_slice())));
+            // In place, as models rotate.
+            let mut x = Some(floats(gpu, &[tokens, heads, head_size]));
+            move || {
+                x = x.take().map(|x| rotate(x, &positions, &table, heads, inverse));
+                ().into()
+            }
+        })
+    };
+    vec![case("forward", false), case("backward", true)]
+}
+
 pub const OP: Op = Op {
     name: "rope",
     check,
+    cases,
     cost: |n| {
         let elements = (n * 3 * 2 * (n % 37 + 1)) as u64;
         Cost { flops: 3 * elements, bytes: 8 * elements }

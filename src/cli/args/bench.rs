@@ -8,18 +8,23 @@ use super::at_least_one;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Bench {
-    /// The shaders one by one (not built yet)
+    /// What the device reaches at most, and every op beside it
     Ops,
     /// Optimizer steps of a model with random weights
     Step,
-    /// Answers (not built yet)
+    /// Answers of a model with random weights
     Generate,
+    /// The table of docs/bench, made of the results there
+    Table,
 }
 
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
-    #[arg(value_enum, value_name = "WHAT", default_value_t = Bench::Step)]
+    #[arg(value_enum, value_name = "WHAT", default_value_t = Bench::Ops)]
     pub what: Bench,
+    /// Of ops, those cases with this text in their names, such as rms_norm or "7b matmul"
+    #[arg(long, value_name = "TEXT")]
+    pub filter: Option<String>,
     /// The settings and the model's size of a recipe's last stage (see `recipes ls`)
     #[arg(long, short, value_name = "NAME")]
     pub recipe: Option<String>,
@@ -42,19 +47,22 @@ pub struct BenchArgs {
     pub num_kv_heads: Option<usize>,
     #[arg(long, value_name = "N", value_parser = at_least_one())]
     pub vocab_size: Option<usize>,
-    /// Sequences of a step
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one())]
-    pub batch: usize,
+    /// Sequences of a step, or prompts answered at once [default: 4, 1]
+    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    pub batch: Option<usize>,
     /// Positions of each
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one())]
     pub seq: usize,
-    /// projector, full, lora or qlora
+    /// projector, full, lora or qlora; of answers, qlora means weights in four bits
     #[arg(long, value_name = "M")]
     pub method: Option<String>,
     /// none, selective, full or offload
     #[arg(long, value_name = "G")]
     pub gradient_checkpointing: Option<String>,
-    /// Steps that are timed; the median counts
+    /// Tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one())]
+    pub tokens: usize,
+    /// Steps, or answers, that are timed; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one())]
     pub steps: usize,
     /// Steps before them
@@ -63,6 +71,12 @@ pub struct BenchArgs {
     /// Write the JSON there too
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
+    /// Write a report in Markdown there, ready to be pasted
+    #[arg(long, value_name = "FILE.md")]
+    pub report: Option<PathBuf>,
+    /// The results that a table is made of
+    #[arg(long, value_name = "DIR", default_value = "docs/bench")]
+    pub folder: PathBuf,
     /// Show the ratios to a run that `--out` wrote
     #[arg(long, value_name = "FILE.json")]
     pub compare: Option<PathBuf>,

@@ -1,0 +1,138 @@
+// What a device can reach at most: kernels that do one thing as fast as it goes. src/ops/roof.rs counts what they do.
+#ifdef HALF
+enable f16;
+#endif
+#import index
+
+struct Params {
+    count: u32, // rounds; vec4s in copy and read_all
+    stride: u32, // threads in read_all
+    factor: f32,
+    term: f32,
+}
+#params
+
+#kernel multiply_add
+// CHAINS independent chains of fused multiply-adds a thread, DEPTH long a round, of vectors or (SCALAR) of numbers.
+@group(0) @binding(0) var<storage, read_write> out: array<f32>; // [threads]
+
+#ifdef HALF
+#ifdef SCALAR
+alias Number = f16;
+#else
+alias Number = vec4<f16>;
+#endif
+alias Part = f16;
+#else
+#ifdef SCALAR
+alias Number = f32;
+#else
+alias Number = vec4<f32>;
+#endif
+alias Part = f32;
+#endif
+
+@compute @workgroup_size(64)
+fn multiply_add(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let thread = linear_thread(group, groups, local);
+    let a = Number(Part(params.factor));
+    let b = Number(Part(params.term));
+    let start = Part(f32(local) * 0.01);
+#unroll c in 0..CHAINS
+    var x#{c} = Number(start + Part(#{c}));
+#end
+    for (var round = 0u; round < params.count; round++) {
+#unroll d in 0..DEPTH
+#unroll c in 0..CHAINS
+        x#{c} = fma(x#{c}, a, b);
+#end
+#end
+    }
+    var sum = x0;
+#unroll c in 1..CHAINS
+    sum += x#{c};
+#end
+#ifdef SCALAR
+    out[thread] = f32(sum);
+#else
+    out[thread] = f32(sum.x + sum.y + sum.z + sum.w);
+#endif
+}
+
+#kernel copy
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [count]
+@group(0) @binding(1) var<storage, read_write> y: array<vec4<f32>>; // [count]
+
+@compute @workgroup_size(64)
+fn copy(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = linear_thread(group, groups, local);
+    if (i < params.count) {
+        y[i] = x[i];
+    }
+}
+
+#kernel read_all
+// A thread sums every stride-th vec4 from its own on.
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [count]
+@group(0) @binding(1) var<storage, read_write> out: array<f32>; // [stride]
+
+@compute @workgroup_size(64)
+fn read_all(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let thread = linear_thread(group, groups, local);
+    var sum = vec4<f32>();
+    for (var i = thread; i < params.count; i += params.stride) {
+        sum += x[i];
+    }
+    out[thread] = sum.x + sum.y + sum.z + sum.w;
+}
+
+#kernel workgroup_read
+// DEPTH vec4s of workgroup memory a round and thread, neighbours by neighbours.
+@group(0) @binding(0) var<storage, read_write> out: array<f32>; // [threads]
+
+var<workgroup> cells: array<vec4<f32>, 512>;
+
+@compute @workgroup_size(64)
+fn workgroup_read(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+#unroll c in 0..8
+    cells[local + #{c*64}u] = vec4<f32>(f32(local) * params.factor);
+#end
+    workgroupBarrier();
+    var sum0 = vec4<f32>();
+    var sum1 = vec4<f32>();
+    for (var round = 0u; round < params.count; round++) {
+        let first = local + round;
+#unroll d in 0..DEPTH/2
+        sum0 += cells[(first + #{d*128}u) & 511u];
+        sum1 += cells[(first + #{d*128+64}u) & 511u];
+#end
+    }
+    let sum = sum0 + sum1;
+    out[linear_thread(group, groups, local)] = sum.x + sum.y + sum.z + sum.w;
+}
+
+#kernel nothing
+@group(0) @binding(0) var<storage, read_write> out: array<f32>; // [1]
+
+@compute @workgroup_size(64)
+fn nothing(@builtin(local_invocation_index) local: u32) {
+    if (local == params.count) {
+        out[0] = 1.0;
+    }
+}

@@ -1,0 +1,154 @@
+//! `wgpu-llava bench`: what a device reaches. `ops`: its roofs, and every op beside them; `step`: whole optimizer steps of
+//! a model with random weights; `generate`: answers of one; `table`: what is known of devices so far.
+
+mod generate;
+mod ops;
+mod report;
+mod step;
+mod table;
+
+use std::{fs, path::Path, time::SystemTime};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    args::{Bench, BenchArgs, GlobalArgs},
+    report as cli_report,
+    ui::Ui,
+};
+use crate::{
+    error::{Error, Result},
+    formats::atomic::write_file,
+    models::{config::ModelConfig, released},
+    train::run_folder::dated_name,
+};
+
+/// A small decoder, where nobody names a size.
+const SMALL: [(&str, usize); 5] = [
+    ("hidden_size", 256),
+    ("intermediate_size", 688),
+    ("num_hidden_layers", 4),
+    ("num_attention_heads", 4),
+    ("vocab_size", 2048),
+];
+
+pub fn run(args: &BenchArgs, global: &GlobalArgs) -> Result<()> {
+    let before = args.compare.as_deref().map(read).transpose()?;
+    for (option, path) in [("--out", &args.out), ("--report", &args.report)] {
+        path.as_ref().map_or(Ok(()), |path| cli_report::check_output_file(option, path))?;
+    }
+    if args.filter.is_some() && args.what != Bench::Ops {
+        return Err(Error::usage("--filter chooses among ops").hint("wgpu-llava bench ops --filter rms_norm"));
+    }
+    if matches!(args.what, Bench::Ops | Bench::Table) && names_a_model(args) {
+        return Err(Error::usage(
+            "ops have sizes of their own: the options of a model and its training are not theirs",
+        )
+        .hint("wgpu-llava bench step, or bench generate, with these options"));
+    }
+    let mut ui = Ui::new(global.quiet, global.verbose);
+    let result = match args.what {
+        Bench::Ops => ops::run(args, global, before.as_ref(), &mut ui)?,
+        Bench::Step => step::run(args, global, before.as_ref(), &mut ui)?,
+        Bench::Generate => generate::run(args, global, before.as_ref(), &mut ui)?,
+        Bench::Table => return table::run(args),
+    };
+    if let Some(out) = &args.out {
+        write_file(out, format!("{:#}\n", result.data).as_bytes())?;
+    }
+    if let Some(path) = &args.report {
+        write_file(path, report::markdown(&result).as_bytes())?;
+    }
+    if args.json {
+        return cli_report::print_data(&format!("{}\n", result.data));
+    }
+    cli_report::print_data(&result.text)?;
+    if args.what == Bench::Ops && args.filter.is_none() {
+        let file =
+            args.out.as_ref().map_or("NAME.json, which --out writes,".to_owned(), |out| out.display().to_string());
+        ui.line(&format!(
+            "Is this card in docs/bench/README.md? Send {file} in an issue, or in a pull request that adds it to \
+             docs/bench/: `wgpu-llava bench table` makes the table of what is there."
+        ));
+    }
+    Ok(())
+}
+
+/// Whether an option is given that only a model has.
+fn names_a_model(args: &BenchArgs) -> bool {
+    let sizes = [args.hidden_size, args.intermediate_size, args.num_layers, args.num_heads, args.num_kv_heads];
+    let words = [&args.recipe, &args.model, &args.method, &args.gradient_checkpointing];
+    sizes.iter().chain([&args.vocab_size, &args.batch]).any(Option::is_some)
+        || words.iter().any(|word| word.is_some())
+        || !args.set.is_empty()
+}
+
+/// What a benchmark found.
+struct Outcome {
+    data: Value,
+    /// For the terminal.
+    text: String,
+}
+
+/// What `--out` wrote before.
+fn read(path: &Path) -> Result<Value> {
+    let bytes = fs::read(path).map_err(|error| Error::reading(path, error))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::data(format!("--compare: {} is no JSON", path.display())).caused_by(error))
+}
+
+/// A day, UTC.
+fn today() -> String {
+    dated_name(SystemTime::now()).split('_').next().unwrap_or_default().to_owned()
+}
+
+/// The model's shapes: of the options, of the released model of that name, or a small one.
+fn model(args: &BenchArgs, named: Option<String>, positions: usize) -> Result<ModelConfig> {
+    let given = [
+        ("hidden_size", args.hidden_size),
+        ("intermediate_size", args.intermediate_size),
+        ("num_hidden_layers", args.num_layers),
+        ("num_attention_heads", args.num_heads),
+        ("vocab_size", args.vocab_size),
+    ];
+    if given.iter().all(|(_, value)| value.is_none())
+        && let Some(name) = args.model.clone().or(named)
+    {
+        let unknown = || {
+            Error::usage(format!("the size of {name} is not known by its name"))
+                .hint("llama-7b, llama-13b, llama-33b, llama-65b and llama-70b are, or give --hidden-size and so on")
+        };
+        return released::by_name(&name)?.ok_or_else(unknown);
+    }
+    let mut json = Map::from_iter([("model_type".to_owned(), json!("llama"))]);
+    for ((key, value), (_, small)) in given.into_iter().zip(SMALL) {
+        json.insert(key.to_owned(), json!(value.unwrap_or(small)));
+    }
+    if let Some(heads) = args.num_kv_heads {
+        json.insert("num_key_value_heads".to_owned(), json!(heads));
+    }
+    json.insert("max_position_embeddings".to_owned(), json!(positions.max(2048)));
+    ModelConfig::parse("the model of these options", Value::Object(json).to_string().as_bytes())
+}
+
+/// The model of a result.
+fn model_json(config: &ModelConfig, parameters: u64) -> Value {
+    let text = config.text();
+    json!({
+        "hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads, "vocab_size": text.vocab_size,
+        "vision": config.llava().is_some(), "parameters": parameters,
+    })
+}
+
+/// Lines of how much each of these numbers is of what it was.
+fn ratios(data: &Value, before: Option<&Value>, keys: &[&str]) -> Vec<(String, String)> {
+    let mut lines = Vec::new();
+    for &key in keys {
+        if let (Some(now), Some(then)) = (data[key].as_f64(), before.and_then(|before| before[key].as_f64())) {
+            lines.push((key.to_owned(), format!("{:.3} times what it was", now / then)));
+        }
+    }
+    lines
+}

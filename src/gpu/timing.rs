@@ -1,0 +1,221 @@
+//! How long the device takes: by its own clock where it has one, else by the host's.
+//!
+//! The device's clock is asked at the bounds of compute passes, which every backend can. A reading that cannot be (zero,
+//! or longer than the host waited) is no reading: then the host's clock counts, over batches long enough for it.
+
+use std::time::Instant;
+
+use super::Gpu;
+use crate::error::Result;
+
+/// Passes whose bounds are kept. More of them, and the host's clock counts.
+const PASSES: u32 = 512;
+/// How much longer than the host waited the device may say it took.
+const SLACK: f64 = 2e-6;
+
+/// Whose clock measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    Device,
+    Host,
+}
+
+impl Clock {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Device => "device",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// Seconds from the start of the first to the end of the last pass, and from the first recording until all was done.
+#[derive(Clone, Copy, Debug)]
+pub struct Elapsed {
+    /// None: the device has no clock, or a reading was no good.
+    pub device: Option<f64>,
+    pub host: f64,
+}
+
+impl Elapsed {
+    fn by(self, clock: Clock) -> Option<f64> {
+        if clock == Clock::Device { self.device } else { Some(self.host) }
+    }
+}
+
+/// Where the device writes down when passes begin and end.
+pub(super) struct Marks {
+    queries: wgpu::QuerySet,
+    passes: u32,
+    /// Nanoseconds.
+    period: f32,
+}
+
+impl Marks {
+    fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Option<Self> {
+        device.features().contains(wgpu::Features::TIMESTAMP_QUERY).then(|| Self {
+            queries: device.create_query_set(&wgpu::QuerySetDescriptor {
+                label: None,
+                ty: wgpu::QueryType::Timestamp,
+                count: 2 * PASSES,
+            }),
+            passes: 0,
+            period: queue.get_timestamp_period(),
+        })
+    }
+
+    /// For the next pass; none where there are too many.
+    pub fn of_a_pass(&mut self) -> Option<wgpu::ComputePassTimestampWrites<'_>> {
+        let first = 2 * self.passes;
+        self.passes += 1;
+        (self.passes <= PASSES).then_some(wgpu::ComputePassTimestampWrites {
+            query_set: &self.queries,
+            beginning_of_pass_write_index: Some(first),
+            end_of_pass_write_index: Some(first + 1),
+        })
+    }
+
+    /// Seconds from the first to the last mark; none where these cannot be times.
+    fn read(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> Option<f64> {
+        let marks = 2 * self.passes;
+        if self.passes == 0 || self.passes > PASSES {
+            return None;
+        }
+        let buffer = |usage| {
+            let size = u64::from(marks) * u64::from(wgpu::QUERY_SIZE);
+            device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
+        };
+        let resolved = buffer(wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC);
+        let staging = buffer(wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST);
+        let mut encoder = device.create_command_encoder(&Default::default());
+        encoder.resolve_query_set(&self.queries, 0..marks, &resolved, 0);
+        encoder.copy_buffer_to_buffer(&resolved, 0, &staging, 0, staging.size());
+        queue.submit([encoder.finish()]);
+        staging.slice(..).map_async(wgpu::MapMode::Read, |_| ());
+        device.poll(wgpu::PollType::wait_indefinitely()).ok()?;
+        let range = staging.slice(..).get_mapped_range().ok()?;
+        let times: Vec<u64> = range
+            .chunks_exact(8)
+            .map(|word| word.iter().rev().fold(0, |time, &byte| time << 8 | u64::from(byte)))
+            .collect();
+        let whole = times.iter().all(|&time| time > 0) && times.is_sorted();
+        let ticks = times.last()?.checked_sub(*times.first()?)?;
+        let seconds = ticks as f64 * f64::from(self.period) / 1e9;
+        (whole && seconds > 0.0 && seconds.is_finite()).then_some(seconds)
+    }
+}
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Runs before those that count; fewer where they take long.
+    pub warm_up: usize,
+    pub runs: usize,
+    /// After so many seconds, no further run; of three at least.
+    pub seconds: f64,
+}
+
+/// Seconds of each run, in rising order.
+#[derive(Clone, Debug)]
+pub struct Samples {
+    pub seconds: Vec<f64>,
+    pub clock: Clock,
+    /// Repetitions of the work in each run, over which its time is a mean.
+    pub repeats: usize,
+}
+
+impl Samples {
+    /// The time that a part of the runs does not exceed, between two runs in proportion; 0 without any.
+    pub fn quantile(&self, part: f64) -> f64 {
+        let at = part.clamp(0.0, 1.0) * self.seconds.len().saturating_sub(1) as f64;
+        let (below, above) = (at.floor() as usize, at.ceil() as usize);
+        match (self.seconds.get(below), self.seconds.get(above)) {
+            (Some(below), Some(above)) => below + (above - below) * at.fract(),
+            _ => 0.0,
+        }
+    }
+
+    pub fn median(&self) -> f64 {
+        self.quantile(0.5)
+    }
+
+    pub fn best(&self) -> f64 {
+        self.quantile(0.0)
+    }
+}
+
+/// The shortest run that each clock can tell.
+const LEAST_DEVICE: f64 = 1e-4;
+const LEAST_HOST: f64 = 1e-2;
+const MOST_REPEATS: usize = 4096;
+const FEWEST_RUNS: usize = 3;
+
+impl Gpu {
+    /// Times what `work` records, from an idle device until it is done.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn time(&self, work: &mut dyn FnMut()) -> Result<Elapsed> {
+        self.sync()?;
+        self.swap_marks(Marks::new);
+        let begun = Instant::now();
+        work();
+        let done = self.sync();
+        let host = begun.elapsed().as_secs_f64();
+        let mut device = None;
+        self.swap_marks(|_, _| None).inspect(|marks| device = self.with_device(|raw, queue| marks.read(raw, queue)));
+        done?;
+        Ok(Elapsed { device: device.filter(|&seconds| seconds <= host + SLACK), host })
+    }
+
+    /// Times `work` run after run, by the clock that is asked for; by the host's where the device's is no good.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn samples(&self, clock: Clock, effort: Effort, work: &mut dyn FnMut()) -> Result<Samples> {
+        if clock == Clock::Device
+            && let Some(samples) = self.samples_by(Clock::Device, effort, work)?
+        {
+            return Ok(samples);
+        }
+        let samples = self.samples_by(Clock::Host, effort, work)?;
+        Ok(samples.unwrap_or(Samples { seconds: Vec::new(), clock: Clock::Host, repeats: 1 }))
+    }
+
+    fn samples_by(&self, clock: Clock, effort: Effort, work: &mut dyn FnMut()) -> Result<Option<Samples>> {
+        let begun = Instant::now();
+        let mut shortest = f64::INFINITY;
+        for _ in 0..effort.warm_up.max(1) {
+            let Some(seconds) = self.time(work)?.by(clock) else { return Ok(None) };
+            shortest = shortest.min(seconds);
+            if begun.elapsed().as_secs_f64() > effort.seconds / 4.0 {
+                break;
+            }
+        }
+        let least = if clock == Clock::Device { LEAST_DEVICE } else { LEAST_HOST };
+        let repeats = ((least / shortest.max(1e-9)).ceil() as usize).clamp(1, MOST_REPEATS);
+        let (mut seconds, begun) = (Vec::new(), Instant::now());
+        while seconds.len() < effort.runs.max(FEWEST_RUNS)
+            && (seconds.len() < FEWEST_RUNS || begun.elapsed().as_secs_f64() < effort.seconds)
+        {
+            let elapsed = self.time(&mut || (0..repeats).for_each(|_| work()))?;
+            let Some(elapsed) = elapsed.by(clock) else { return Ok(None) };
+            seconds.push(elapsed / repeats as f64);
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(Some(Samples { seconds, clock, repeats }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_lie_between_runs() {
+        let samples = Samples { seconds: vec![1.0, 2.0, 4.0], clock: Clock::Host, repeats: 1 };
+        assert_eq!([0.0, 0.25, 0.5, 0.9, 1.0].map(|part| samples.quantile(part)), [1.0, 1.5, 2.0, 3.6, 4.0]);
+        let none = Samples { seconds: Vec::new(), ..samples };
+        assert_eq!(none.median(), 0.0);
+    }
+}
