@@ -1,11 +1,12 @@
 //! A device and its stream of recorded work.
 
+mod transfer;
+
 use std::{
     collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
-        mpsc,
     },
     time::Instant,
 };
@@ -15,9 +16,9 @@ use super::{
     adapter::{self, AdapterFacts, AdapterOptions},
     buffer::{Buffer, Pool, UNIT},
     capture::Capture,
-    download::{self, Download, Downloads},
+    download::Downloads,
     kernel::{Kernels, MAX_PARAMS},
-    staging::{SLOT_BYTES, Staging},
+    staging::Staging,
     timing::Marks,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -422,146 +423,6 @@ impl Gpu {
         // Lets wgpu free what finished work held; it never waits.
         let _ = device.poll(wgpu::PollType::Poll);
         Some(submission)
-    }
-
-    /// Records a copy of `bytes` into `buffer` at a byte offset, both multiples of 4. A large one waits until the
-    /// device has taken earlier ones, so that the host holds no more than a few staging buffers.
-    pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
-        let Some(Device { device, .. }) = self.inner.device.as_ref().filter(|_| !bytes.is_empty()) else { return };
-        if bytes.len() >= LARGE_WRITE {
-            let staging = &mut *self.staging();
-            for (index, part) in bytes.chunks(SLOT_BYTES).enumerate() {
-                if let Err(error) =
-                    self.write_staged(device, staging, buffer, offset + (index * SLOT_BYTES) as u64, part)
-                {
-                    self.failure().get_or_insert(error);
-                    return;
-                }
-            }
-            return;
-        }
-        let staging = device.create_buffer(&wgpu::BufferDescriptor {
-            label: None,
-            size: (bytes.len() as u64).next_multiple_of(8),
-            usage: wgpu::BufferUsages::COPY_SRC,
-            mapped_at_creation: true,
-        });
-        self.fill(&staging, bytes);
-        staging.unmap();
-        let stream = &mut *self.stream();
-        self.record_copy(device, stream, (&staging, 0), (buffer.raw(), offset), bytes.len() as u64);
-        if stream.recorded >= DISPATCHES_PER_SUBMIT {
-            self.submit(stream);
-        }
-    }
-
-    fn write_staged(
-        &self,
-        device: &wgpu::Device,
-        staging: &mut Staging,
-        to: &Buffer,
-        offset: u64,
-        bytes: &[u8],
-    ) -> Result<(), String> {
-        let buffer = staging.take(device)?;
-        self.fill(&buffer, bytes);
-        buffer.unmap();
-        let stream = &mut *self.stream();
-        self.record_copy(device, stream, (&buffer, 0), (to.raw(), offset), bytes.len() as u64);
-        if let Some(submission) = self.submit(stream) {
-            staging.give_back(buffer, submission);
-        }
-        Ok(())
-    }
-
-    /// From and to are a buffer and a byte offset.
-    fn record_copy(
-        &self,
-        device: &wgpu::Device,
-        stream: &mut Stream,
-        from: (&wgpu::Buffer, u64),
-        to: (&wgpu::Buffer, u64),
-        size: u64,
-    ) {
-        stream.pass = None;
-        let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
-        encoder.copy_buffer_to_buffer(from.0, from.1, to.0, to.1, size);
-        stream.recorded += 1;
-    }
-
-    /// Records a copy of `size` bytes between two different buffers; offsets and size are multiples of 4.
-    pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, size: u64) {
-        let Some(Device { device, .. }) = &self.inner.device else { return };
-        self.record_copy(device, &mut self.stream(), (from.raw(), from_offset), (to.raw(), to_offset), size);
-    }
-
-    /// Records that `size` bytes of `buffer` go to the host, offset and size multiples of 4, and does not wait for
-    /// them: only where three pieces are on their way already, for the oldest.
-    pub fn download(&self, buffer: &Buffer, offset: u64, size: u64) -> Download {
-        let download = Download::new(size as usize);
-        let Some(Device { device, .. }) = &self.inner.device else { return download };
-        let downloads = &mut *self.downloads();
-        for start in (0..size as usize).step_by(download::SLOT_BYTES) {
-            let piece = (size as usize - start).min(download::SLOT_BYTES);
-            let slot = match downloads.buffer(device, &|| self.failure().is_some()) {
-                Ok(slot) => slot,
-                Err(error) => {
-                    self.failure().get_or_insert(error);
-                    break;
-                }
-            };
-            let stream = &mut *self.stream();
-            self.record_copy(device, stream, (buffer.raw(), offset + start as u64), (&slot, 0), piece as u64);
-            if let Some(submission) = self.submit(stream) {
-                downloads.send(slot, submission, &download, start, piece);
-            }
-        }
-        download
-    }
-
-    /// The bytes of a download, waited for if need be. After a failure, which is told as everywhere, they are zeros.
-    pub fn downloaded(&self, download: Download) -> Vec<u8> {
-        if let Some(Device { device, .. }) = &self.inner.device
-            && let Err(error) = self.downloads().finish(device, &download, &|| self.failure().is_some())
-        {
-            self.failure().get_or_insert(error);
-        }
-        download.take()
-    }
-
-    /// Submits what is recorded, waits for it and copies `size` bytes of `buffer` back.
-    ///
-    /// # Errors
-    /// `Memory` or `Device` for anything that has failed on the device since the last call.
-    pub fn read(&self, buffer: &Buffer, offset: u64, size: u64) -> Result<Vec<u8>> {
-        let Some(Device { device, .. }) = &self.inner.device else {
-            self.wait()?;
-            return Ok(vec![0; size as usize]);
-        };
-        let staging = device.create_buffer(&wgpu::BufferDescriptor {
-            label: None,
-            size: size.max(4).next_multiple_of(4),
-            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
-            mapped_at_creation: false,
-        });
-        {
-            let stream = &mut *self.stream();
-            self.record_copy(device, stream, (buffer.raw(), offset), (&staging, 0), size);
-            self.submit(stream);
-        }
-        let (sender, receiver) = mpsc::channel();
-        staging.slice(..).map_async(wgpu::MapMode::Read, move |result| {
-            let _ = sender.send(result);
-        });
-        self.wait()?;
-        receiver
-            .recv()
-            .map_err(|_| self.device_error("the device never answered a read".into()))?
-            .map_err(|error| self.device_error(error.to_string()))?;
-        let range = staging.slice(..).get_mapped_range().map_err(|error| self.device_error(error.to_string()))?;
-        let mut bytes = range.to_vec();
-        bytes.truncate(size as usize);
-        Ok(bytes)
     }
 
     /// Submits what is recorded and waits until the device has done it.
