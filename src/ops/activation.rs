@@ -154,11 +154,11 @@ fn swiglu_cases(shapes: &Shapes) -> Vec<Case> {
     vec![
         case("forward", 8, 12).run(move |gpu| {
             let (gate, up) = (floats(gpu, &size), floats(gpu, &size));
-            move || swiglu(&gate, &up).into()
+            move || swiglu(&gate, &up)
         }),
         case("backward", 14, 20).run(move |gpu| {
             let (gate, up, dy) = (floats(gpu, &size), floats(gpu, &size), floats(gpu, &size));
-            move || swiglu_backward(gate.clone(), up.clone(), &dy).into()
+            move || swiglu_backward(gate.clone(), up.clone(), &dy)
         }),
     ]
 }
@@ -170,11 +170,11 @@ fn cases(activation: Activation, size: [usize; 2]) -> Vec<Case> {
     vec![
         case("forward", 8, 8).run(move |gpu| {
             let x = floats(gpu, &size);
-            move || activation.forward(&x).into()
+            move || activation.forward(&x)
         }),
         case("backward", 16, 12).run(move |gpu| {
             let (x, dy) = (floats(gpu, &size), floats(gpu, &size));
-            move || activation.backward(&x, &dy).into()
+            move || activation.backward(&x, &dy)
         }),
     ]
 }

@@ -336,13 +336,13 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
             let [p, g, m, v] = [(); 4].map(|()| floats(gpu, &size));
             elementwise::fill(&v, 1.0);
             let square_sum = Tensor::from_f32(gpu, &[1.0], &[1]);
-            move || step(Weights::Full(&p), &g, &m, &v, &square_sum, &Step::usual()).into()
+            move || step(Weights::Full(&p), &g, &m, &v, &square_sum, &Step::usual())
         }),
         case("f32 and a copy in bf16", 30).run(move |gpu| {
             let [p, g, m, v] = [(); 4].map(|()| floats(gpu, &size));
             elementwise::fill(&v, 1.0);
             let (copy, square_sum) = (random(gpu, Dtype::Bf16, &size), Tensor::from_f32(gpu, &[1.0], &[1]));
-            move || step(Weights::Master(&p, &copy), &g, &m, &v, &square_sum, &Step::usual()).into()
+            move || step(Weights::Master(&p, &copy), &g, &m, &v, &square_sum, &Step::usual())
         }),
     ]
 }

@@ -327,7 +327,7 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
     let case = Case::of("f32", format!("{}x{}", size[0], size[1]), cost).run(move |gpu| {
         let (p, g, moments) = (floats(gpu, &size), floats(gpu, &size), Moments::new(gpu, elements));
         let square_sum = Tensor::from_f32(gpu, &[1.0], &[1]);
-        move || step(Weights::Full(&p), &g, &moments, 0, &square_sum, &Step::usual()).into()
+        move || step(Weights::Full(&p), &g, &moments, 0, &square_sum, &Step::usual())
     });
     vec![case]
 }

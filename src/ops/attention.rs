@@ -401,12 +401,12 @@ pub(super) fn cases(tokens: usize, mask: Mask, heads: Heads, tiled: bool) -> Vec
     vec![
         case("forward", 2, 4).run(move |gpu| {
             let (by, ([q, k, v], ranges)) = (by(gpu), inputs(gpu));
-            move || forward_by(by, &q, &k, &v, &ranges, heads).into()
+            move || forward_by(by, &q, &k, &v, &ranges, heads)
         }),
         case("backward", 5, 8).run(move |gpu| {
             let (by, ([q, k, v], ranges), dout) = (by(gpu), inputs(gpu), floats(gpu, &size));
             let (out, stats) = forward_by(by, &q, &k, &v, &ranges, heads);
-            move || backward_by(by, [&q, &k, &v, &out, &stats], &dout, &ranges, heads).into()
+            move || backward_by(by, [&q, &k, &v, &out, &stats], &dout, &ranges, heads)
         }),
     ]
 }
@@ -419,7 +419,7 @@ fn decode_case(keys: usize, heads: Heads) -> Case {
         let [k, v] = [(); 2].map(|()| floats(gpu, &[keys, width]));
         let q = floats(gpu, &[1, width]);
         let ranges = Ranges::cached(Tensor::from_u32(gpu, &[0, keys as u32], &[1, 2]));
-        move || forward(&q, &k, &v, &ranges, heads).into()
+        move || forward(&q, &k, &v, &ranges, heads)
     })
 }
 

@@ -127,9 +127,13 @@ impl Case {
 
 impl Outline {
     /// `prepare` makes one set of buffers, and what runs on it.
-    pub fn run<R: FnMut() -> Made + 'static>(self, prepare: impl Fn(&Gpu) -> R + 'static) -> Case {
+    pub fn run<M: Into<Made>, R: FnMut() -> M + 'static>(self, prepare: impl Fn(&Gpu) -> R + 'static) -> Case {
         let Self(pass, shape, cost) = self;
-        Case { pass, shape, cost, prepare: Box::new(move |gpu| Box::new(prepare(gpu))) }
+        let prepare = move |gpu: &Gpu| -> Run {
+            let mut run = prepare(gpu);
+            Box::new(move || run().into())
+        };
+        Case { pass, shape, cost, prepare: Box::new(prepare) }
     }
 }
 

@@ -184,7 +184,7 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
         let shape = format!("{}x{}", size[0], size[1]);
         Case::of(pass, shape, Cost::each(size[0] * size[1], 0, 6)).run(move |gpu| {
             let x = random(gpu, from, &size);
-            move || cast(&x, to).into()
+            move || cast(&x, to)
         })
     };
     vec![

@@ -76,11 +76,11 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
     vec![
         case("forward", 4, 4).run(move |gpu| {
             let (logits, targets) = inputs(gpu);
-            move || loss(&logits, &targets).into()
+            move || loss(&logits, &targets)
         }),
         case("forward and backward", 7, 8).run(move |gpu| {
             let (logits, targets) = inputs(gpu);
-            move || loss_and_gradient(&logits, &targets, 1.0).into()
+            move || loss_and_gradient(&logits, &targets, 1.0)
         }),
     ]
 }

@@ -106,11 +106,11 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
     vec![
         case("forward", 8).run(move |gpu| {
             let x = floats(gpu, &size);
-            move || apply(&x, key).into()
+            move || apply(&x, key)
         }),
         case("backward", 12).run(move |gpu| {
             let (dy, dx) = (floats(gpu, &size), floats(gpu, &size));
-            move || add_to(&dy, key, &dx).into()
+            move || add_to(&dy, key, &dx)
         }),
     ]
 }

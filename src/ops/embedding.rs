@@ -192,7 +192,7 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
     let gather_from = move |dtype| {
         move |gpu: &Gpu| {
             let (table, ids) = (random(gpu, dtype, &[vocab, hidden]), Tensor::from_u32(gpu, &ids(), &[tokens]));
-            move || gather(&table, &ids).into()
+            move || gather(&table, &ids)
         }
     };
     vec![
@@ -201,7 +201,7 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
         case("backward", 12).run(move |gpu| {
             let (dy, csr) = (floats(gpu, &[tokens, hidden]), Csr::new(gpu, &ids()));
             let dtable = elementwise::zeros(gpu, &[vocab, hidden]);
-            move || scatter_add(&dy, &csr, &dtable).into()
+            move || scatter_add(&dy, &csr, &dtable)
         }),
     ]
 }

@@ -107,18 +107,18 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
     vec![
         case("forward", 8, 8).run(move |gpu| {
             let (x, weight, _) = inputs(gpu);
-            move || forward(&x, &weight, &weight, 1e-5).into()
+            move || forward(&x, &weight, &weight, 1e-5)
         }),
         case("backward x", 12, 12).run(move |gpu| {
             let (x, weight, dy) = inputs(gpu);
             let (_, stats) = forward(&x, &weight, &weight, 1e-5);
-            move || backward_x(&x, &weight, &stats, &dy).into()
+            move || backward_x(&x, &weight, &stats, &dy)
         }),
         case("backward weight", 5, 8).run(move |gpu| {
             let (x, weight, dy) = inputs(gpu);
             let (_, stats) = forward(&x, &weight, &weight, 1e-5);
             let (dweight, dbias) = (elementwise::zeros(gpu, &[d]), elementwise::zeros(gpu, &[d]));
-            move || backward_weight(&x, &stats, &dy, &dweight, &dbias).into()
+            move || backward_weight(&x, &stats, &dy, &dweight, &dbias)
         }),
     ]
 }

@@ -383,13 +383,13 @@ fn cases(kind: QuantType, shapes: &Shapes) -> Vec<Case> {
     vec![
         Case::of("dequantize", shape.clone(), cost(1)).run(move |gpu| {
             let x = random_quantized(gpu, kind, &size);
-            move || dequantize(&x).into()
+            move || dequantize(&x)
         }),
         Case::of("quantize", shape, cost(4)).run(move |gpu| {
             let x = floats(gpu, &size);
             let codes = Tensor::empty_of(gpu, Dtype::U32, &[elements / 8]);
             let absmax = Tensor::empty(gpu, &[elements / BLOCK]);
-            move || quantize_blocks(kind, &x, elements / BLOCK, &codes, &absmax, 0).into()
+            move || quantize_blocks(kind, &x, elements / BLOCK, &codes, &absmax, 0)
         }),
     ]
 }

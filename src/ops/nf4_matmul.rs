@@ -354,7 +354,7 @@ fn cases(layout: Layout, kind: QuantType, shapes: &Shapes) -> Vec<Case> {
         let columns = if layout == Layout::Nt { k } else { n };
         Case::of(pass, format!("{m}x{columns} by {n}x{k}"), cost).run(move |gpu| {
             let (a, w) = (floats(gpu, &[m, columns]), nf4::random_quantized(gpu, kind, &[n, k]));
-            move || matmul::product(layout, &a, &w).into()
+            move || matmul::product(layout, &a, &w)
         })
     };
     cut.iter().map(case).collect()

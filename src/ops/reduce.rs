@@ -63,7 +63,7 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
     let cost = Cost::each(size[0] * size[1], 2, 4);
     let case = Case::of("forward", format!("{}x{}", size[0], size[1]), cost).run(move |gpu| {
         let (x, out) = (floats(gpu, &size), zeros(gpu, &[1]));
-        move || add_square_sum(&x, &out, 0).into()
+        move || add_square_sum(&x, &out, 0)
     });
     vec![case]
 }

@@ -120,18 +120,18 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
     vec![
         case("forward", 4, 8).run(move |gpu| {
             let (x, weight, _) = inputs(gpu);
-            move || forward(&x, &weight, 1e-5).into()
+            move || forward(&x, &weight, 1e-5)
         }),
         case("backward x", 8, 12).run(move |gpu| {
             let (x, weight, dy) = inputs(gpu);
             let (_, rstd) = forward(&x, &weight, 1e-5);
-            move || backward_x(&x, &weight, &rstd, &dy).into()
+            move || backward_x(&x, &weight, &rstd, &dy)
         }),
         case("backward weight", 3, 8).run(move |gpu| {
             let (x, weight, dy) = inputs(gpu);
             let (_, rstd) = forward(&x, &weight, 1e-5);
             let dweight = elementwise::zeros(gpu, &[d]);
-            move || backward_weight(&x, &rstd, &dy, &dweight).into()
+            move || backward_weight(&x, &rstd, &dy, &dweight)
         }),
     ]
 }

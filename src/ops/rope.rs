@@ -98,7 +98,6 @@ fn cases(shapes: &Shapes) -> Vec<Case> {
             let mut x = Some(floats(gpu, &[tokens, heads, head_size]));
             move || {
                 x = x.take().map(|x| rotate(x, &positions, &table, heads, inverse));
-                ().into()
             }
         })
     };

@@ -36,6 +36,6 @@ fn case(layout: Layout, dtype: Dtype, pass: &'static str, [m, n, k]: [usize; 3])
     let cost = Cost { flops: (2 * m * n * k) as u64, bytes: bytes as u64 };
     Case::of(pass, format!("{}x{} by {}x{}", a[0], a[1], b[0], b[1]), cost).run(move |gpu| {
         let (a, b) = (floats(gpu, &a), random(gpu, dtype, &b));
-        move || product(layout, &a, &b).into()
+        move || product(layout, &a, &b)
     })
 }
