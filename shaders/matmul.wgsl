@@ -52,6 +52,11 @@ const ACCUMULATE: u32 = 2u;
 @group(0) @binding(#{2 + WINDOWS}) var<uniform> a0: array<vec4<f32>, 4096>; // rows of [M, K]
 #endif
 
+fn bias_at(col: u32) -> f32 {
+    let at = params.bias_offset + col;
+    return bias[at / 4u][at % 4u];
+}
+
 @compute @workgroup_size(#{THREADS})
 fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{ROWS}u;
@@ -181,28 +186,7 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     }
 #end
 #endif
-#unroll j in 0..COLS
-    {
-        let at_col = col + #{j * THREADS}u;
-        if (at_col < params.n) {
-            var shift = 0.0;
-            if ((params.flags & ADD_BIAS) != 0u) {
-                let bias_at = params.bias_offset + at_col;
-                shift = bias[bias_at / 4u][bias_at % 4u];
-            }
-#unroll i in 0..ROWS
-            if (row + #{i}u < params.m) {
-                let at = params.c_offset + (row + #{i}u) * params.ldc + at_col;
-                var value = fma(params.alpha, c#{i}_#{j}, shift);
-                if ((params.flags & ACCUMULATE) != 0u) {
-                    value += c[at];
-                }
-                c[at] = value;
-            }
-#end
-        }
-    }
-#end
+#import columns_write
 }
 
 #kernel by_storage
@@ -223,6 +207,10 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
 
+fn bias_at(col: u32) -> f32 {
+    return bias[col];
+}
+
 fn load_b(at: u32) -> f32 {
 #ifdef PACKED
     return widen_one(b[at / 2u], at);
@@ -237,6 +225,17 @@ fn by_storage(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     let col = group.x * #{COLS * THREADS}u + local;
     let last_row = params.m - 1u;
     let last_col = params.n - 1u;
+    // From an element to the next one along K.
+#ifdef NT
+    let b_step = 1u;
+#else
+    let b_step = params.ldb;
+#endif
+#ifdef TN
+    let a_step = params.lda;
+#else
+    let a_step = 1u;
+#endif
 #unroll j in 0..COLS
 #ifdef NT
     let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col) * params.ldb;
@@ -264,12 +263,12 @@ fn by_storage(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     var c#{i}_#{j} = 0.0;
 #end
 #end
+#ifdef VEC
 #ifdef TN
     for (var k = 0u; k < params.k; k++) {
 #unroll j in 0..COLS
         let y#{j} = load_b(b#{j} + k * params.ldb);
 #end
-#ifdef VEC
 #unroll q in 0..ROWS/4
         let x#{q} = a[a#{q} + k * params.lda / 4u];
 #end
@@ -278,28 +277,15 @@ fn by_storage(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
         c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
 #end
 #end
-#else
-#unroll i in 0..ROWS
-        let x#{i} = a[a#{i} + k * params.lda];
-#unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
-#end
-#end
-#endif
     }
 #else
-#ifdef VEC
     for (var k = 0u; k < params.k; k += 4u) {
 #unroll i in 0..ROWS
         let x#{i} = a[(a#{i} + k) / 4u];
 #end
 #unroll s in 0..4
 #unroll j in 0..COLS
-#ifdef NT
-        let y#{s}_#{j} = load_b(b#{j} + k + #{s}u);
-#else
-        let y#{s}_#{j} = load_b(b#{j} + (k + #{s}u) * params.ldb);
-#endif
+        let y#{s}_#{j} = load_b(b#{j} + (k + #{s}u) * b_step);
 #end
 #unroll i in 0..ROWS
 #unroll j in 0..COLS
@@ -308,45 +294,21 @@ fn by_storage(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 #end
 #end
     }
+#endif
 #else
     for (var k = 0u; k < params.k; k++) {
 #unroll j in 0..COLS
-#ifdef NT
-        let y#{j} = load_b(b#{j} + k);
-#else
-        let y#{j} = load_b(b#{j} + k * params.ldb);
-#endif
+        let y#{j} = load_b(b#{j} + k * b_step);
 #end
 #unroll i in 0..ROWS
-        let x#{i} = a[a#{i} + k];
+        let x#{i} = a[a#{i} + k * a_step];
 #unroll j in 0..COLS
         c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
 #end
 #end
     }
 #endif
-#endif
-#unroll j in 0..COLS
-    {
-        let at_col = col + #{j * THREADS}u;
-        if (at_col < params.n) {
-            var shift = 0.0;
-            if ((params.flags & ADD_BIAS) != 0u) {
-                shift = bias[at_col];
-            }
-#unroll i in 0..ROWS
-            if (row + #{i}u < params.m) {
-                let at = params.c_offset + (row + #{i}u) * params.ldc + at_col;
-                var value = fma(params.alpha, c#{i}_#{j}, shift);
-                if ((params.flags & ACCUMULATE) != 0u) {
-                    value += c[at];
-                }
-                c[at] = value;
-            }
-#end
-        }
-    }
-#end
+#import columns_write
 }
 
 #kernel by_lane
