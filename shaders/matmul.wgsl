@@ -193,23 +193,7 @@ fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 // For such devices where loads of storage are cheap enough: as by_uniform, with no bounds on what a dispatch takes.
 // What costs there is a load at an address for each lane, and then one at an address that all lanes share: so a thread
 // owns a large block of C, ROWS x COLS. VEC: A's rows (NT: and B's) in whole vec4s; in TN M in whole vec4s.
-#ifdef VEC
-@group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
-#else
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
-#endif
-#ifdef PACKED
-#import packed
-@group(0) @binding(1) var<storage, read_write> b: array<u32>; // the same, packed
-#else
-@group(0) @binding(1) var<storage, read_write> b: array<f32>; // [K, N], or [N, K] in NT
-#endif
-@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
-@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
-
-fn bias_at(col: u32) -> f32 {
-    return bias[col];
-}
+#import storage_operands
 
 fn load_b(at: u32) -> f32 {
 #ifdef PACKED
@@ -413,21 +397,8 @@ fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
 #kernel tiled
 // For GPUs: a workgroup owns a TILE x TILE part of C and stages DEPTH columns of both operands, k-major and padded
 // by 4 words (against bank conflicts of the transposing store); a thread owns BLOCK x BLOCK of C.
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
-#ifdef PACKED
-#import packed
-@group(0) @binding(1) var<storage, read_write> b: array<u32>; // the same, packed
-#else
-@group(0) @binding(1) var<storage, read_write> b: array<f32>; // [K, N], or [N, K] in NT
-#endif
-@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
-@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
-
+#import storage_operands
 #import tile
-
-fn bias_at(col: u32) -> f32 {
-    return bias[col];
-}
 
 fn load_a(row: u32, k: u32) -> f32 {
     if (row >= params.m || k >= params.k) {
@@ -501,15 +472,7 @@ fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_inde
 #kernel rows
 // NT with few rows of A: a workgroup owns one row of W [N, K], its threads run along K, ROWS rows of A are served
 // by one pass over W. The sums meet in workgroup memory, always in the same order.
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K]
-#ifdef PACKED
-#import packed
-@group(0) @binding(1) var<storage, read_write> b: array<u32>; // [N, K], packed
-#else
-@group(0) @binding(1) var<storage, read_write> b: array<f32>; // [N, K]
-#endif
-@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
-@group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
+#import storage_operands
 
 var<workgroup> partial: array<vec4<f32>, #{THREADS}>;
 

@@ -292,7 +292,7 @@ fn data_sets_are_mixed_measured_and_planned() {
     let sources = [Source { weight: 1.5, ..Source::new(&pictures) }, Source { limit: Some(2), ..Source::new(&texts) }];
     let mut encoder = encoder("llama_prepend", "v1");
     encoder.max_length = Some(120);
-    let mut dataset = Dataset::open(&sources, encoder, 0).unwrap();
+    let mut dataset = Dataset::open(sources, encoder, 0).unwrap();
     assert_eq!(dataset.len(), 9 + 2);
     let lazy: Vec<_> = (0..dataset.len()).map(|index| dataset.sample(index).unwrap()).collect();
     let statistics = dataset.prepare(|done, total| assert!(done <= total)).unwrap();
@@ -315,11 +315,11 @@ fn data_sets_are_mixed_measured_and_planned() {
     let encoder = dataset.encoder().clone();
     let records = Some(read_records(&pictures, folder.path(), None).unwrap());
     let given = Source { weight: 0.5, limit: Some(4), records, ..Source::new("embedded:pictures") };
-    let mixed = Dataset::open(&[given, Source::new(&texts)], encoder.clone(), 0).unwrap();
+    let mixed = Dataset::open([given, Source::new(&texts)], encoder.clone(), 0).unwrap();
     assert_eq!((mixed.len(), mixed.images().len() <= 2), (2 + 2, true));
 
     let wrong = Source { weight: -1.0, ..Source::new(&texts) };
-    assert_eq!(Dataset::open(&[wrong], encoder, 0).err().unwrap().kind, wgpu_llava::error::ErrorKind::Usage);
+    assert_eq!(Dataset::open([wrong], encoder, 0).err().unwrap().kind, wgpu_llava::error::ErrorKind::Usage);
     assert!(
         read_records(&folder.path().join("none.json"), folder.path(), None).unwrap_err().message.contains("none.json")
     );

@@ -80,10 +80,10 @@ impl Dataset {
     /// Reads every source. `seed` draws the part of a source whose weight is no whole number.
     ///
     /// Errors: a source that cannot be read (Data), a weight that is negative or no number (Usage), nothing left (Data).
-    pub fn open(sources: &[Source], encoder: Encoder, seed: u64) -> Result<Self> {
+    pub fn open(sources: impl IntoIterator<Item = Source>, encoder: Encoder, seed: u64) -> Result<Self> {
         let mut records = Vec::new();
         let mut entries = Vec::new();
-        for (number, source) in sources.iter().enumerate() {
+        for (number, source) in sources.into_iter().enumerate() {
             if !(0.0..=1000.0).contains(&source.weight) {
                 return Err(Error::usage(format!(
                     "data_path: the weight of {} is {}",
@@ -94,8 +94,11 @@ impl Dataset {
             }
             let beside = source.path.parent().unwrap_or(Path::new(""));
             let folder = source.image_folder.as_deref().unwrap_or(beside);
-            let read = match &source.records {
-                Some(records) => records.iter().take(source.limit.unwrap_or(usize::MAX)).cloned().collect(),
+            let read = match source.records {
+                Some(mut records) => {
+                    records.truncate(source.limit.unwrap_or(usize::MAX));
+                    records
+                }
                 None => read_records(&source.path, folder, source.limit)?,
             };
             entries.extend(used(records.len(), read.len(), source.weight, &mut Rng::new(seed, number as u64)));

@@ -35,7 +35,7 @@ pub struct StepTimes {
     pub flops: u64,
     pub parameters: u64,
     pub trainable: u64,
-    /// When most was held, from the first weight on.
+    /// When most was held during the steps: a [`Stepper`] counts from its start.
     pub peak: Holdings,
     /// What was expected to be held at most, bytes ([`estimate`]).
     pub estimated: u64,
@@ -86,7 +86,6 @@ pub fn steps(
     let made_up = Steps::of_length(sizes.sequences, sizes.length, config);
     let estimated = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts())?.peak.held;
     observer.event(Event::Note(&format!("expected: {:.2} GB of device memory", estimated as f64 / 1e9)));
-    gpu.start_peak();
     let begun = Instant::now();
     let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
     let pictures = PictureStore::made_up(stepper.model(), made_up.pictures, !stage.unfreeze_mm_vision_tower)?;

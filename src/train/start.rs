@@ -333,7 +333,7 @@ fn open_dataset(stage: &StageConfig, encoder: Encoder) -> Result<Dataset> {
         let (image_folder, weight, limit) = (entry.image_folder.clone(), entry.weight, entry.limit);
         Ok(dataset::Source { path, image_folder, weight, limit, records })
     };
-    Dataset::open(&stage.data_path.iter().map(source).collect::<Result<Vec<_>>>()?, encoder, stage.seed)
+    Dataset::open(stage.data_path.iter().map(source).collect::<Result<Vec<_>>>()?, encoder, stage.seed)
 }
 
 /// Applies the stage's wishes to the model's config. `keeps`: the model brings the projector that will be used.

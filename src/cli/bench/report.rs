@@ -57,7 +57,8 @@ pub fn roofs(roofs: &Value) -> Vec<(String, String)> {
     roofs.as_object().map(|roofs| roofs.values().filter_map(line).collect()).unwrap_or_default()
 }
 
-fn word<'v>(value: &'v Value, path: &str) -> &'v str {
+/// A text in a result, at a JSON pointer.
+pub fn word<'v>(value: &'v Value, path: &str) -> &'v str {
     value.pointer(path).and_then(Value::as_str).unwrap_or("unknown")
 }
 

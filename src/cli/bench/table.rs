@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{
     read,
-    report::{self, bytes, flops, share},
+    report::{self, bytes, flops, share, word},
 };
 use crate::{
     cli::{args::BenchArgs, report::print_data},
@@ -63,18 +63,17 @@ fn table(results: &[(String, Value)]) -> String {
     CASES.iter().for_each(|_| text.push_str("--:|"));
     text.push_str("---|\n");
     for (file, result) in results {
-        let word = |path: &str| result.pointer(path).and_then(Value::as_str).unwrap_or("unknown");
         let roof = |key: &str| report::roof(&result["roofs"][key]).unwrap_or_default();
         text.push_str(&format!(
             "| {} | {}, {} | {} | {} |",
-            word("/device/name"),
-            word("/device/backend"),
-            word("/device/driver"),
+            word(result, "/device/name"),
+            word(result, "/device/backend"),
+            word(result, "/device/driver"),
             roof("fma_f32"),
             roof("copy"),
         ));
         CASES.iter().for_each(|case| text.push_str(&format!(" {} |", cell(result, case))));
-        text.push_str(&format!(" [{}, {}]({file}) |\n", word("/date"), word("/version")));
+        text.push_str(&format!(" [{}, {}]({file}) |\n", word(result, "/date"), word(result, "/version")));
     }
     text
 }
