@@ -16,8 +16,8 @@ struct Params {
     flags: u32, // ADD_BIAS, ACCUMULATE
     alpha: f32,
     bias_offset: u32,
-    window: u32, // rows of B in one uniform (by_uniform and by_lane alone)
-    before_low: u32, // by_lane alone: a byte for each window, how many elements precede its first row
+    window: u32, // rows in one uniform (by_column: of A, by_lane: of B); columns of A staged at a time
+    before_low: u32, // a byte for each uniform, how many elements precede its first row
     before_high: u32,
 }
 #params
@@ -25,251 +25,95 @@ struct Params {
 const ADD_BIAS: u32 = 1u;
 const ACCUMULATE: u32 = 2u;
 
-#kernel by_uniform
-// For devices that run on the host's processor. Their storage and workgroup loads go lane by lane, uniform loads do
-// not: so A and B are bound as uniforms, at most 64 KiB of whole rows each (src/ops/matmul.rs cuts the product),
-// lanes run along N, and all of a workgroup reads the same elements of A. A thread owns ROWS x COLS of C.
-//
-// K may go over WINDOWS windows of `window` rows each (of B, in TN of A too), so that C is written once: a load of
-// storage is what costs.
+#kernel by_column
+// For devices that run on the host's processor. Lanes run along N, and all of a workgroup reads the same elements of A.
+// What costs most there is a load at an address for each lane, which B's are: so a thread owns a large block of C,
+// ROWS x COLS. A is bound as uniforms, WINDOWS of 64 KiB with `window` whole rows each: such loads are cheap on every
+// Mesa. In NT and NN a thread has as many rows of C from each of them; in TN they follow each other along K.
+// VEC: A's rows in whole vec4s; in TN M in whole vec4s.
 @group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
-@group(0) @binding(1) var<uniform> bias: array<vec4<f32>, 4096>; // [N]
-#ifdef PACKED
-#import packed
-#endif
+#import columns
 #unroll w in 0..WINDOWS
-#ifdef PACKED
-@group(0) @binding(#{2 + w}) var<uniform> b#{w}: array<vec4<u32>, 4096>; // rows of [K, N], packed
-#else
-@group(0) @binding(#{2 + w}) var<uniform> b#{w}: array<vec4<f32>, 4096>; // rows of [K, N], or of [N, K] in NT
-#endif
+@group(0) @binding(#{3 + w}) var<uniform> a#{w}: array<vec4<f32>, 4096>; // rows of [M, K], or of [K, M] in TN
 #end
-#ifdef TN
-#unroll w in 0..WINDOWS
-@group(0) @binding(#{2 + WINDOWS + w}) var<uniform> a#{w}: array<vec4<f32>, 4096>; // rows of [K, M]
-#end
-#else
-@group(0) @binding(#{2 + WINDOWS}) var<uniform> a0: array<vec4<f32>, 4096>; // rows of [M, K]
-#endif
-
-fn bias_at(col: u32) -> f32 {
-    let at = params.bias_offset + col;
-    return bias[at / 4u][at % 4u];
-}
 
 @compute @workgroup_size(#{THREADS})
-fn by_uniform(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let row = group.y * #{ROWS}u;
-    let col = group.x * #{COLS * THREADS}u + local;
-    let last_row = params.m - 1u;
-    let last_col = params.n - 1u;
-#unroll j in 0..COLS
-#ifdef NT
-    let bj#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col) * params.ldb;
-#else
-    let bj#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col);
-#endif
-#end
-#unroll i in 0..ROWS
-#ifdef TN
-    let ai#{i} = params.a_offset + min(row + #{i}u, last_row);
-#else
-    let ai#{i} = params.a_offset + min(row + #{i}u, last_row) * params.lda;
-#endif
-#unroll j in 0..COLS
-    var c#{i}_#{j} = 0.0;
-#end
-#end
-#ifdef TN
-#ifdef VEC
-    // Four neighbouring rows of C are one vec4 of A: M is a multiple of 4, so a clamped group is a whole group.
-    let last_quad = params.m - 4u;
-#unroll q in 0..ROWS/4
-    let quad#{q} = (params.a_offset + min(row + #{q * 4}u, last_quad)) / 4u;
-#end
-    let lda4 = params.lda / 4u;
-#endif
+fn by_column(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+#import columns_start
 #unroll w in 0..WINDOWS
-    {
-        let count = min(params.window, params.k - min(#{w}u * params.window, params.k));
-        for (var k = 0u; k < count; k++) {
-#ifdef VEC
-#unroll q in 0..ROWS/4
-            let x#{q} = a#{w}[quad#{q} + k * lda4];
+    let before#{w} = params.a_offset + ((params.before_low >> #{8 * w}u) & 0xffu);
 #end
+#ifdef TN
+    let first_row = group.y * #{ROWS}u;
+    let row_step = 8u;
+#ifdef VEC
+    // The last block begins before its first row where M ends inside: a thread's elements lie at fixed distances.
+    let row = min(first_row, params.m - #{ROWS}u);
 #else
+    let row = first_row;
 #unroll i in 0..ROWS
-            let ax#{i} = ai#{i} + k * params.lda;
-            let x#{i} = a#{w}[ax#{i} / 4u][ax#{i} % 4u];
+    let a_row#{i} = min(row + #{i}u, params.m - 1u);
 #end
 #endif
-#unroll j in 0..COLS
-            let at#{j} = bj#{j} + k * params.ldb;
-            let y#{j} = b#{w}[at#{j} / 4u][at#{j} % 4u];
-#end
-#unroll i in 0..ROWS
-#unroll j in 0..COLS
-#ifdef VEC
-            c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
-#else
-            c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
-#endif
-#end
-#end
-        }
-    }
-#end
-#else
 #unroll w in 0..WINDOWS
     {
         let first = min(#{w}u * params.window, params.k);
         let count = min(params.window, params.k - first);
-#ifdef VEC
-        for (var k = 0u; k < count; k += 4u) {
-#unroll i in 0..ROWS
-            let x#{i} = a0[(ai#{i} + first + k) / 4u];
-#end
-#ifdef NT
-#unroll j in 0..COLS
-            let y#{j} = b#{w}[(bj#{j} + k) / 4u];
-#end
-#unroll s in 0..4
-#unroll i in 0..ROWS
-#unroll j in 0..COLS
-            c#{i}_#{j} = fma(x#{i}[#{s}], y#{j}[#{s}], c#{i}_#{j});
-#end
-#end
-#end
-#else
-#unroll s in 0..4
-#unroll j in 0..COLS
-            let at#{s}_#{j} = bj#{j} + (k + #{s}u) * params.ldb;
-#ifdef PACKED
-            let y#{s}_#{j} = widen_one(b#{w}[at#{s}_#{j} / 8u][at#{s}_#{j} / 2u % 4u], at#{s}_#{j});
-#else
-            let y#{s}_#{j} = b#{w}[at#{s}_#{j} / 4u][at#{s}_#{j} % 4u];
-#endif
-#end
-#unroll i in 0..ROWS
-#unroll j in 0..COLS
-            c#{i}_#{j} = fma(x#{i}[#{s}], y#{s}_#{j}, c#{i}_#{j});
-#end
-#end
-#end
-#endif
-        }
-#else
         for (var k = 0u; k < count; k++) {
-#unroll i in 0..ROWS
-            let ax#{i} = ai#{i} + first + k;
-            let x#{i} = a0[ax#{i} / 4u][ax#{i} % 4u];
-#end
+            let b_from = (first + k) * b_step;
 #unroll j in 0..COLS
-#ifdef NT
-            let at#{j} = bj#{j} + k;
-#else
-            let at#{j} = bj#{j} + k * params.ldb;
-#endif
-#ifdef PACKED
-            let y#{j} = widen_one(b#{w}[at#{j} / 8u][at#{j} / 2u % 4u], at#{j});
-#else
-            let y#{j} = b#{w}[at#{j} / 4u][at#{j} % 4u];
-#endif
+            let y#{j} = load_b(b_at#{j} + b_from);
+#end
+#ifdef VEC
+            let quad = (before#{w} + row + k * params.lda) / 4u;
+#unroll q in 0..ROWS/4
+            let x#{q} = a#{w}[quad + #{q}u];
 #end
 #unroll i in 0..ROWS
+#unroll j in 0..COLS
+            c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
+#end
+#end
+#else
+#unroll i in 0..ROWS
+            let at#{i} = before#{w} + a_row#{i} + k * params.lda;
+            let x#{i} = a#{w}[at#{i} / 4u][at#{i} % 4u];
 #unroll j in 0..COLS
             c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
 #end
 #end
+#endif
         }
-#endif
     }
 #end
-#endif
-#import columns_write
-}
-
-#kernel by_storage
-// For such devices where loads of storage are cheap enough: as by_uniform, with no bounds on what a dispatch takes.
-// What costs there is a load at an address for each lane, and then one at an address that all lanes share: so a thread
-// owns a large block of C, ROWS x COLS. VEC: A's rows (NT: and B's) in whole vec4s; in TN M in whole vec4s.
-#import storage_operands
-
-fn load_b(at: u32) -> f32 {
-#ifdef PACKED
-    return widen_one(b[at / 2u], at);
 #else
-    return b[at];
-#endif
-}
-
-@compute @workgroup_size(#{THREADS})
-fn by_storage(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let row = group.y * #{ROWS}u;
-    let col = group.x * #{COLS * THREADS}u + local;
-    let last_row = params.m - 1u;
-    let last_col = params.n - 1u;
-    // From an element to the next one along K.
-#ifdef NT
-    let b_step = 1u;
-#else
-    let b_step = params.ldb;
-#endif
-#ifdef TN
-    let a_step = params.lda;
-#else
-    let a_step = 1u;
-#endif
-#unroll j in 0..COLS
-#ifdef NT
-    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col) * params.ldb;
-#else
-    let b#{j} = params.b_offset + min(col + #{j * THREADS}u, last_col);
-#endif
-#end
-#ifdef TN
-#ifdef VEC
-#unroll q in 0..ROWS/4
-    let a#{q} = (params.a_offset + min(row + #{q * 4}u, params.m - 4u)) / 4u;
-#end
-#else
-#unroll i in 0..ROWS
-    let a#{i} = params.a_offset + min(row + #{i}u, last_row);
-#end
-#endif
-#else
-#unroll i in 0..ROWS
-    let a#{i} = params.a_offset + min(row + #{i}u, last_row) * params.lda;
-#end
-#endif
-#unroll i in 0..ROWS
-#unroll j in 0..COLS
-    var c#{i}_#{j} = 0.0;
+    let row = group.y * #{ROWS / WINDOWS}u;
+    let first_row = row;
+    let row_step = params.window;
+    // A window that begins past the end has the last row.
+#unroll w in 0..WINDOWS
+    let first#{w} = min(#{w}u * params.window, params.m - 1u);
+    let last#{w} = min(params.window, params.m - first#{w}) - 1u;
+#unroll i in 0..ROWS/WINDOWS
+    let a#{w}_#{i} = before#{w} + min(row + #{i}u, last#{w}) * params.lda;
 #end
 #end
 #ifdef VEC
-#ifdef TN
-    for (var k = 0u; k < params.k; k++) {
-#unroll j in 0..COLS
-        let y#{j} = load_b(b#{j} + k * params.ldb);
-#end
-#unroll q in 0..ROWS/4
-        let x#{q} = a[a#{q} + k * params.lda / 4u];
-#end
-#unroll i in 0..ROWS
-#unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
+#unroll w in 0..WINDOWS
+#unroll i in 0..ROWS/WINDOWS
+    let quad#{w}_#{i} = a#{w}_#{i} / 4u;
 #end
 #end
-    }
-#else
-    for (var k = 0u; k < params.k; k += 4u) {
-#unroll i in 0..ROWS
-        let x#{i} = a[(a#{i} + k) / 4u];
+    for (var quad = 0u; quad < params.k / 4u; quad++) {
+#unroll w in 0..WINDOWS
+#unroll i in 0..ROWS/WINDOWS
+        let x#{w * (ROWS / WINDOWS) + i} = a#{w}[quad#{w}_#{i} + quad];
+#end
 #end
 #unroll s in 0..4
+        let b_from#{s} = (4u * quad + #{s}u) * b_step;
 #unroll j in 0..COLS
-        let y#{s}_#{j} = load_b(b#{j} + (k + #{s}u) * b_step);
+        let y#{s}_#{j} = load_b(b_at#{j} + b_from#{s});
 #end
 #unroll i in 0..ROWS
 #unroll j in 0..COLS
@@ -278,20 +122,77 @@ fn by_storage(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 #end
 #end
     }
-#endif
 #else
     for (var k = 0u; k < params.k; k++) {
 #unroll j in 0..COLS
-        let y#{j} = load_b(b#{j} + k * b_step);
+        let y#{j} = load_b(b_at#{j} + k * b_step);
 #end
-#unroll i in 0..ROWS
-        let x#{i} = a[a#{i} + k * a_step];
+#unroll w in 0..WINDOWS
+#unroll i in 0..ROWS/WINDOWS
+        let at#{w}_#{i} = a#{w}_#{i} + k;
+        let x#{w}_#{i} = a#{w}[at#{w}_#{i} / 4u][at#{w}_#{i} % 4u];
 #unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
+        c#{w * (ROWS / WINDOWS) + i}_#{j} = fma(x#{w}_#{i}, y#{j}, c#{w * (ROWS / WINDOWS) + i}_#{j});
+#end
 #end
 #end
     }
 #endif
+#endif
+#import columns_write
+}
+
+#kernel by_column_staged
+// The same where workgroup memory is cheaper still, from Mesa 26 on: A is staged there, `window` columns at a time.
+@group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
+#import columns
+@group(0) @binding(3) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
+
+var<workgroup> staged: array<f32, #{DEPTH * ROWS}>; // [window, ROWS], with window DEPTH at most
+
+@compute @workgroup_size(#{THREADS})
+fn by_column_staged(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let row = group.y * #{ROWS}u;
+    let first_row = row;
+    let row_step = 8u;
+#import columns_start
+    // DEPTH comes as a parameter: a loop whose length compilers know is unrolled, and then slower by a half.
+    for (var depth = 0u; depth < params.k; depth += params.window) {
+        let count = min(params.window, params.k - depth);
+        // Steps of K past the end are zero.
+        for (var at = local; at < (count + 3u) / 4u * #{ROWS}u; at += #{THREADS}u) {
+            let in_block = at % #{ROWS}u;
+            let step = at / #{ROWS}u * 4u;
+            let a_row = min(row + in_block, params.m - 1u);
+#unroll s in 0..4
+            let a_col#{s} = min(depth + step + #{s}u, params.k - 1u);
+#ifdef TN
+            let value#{s} = a[params.a_offset + a_col#{s} * params.lda + a_row];
+#else
+            let value#{s} = a[params.a_offset + a_row * params.lda + a_col#{s}];
+#endif
+            staged[(step + #{s}u) * #{ROWS}u + in_block] = select(0.0, value#{s}, step + #{s}u < count);
+#end
+        }
+        workgroupBarrier();
+        for (var k = 0u; k < count; k += 2u) {
+            let b_from0 = (depth + k) * b_step;
+            let b_from1 = min(depth + k + 1u, params.k - 1u) * b_step;
+#unroll j in 0..COLS
+            let y0_#{j} = load_b(b_at#{j} + b_from0);
+            let y1_#{j} = select(0.0, load_b(b_at#{j} + b_from1), k + 1u < count);
+#end
+#unroll i in 0..ROWS
+            let x0_#{i} = staged[k * #{ROWS}u + #{i}u];
+            let x1_#{i} = staged[k * #{ROWS}u + #{ROWS + i}u];
+#unroll j in 0..COLS
+            c#{i}_#{j} = fma(x0_#{i}, y0_#{j}, c#{i}_#{j});
+            c#{i}_#{j} = fma(x1_#{i}, y1_#{j}, c#{i}_#{j});
+#end
+#end
+        }
+        workgroupBarrier();
+    }
 #import columns_write
 }
 

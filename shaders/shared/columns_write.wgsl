@@ -1,22 +1,30 @@
-// The end of a product whose thread owns ROWS x COLS of C, columns THREADS apart: alpha, bias, and what C holds.
+// The end of a product whose thread owns ROWS x COLS of C, columns THREADS apart, rows from `row` on in eights `row_step`
+// apart, those from `first_row` and `first_col` on to be written: alpha, bias, and what C holds. A loop over an array, since
+// as many branches written out take seconds to compile.
+    var block: array<f32, #{ROWS * COLS}>;
 #unroll j in 0..COLS
-    {
-        let at_col = col + #{j * THREADS}u;
-        if (at_col < params.n) {
-            var shift = 0.0;
-            if ((params.flags & ADD_BIAS) != 0u) {
-                shift = bias_at(at_col);
-            }
 #unroll i in 0..ROWS
-            if (row + #{i}u < params.m) {
-                let at = params.c_offset + (row + #{i}u) * params.ldc + at_col;
-                var value = fma(params.alpha, c#{i}_#{j}, shift);
+    block[#{i * COLS + j}] = c#{i}_#{j};
+#end
+    let at_col#{j} = col + #{j * THREADS}u;
+    let in_c#{j} = at_col#{j} >= first_col && at_col#{j} < params.n;
+    var shift#{j} = 0.0;
+    if (in_c#{j} && (params.flags & ADD_BIAS) != 0u) {
+        shift#{j} = bias[params.bias_offset + at_col#{j}];
+    }
+#end
+    for (var i = 0u; i < #{ROWS}u; i++) {
+        let at_row = row + i / 8u * row_step + i % 8u;
+        if (at_row >= first_row && at_row < params.m) {
+            let c_row = params.c_offset + at_row * params.ldc;
+#unroll j in 0..COLS
+            if (in_c#{j}) {
+                var value = fma(params.alpha, block[i * #{COLS}u + #{j}u], shift#{j});
                 if ((params.flags & ACCUMULATE) != 0u) {
-                    value += c[at];
+                    value += c[c_row + at_col#{j}];
                 }
-                c[at] = value;
+                c[c_row + at_col#{j}] = value;
             }
 #end
         }
     }
-#end

@@ -210,7 +210,7 @@ impl Gpu {
         self.inner.facts.is_cpu
     }
 
-    /// Whether products had better take their operands as uniforms: on software Vulkan before Mesa 26.
+    /// Whether products had better take A as uniforms: on software Vulkan before Mesa 26.
     pub fn wants_uniforms(&self) -> bool {
         self.is_cpu() && self.inner.facts.slow_storage
     }
@@ -389,6 +389,11 @@ impl Gpu {
         let mut rows: Vec<_> = stream.profile.iter().flatten().map(|(name, &(n, s))| (name.clone(), n, s)).collect();
         rows.sort_by(|a, b| b.2.total_cmp(&a.2));
         rows
+    }
+
+    /// Forgets what [`Gpu::profile`] has gathered.
+    pub fn start_profile(&self) {
+        self.stream().profile.iter_mut().for_each(HashMap::clear);
     }
 
     /// A uniform of its own for one dispatch, on devices without immediate data.

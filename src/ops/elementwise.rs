@@ -42,7 +42,11 @@ pub fn add_in_place(a: &Tensor, y: &Tensor) {
     launch("elementwise.add_in_place", &[a, y], 0.0);
 }
 
+/// y = value
 pub fn fill(y: &Tensor, value: f32) {
+    if value.to_bits() == 0 {
+        return y.clear();
+    }
     launch("elementwise.fill", &[y], value);
 }
 

@@ -9,8 +9,8 @@
 //! B may be a weight in 16 bits in NT and NN; kernels widen what they load of it. Weights in four bits have kernels of
 //! their own (`nf4_matmul.rs`).
 //!
-//! Which kernel runs is chosen per adapter and shape: GPUs stage tiles in workgroup memory, host processors want
-//! their operands as uniforms (`host.rs`, of long rows blocks: `blocks.rs`), and a few rows of A go to a kernel that
+//! Which kernel runs is chosen per adapter and shape: GPUs stage tiles of both operands in workgroup memory, host processors
+//! take A by uniforms or staged (`host.rs`, copied beforehand: `blocks.rs`), and a few rows of A go to a kernel that
 //! reads W once.
 
 mod bench;
@@ -79,14 +79,14 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     if m == 0 || n == 0 {
         return;
     }
-    let call = Call { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue };
+    let call = Call::new(layout, a, b, c, epilogue);
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
 /// Writes or adds the product of A [M, K] and B [K, n] to columns of C [M, ..], from `first` on.
 pub(super) fn product_of_columns(a: &Tensor, b: &Tensor, first: usize, c: &Tensor, epilogue: Epilogue<'_>) {
     let (n, k) = ((first, first + b.cols()), (0, b.rows()));
-    let call = Call { layout: Layout::Nn, a, a_first: [0, 0], b, b_first: [0, first], c, epilogue };
+    let call = Call { b_first: [0, first], ..Call::new(Layout::Nn, a, b, c, epilogue) };
     call.run(Region { m: (0, c.rows()), n, k });
 }
 
@@ -105,7 +105,8 @@ pub(super) fn product_of_rows(
         Layout::Nt => (rows, (0, b.cols())),
         Layout::Nn | Layout::Tn => ((0, b.cols()), rows),
     };
-    Call { layout, a, a_first: [0, 0], b, b_first: [first, 0], c, epilogue }.run(Region { m: (0, c.rows()), n, k });
+    let call = Call { b_first: [first, 0], ..Call::new(layout, a, b, c, epilogue) };
+    call.run(Region { m: (0, c.rows()), n, k });
 }
 
 /// A block of the product: half-open ranges of M, N, K.
@@ -116,9 +117,12 @@ struct Region {
     k: (usize, usize),
 }
 
+#[derive(Clone, Copy)]
 struct Call<'a> {
     layout: Layout,
     a: &'a Tensor,
+    /// A has K along its rows, as in TN.
+    a_by_k: bool,
     /// Where A is a part of the whole: its first row and column there, as regions count them.
     a_first: [usize; 2],
     b: &'a Tensor,
@@ -152,7 +156,11 @@ fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
     [(from, middle), (middle, to)]
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    fn new(layout: Layout, a: &'a Tensor, b: &'a Tensor, c: &'a Tensor, epilogue: Epilogue<'a>) -> Self {
+        Self { layout, a, a_by_k: layout == Layout::Tn, a_first: [0, 0], b, b_first: [0, 0], c, epilogue }
+    }
+
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
     fn run(&self, region: Region) {
         let gpu = self.c.gpu();
@@ -162,13 +170,13 @@ impl Call<'_> {
         let cut = if bytes(region.m, self.c) > most && length(region.m) > 64 {
             region.cut_m(halved(region.m))
         } else if bytes(a_rows, self.a) > most && length(a_rows) > 64 {
-            if self.layout == Layout::Tn { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
+            if self.a_by_k { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
         } else if gpu.is_cpu() && self.layout == Layout::Nt && self.wants_lanes(region) {
             return self.by_lanes(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
-        } else if gpu.wants_uniforms() {
-            return if self.wants_blocks() { self.by_blocks(region) } else { self.by_uniforms(region) };
+        } else if gpu.is_cpu() {
+            return if self.wants_blocks(region) { self.by_blocks(region) } else { self.by_columns(region) };
         } else {
             return self.launch(region);
         };
@@ -177,10 +185,7 @@ impl Call<'_> {
 
     /// The ranges of A's and B's rows that a region needs.
     fn operand_rows(&self, region: Region) -> ((usize, usize), (usize, usize)) {
-        (
-            if self.layout == Layout::Tn { region.k } else { region.m },
-            if self.layout == Layout::Nt { region.n } else { region.k },
-        )
+        (if self.a_by_k { region.k } else { region.m }, if self.layout == Layout::Nt { region.n } else { region.k })
     }
 
     fn launch(&self, region: Region) {
@@ -213,13 +218,7 @@ impl Call<'_> {
             0,
             0,
         ];
-        let (kernel, groups) = if c.gpu().is_cpu() {
-            let fast = if layout == Layout::Tn { m } else { k };
-            let even = [a.cols(), a_col, fast].iter().all(|x| x.is_multiple_of(4));
-            choose_by_storage(layout, b.dtype(), even, m, n)
-        } else {
-            choose(layout, b.dtype(), m, n)
-        };
+        let (kernel, groups) = choose(layout, b.dtype(), m, n);
         c.gpu().dispatch(kernel, &[a_binding, b_binding, bias_binding, c_binding], &params, groups);
     }
 }
@@ -259,28 +258,6 @@ fn choose(layout: Layout, b: Dtype, m: usize, n: usize) -> (&'static str, [u32; 
     let side = if small { 32 } else { 64 };
     (kernel, [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1])
 }
-
-/// The same for host processors that load storage well enough; `even`: A's rows are whole vec4s.
-fn choose_by_storage(layout: Layout, b: Dtype, even: bool, m: usize, n: usize) -> (&'static str, [u32; 3]) {
-    let typed = |names| typed(b, names);
-    let kernel = match (layout, even) {
-        (Layout::Nt, true) => typed(["matmul.by_storage.nt", "matmul.by_storage.nt_bf16", "matmul.by_storage.nt_f16"]),
-        (Layout::Nt, false) => {
-            typed(["matmul.by_storage.nt_odd", "matmul.by_storage.nt_odd_bf16", "matmul.by_storage.nt_odd_f16"])
-        }
-        (Layout::Nn, true) => typed(["matmul.by_storage.nn", "matmul.by_storage.nn_bf16", "matmul.by_storage.nn_f16"]),
-        (Layout::Nn, false) => {
-            typed(["matmul.by_storage.nn_odd", "matmul.by_storage.nn_odd_bf16", "matmul.by_storage.nn_odd_f16"])
-        }
-        (Layout::Tn, true) => "matmul.by_storage.tn",
-        (Layout::Tn, false) => "matmul.by_storage.tn_odd",
-    };
-    (kernel, [n.div_ceil(STORAGE_COLS) as u32, m.div_ceil(STORAGE_ROWS) as u32, 1])
-}
-
-/// The block of C of a workgroup of `matmul.by_storage` (ROWS, and COLS times THREADS, in shaders/variants).
-const STORAGE_ROWS: usize = 16;
-const STORAGE_COLS: usize = 32;
 
 /// The same product on the host, in f64.
 pub fn reference(layout: Layout, a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) -> Vec<f64> {

@@ -143,6 +143,12 @@ impl Tensor {
         self.copy_elements(to_row * width, from, from_row * width, rows * width);
     }
 
+    /// Makes every element zero.
+    pub fn clear(&self) {
+        assert!(!self.dtype.is_quantized(), "{self:?} is cleared");
+        self.gpu.clear(&self.buffer, self.byte_offset(0), self.dtype.padded_bytes(self.len()));
+    }
+
     fn copy_elements(&self, to: usize, from: &Tensor, start: usize, count: usize) {
         assert_eq!(self.dtype, from.dtype, "a copy does not convert: {self:?} from {from:?}");
         let whole = |elements: usize| (elements * self.dtype.bytes()).is_multiple_of(4);
@@ -279,6 +285,11 @@ impl Tensor {
         let before = (self.offset + start) % self.dtype.alignment();
         let offset = ((self.offset + start - before) * self.dtype.bytes()) as u64;
         (Binding { buffer: &self.buffer, offset, size: UNIFORM_BYTES, uniform: true }, before)
+    }
+
+    /// Whether both lie in one buffer.
+    pub fn shares_buffer(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.buffer, &other.buffer)
     }
 
     /// Whether another handle or part of the same buffer is alive.

@@ -68,6 +68,9 @@ pub struct BenchArgs {
     /// Steps before them
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub warm_up: usize,
+    /// Of a step, tell the kernels that take its time, from one more step that waits for each dispatch
+    #[arg(long)]
+    pub kernels: bool,
     /// Write the JSON there too
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,

@@ -14,7 +14,7 @@ use crate::{
         ui::Ui,
     },
     error::{Error, Result},
-    gpu::{Account, Gpu},
+    gpu::{Account, AdapterOptions, Gpu},
     models::config::ModelConfig,
     ops::roof::{self, Roofs},
     train::{
@@ -23,6 +23,9 @@ use crate::{
         report::grouped,
     },
 };
+
+/// Kernels that the text lists; the JSON has all.
+const KERNELS_SHOWN: usize = 16;
 
 /// What a stage must have; no file is opened.
 const SETTINGS: &str = "model_name_or_path = \"random\"\ndata_path = \"none\"\nwarmup_ratio = 0.0\n";
@@ -41,7 +44,10 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
     let batch = args.batch.unwrap_or(4);
     let sizes = Sizes { sequences: batch, length: args.seq, warm_up: args.warm_up, steps: args.steps };
     let times = steps(&stage, &config, sizes, &gpu, ui)?;
-    let data = data(&stage, &config, sizes, &times, &gpu, &roofs);
+    let mut data = data(&stage, &config, sizes, &times, &gpu, &roofs);
+    if args.kernels {
+        data["kernels"] = kernels(&stage, &config, sizes, &gpu, ui)?;
+    }
     let text = text(&stage, &times, &data, before);
     Ok(Outcome { data, text })
 }
@@ -109,6 +115,24 @@ fn data(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, times: &StepTim
     Value::Object(data)
 }
 
+/// What the kernels of one step took, slowest first.
+fn kernels(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, gpu: &Gpu, ui: &mut Ui) -> Result<Value> {
+    let facts = gpu.facts();
+    let options = AdapterOptions {
+        device: Some(facts.index.to_string()),
+        backend: Some(facts.backend.clone()),
+        profile: true,
+        ..AdapterOptions::default()
+    };
+    let gpu = Gpu::open(&options)?;
+    // The step before has compiled them.
+    steps(stage, config, Sizes { warm_up: 0, steps: 1, ..sizes }, &gpu, ui)?;
+    gpu.start_profile();
+    steps(stage, config, Sizes { warm_up: 0, steps: 1, ..sizes }, &gpu, ui)?;
+    let row = |(name, launches, seconds)| json!({"name": name, "launches": launches, "seconds": seconds});
+    Ok(gpu.profile().into_iter().map(row).collect())
+}
+
 fn text(stage: &StageConfig, times: &StepTimes, data: &Value, before: Option<&Value>) -> String {
     let mut text = String::new();
     let mut row = |name: &str, value: String| {
@@ -137,6 +161,14 @@ fn text(stage: &StageConfig, times: &StepTimes, data: &Value, before: Option<&Va
     );
     row("memory", format!("{}, {} expected", gigabytes(times.peak.held), gigabytes(times.estimated)));
     row("loading", format!("{:.1} s", times.loading_seconds));
+    if let Some(kernels) = data["kernels"].as_array() {
+        let all: f64 = kernels.iter().filter_map(|kernel| kernel["seconds"].as_f64()).sum();
+        for kernel in kernels.iter().take(KERNELS_SHOWN) {
+            let (name, seconds) =
+                (kernel["name"].as_str().unwrap_or_default(), kernel["seconds"].as_f64().unwrap_or(0.0));
+            row(&share(seconds / all), format!("{name}, {} launches", kernel["launches"]));
+        }
+    }
     let keys = ["seconds_per_step", "tokens_per_second", "device_bytes"];
     ratios(data, before, &keys).into_iter().for_each(|(key, value)| row(&key, value));
     text

@@ -84,6 +84,16 @@ impl Gpu {
         self.record_copy(device, &mut self.stream(), (from.raw(), from_offset), (to.raw(), to_offset), size);
     }
 
+    /// Records that `size` bytes become zero; offset and size are multiples of 4.
+    pub fn clear(&self, buffer: &Buffer, offset: u64, size: u64) {
+        let Some(Device { device, .. }) = &self.inner.device else { return };
+        let stream = &mut *self.stream();
+        stream.pass = None;
+        let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+        encoder.clear_buffer(buffer.raw(), offset, Some(size));
+        stream.recorded += 1;
+    }
+
     /// Records that `size` bytes of `buffer` go to the host, offset and size multiples of 4, and does not wait for
     /// them: only where three pieces are on their way already, for the oldest.
     pub fn download(&self, buffer: &Buffer, offset: u64, size: u64) -> Download {

@@ -1,5 +1,5 @@
-//! Products on host processors, whose operands are bound as uniforms of 64 KiB: such loads are cheap there, those of
-//! storage are not.
+//! Products on host processors. Rows of A go by uniforms of 64 KiB, whose loads are cheap there, or are staged in
+//! workgroup memory where that is cheaper; a few of them meet rows of W in lanes.
 
 use super::{Call, Layout, Region, length, typed};
 use crate::{
@@ -8,90 +8,136 @@ use crate::{
     tensor::{Dtype, Tensor},
 };
 
+/// The block of C of a workgroup of `matmul.by_column` and `matmul.by_column_staged`.
+#[derive(Clone, Copy)]
+struct Block {
+    name: &'static str,
+    /// ROWS in shaders/variants.
+    rows: usize,
+    /// COLS times THREADS there.
+    cols: usize,
+    /// Uniforms that A is bound as; in NT and NN each of them has [`WINDOW_ROWS`] of the block's rows.
+    windows: usize,
+}
+
+/// Blocks for most products, for narrow results, for a few rows of A.
+const BLOCKS: [Block; 3] = [
+    Block { name: "wide", rows: 32, cols: 64, windows: 4 },
+    Block { name: "narrow", rows: 32, cols: 8, windows: 4 },
+    Block { name: "few", rows: 8, cols: 64, windows: 1 },
+];
+const STAGED_BLOCKS: [Block; 3] =
+    [Block { cols: 128, ..BLOCKS[0] }, Block { cols: 16, ..BLOCKS[1] }, Block { cols: 128, ..BLOCKS[2] }];
+
+/// ROWS / WINDOWS of every block.
+const WINDOW_ROWS: usize = 8;
+/// Columns of A that are staged at a time (DEPTH in shaders/variants).
+const STAGED_DEPTH: usize = 64;
+
+/// The one of three blocks for a product of m x n.
+fn fitting([wide, narrow, few]: [Block; 3], m: usize, n: usize) -> Block {
+    if m < wide.rows {
+        few
+    } else if n <= 2 * narrow.cols {
+        narrow
+    } else {
+        wide
+    }
+}
+
+/// How a block's kernel gets A.
+struct Operand<'a> {
+    bindings: Vec<Binding<'a>>,
+    /// Elements before the first, in all bindings.
+    offset: usize,
+    /// Elements more in each, a byte each.
+    before: u32,
+    /// Rows of a binding, or columns that are staged at a time.
+    window: usize,
+}
+
 impl Call<'_> {
-    /// Cuts a region until the rows of A and of B are uniforms of 64 KiB at most.
-    pub(super) fn by_uniforms(&self, region: Region) {
+    /// Runs a region in as many dispatches as A's uniforms want.
+    pub(super) fn by_columns(&self, region: Region) {
         if self.c.gpu().only_counts() {
-            // It can be a hundred thousand launches, none of which allocates.
+            // It can be thousands of launches, none of which allocates.
             return;
         }
-        let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
-        let (m_most, n_most, window) = match self.layout {
-            Layout::Nt => (fit_a, fit_b, Window { rows: usize::MAX, count: 1 }),
-            Layout::Nn => (fit_a, usize::MAX, Window::new(self.b.cols(), usize::MAX, self.b.dtype())),
-            Layout::Tn => (usize::MAX, usize::MAX, Window::new(self.a.cols(), self.b.cols(), Dtype::F32)),
+        if !self.c.gpu().wants_uniforms() {
+            return self.launch_staged(region);
+        }
+        let (m, n, k) = (length(region.m), length(region.n), length(region.k));
+        // vec4 loads need rows that start at, and a fast axis that fills, whole vec4s.
+        let fast = if self.a_by_k { m } else { k };
+        let even = [self.a.cols(), self.a_start(region).1, fast].iter().all(|x| x.is_multiple_of(4));
+        let block = fitting(BLOCKS, m, n);
+        // With K along rows a block may begin before its place, but not before the first row of C.
+        let even = even && (!self.a_by_k || m >= block.rows);
+        let block = if even { block } else { BLOCKS[0] };
+        let fit = uniform_rows(self.a.cols(), Dtype::F32);
+        let (m_most, k_most) = if self.a_by_k {
+            (usize::MAX, fit * block.windows)
+        } else {
+            (fit / WINDOW_ROWS * WINDOW_ROWS * block.windows, usize::MAX)
         };
         for m in parts(region.m, m_most) {
-            for n in parts(region.n, n_most) {
-                for k in parts(region.k, window.most()) {
-                    self.launch_uniform(Region { m, n, k }, window);
-                }
+            for k in parts(region.k, k_most) {
+                self.launch_columns(Region { m, k, ..region }, block, even);
             }
         }
     }
 
-    /// One dispatch over a region whose operands fit into uniforms.
-    fn launch_uniform(&self, region: Region, window: Window) {
-        let Self { layout, a, a_first, b, b_first, c, epilogue } = *self;
-        let (m, n, k) = (length(region.m), length(region.n), length(region.k));
-        let starts =
-            |(rows, cols): ((usize, usize), (usize, usize)), first: [usize; 2]| (rows.0 - first[0], cols.0 - first[1]);
-        let (a_row, a_col) =
-            starts(if layout == Layout::Tn { (region.k, region.m) } else { (region.m, region.k) }, a_first);
-        let (b_row, b_col) =
-            starts(if layout == Layout::Nt { (region.n, region.k) } else { (region.k, region.n) }, b_first);
-        let rows = window.rows.min(k.next_multiple_of(4));
-        // A window past the end is bound, and not read: the first one serves.
-        let at = |w: usize, row: usize| if w * rows < k { row + w * rows } else { row };
-        let b_count = if layout == Layout::Nt { 1 } else { WINDOWS };
-        let a_count = if layout == Layout::Tn { WINDOWS } else { 1 };
-        let b_bindings: Vec<_> = (0..b_count).map(|w| uniform(b, at(w, b_row) * b.cols())).collect();
-        let a_bindings: Vec<_> = (0..a_count).map(|w| a.uniform(at(w, a_row) * a.cols())).collect();
-        let (a_offset, b_offset) = (a_bindings[0].1 + a_col, b_bindings[0].1 + b_col);
-        let first = region.k.0 == 0;
-        let bias = epilogue.bias.filter(|_| first).map(|bias| bias.uniform(region.n.0));
-        let (bias_binding, bias_before) = bias.unwrap_or((a_bindings[0].0, 0));
+    /// Row and column of A's first element in a region.
+    fn a_start(&self, region: Region) -> (usize, usize) {
+        let (rows, cols) = if self.a_by_k { (region.k, region.m) } else { (region.m, region.k) };
+        (rows.0 - self.a_first[0], cols.0 - self.a_first[1])
+    }
 
-        // vec4 loads need rows that start at, and a fast axis that fills, whole vec4s.
-        let fast = if layout == Layout::Tn { m } else { k };
-        let mut even = [a.cols(), a_offset, fast].iter().all(|x| x.is_multiple_of(4));
-        even &= layout != Layout::Nt || (b.cols().is_multiple_of(4) && b_offset.is_multiple_of(4));
-        let wide = n > 48;
-        let kernel = match (layout, wide, even) {
-            (Layout::Nt, true, true) => "matmul.by_uniform.nt_wide",
-            (Layout::Nt, true, false) => "matmul.by_uniform.nt_wide_odd",
-            (Layout::Nt, false, true) => "matmul.by_uniform.nt_narrow",
-            (Layout::Nt, false, false) => "matmul.by_uniform.nt_narrow_odd",
-            (Layout::Nn, true, true) => typed(
-                b.dtype(),
-                ["matmul.by_uniform.nn_wide", "matmul.by_uniform.nn_wide_bf16", "matmul.by_uniform.nn_wide_f16"],
-            ),
-            (Layout::Nn, true, false) => typed(
-                b.dtype(),
-                [
-                    "matmul.by_uniform.nn_wide_odd",
-                    "matmul.by_uniform.nn_wide_odd_bf16",
-                    "matmul.by_uniform.nn_wide_odd_f16",
-                ],
-            ),
-            (Layout::Nn, false, true) => typed(
-                b.dtype(),
-                ["matmul.by_uniform.nn_narrow", "matmul.by_uniform.nn_narrow_bf16", "matmul.by_uniform.nn_narrow_f16"],
-            ),
-            (Layout::Nn, false, false) => typed(
-                b.dtype(),
-                [
-                    "matmul.by_uniform.nn_narrow_odd",
-                    "matmul.by_uniform.nn_narrow_odd_bf16",
-                    "matmul.by_uniform.nn_narrow_odd_f16",
-                ],
-            ),
-            (Layout::Tn, true, true) => "matmul.by_uniform.tn_wide",
-            (Layout::Tn, true, false) => "matmul.by_uniform.tn_wide_odd",
-            (Layout::Tn, false, true) => "matmul.by_uniform.tn_narrow",
-            (Layout::Tn, false, false) => "matmul.by_uniform.tn_narrow_odd",
+    /// One dispatch over a region whose rows of A fit into a block's uniforms.
+    fn launch_columns(&self, region: Region, block: Block, even: bool) {
+        let (rows, (a_row, a_col)) = (length(self.operand_rows(region).0), self.a_start(region));
+        let window = rows.div_ceil(block.windows).next_multiple_of(if self.a_by_k { 1 } else { WINDOW_ROWS });
+        // A window that begins past the end has the last row, of which nothing is written or summed.
+        let windows: Vec<_> =
+            (0..block.windows).map(|w| self.a.uniform((a_row + (w * window).min(rows - 1)) * self.a.cols())).collect();
+        let operand = Operand {
+            bindings: windows.iter().map(|(binding, _)| *binding).collect(),
+            offset: a_col,
+            before: windows.iter().rev().fold(0, |bytes, (_, before)| bytes << 8 | *before as u32),
+            window,
         };
+        let tiles = if self.a_by_k { length(region.m).div_ceil(block.rows) } else { window / WINDOW_ROWS };
+        self.launch_block(region, "by_column", (block, if even { "" } else { "_odd" }), operand, tiles);
+    }
+
+    /// One dispatch over any region, A staged in workgroup memory.
+    fn launch_staged(&self, region: Region) {
+        let block = fitting(STAGED_BLOCKS, length(region.m), length(region.n));
+        let (a_row, a_col) = self.a_start(region);
+        let count = length(self.operand_rows(region).0) * self.a.cols();
+        let (binding, before) = self.a.range_from(a_row * self.a.cols(), count);
+        let operand = Operand { bindings: vec![binding], offset: before + a_col, before: 0, window: STAGED_DEPTH };
+        self.launch_block(region, "by_column_staged", (block, ""), operand, length(region.m).div_ceil(block.rows));
+    }
+
+    fn launch_block(
+        &self,
+        region: Region,
+        kernel: &str,
+        (block, suffix): (Block, &str),
+        operand: Operand<'_>,
+        tiles: usize,
+    ) {
+        let Self { layout, a, b, b_first, c, epilogue, .. } = *self;
+        let (m, n, k) = (length(region.m), length(region.n), length(region.k));
+        let (b_rows, b_cols) = if layout == Layout::Nt { (region.n, region.k) } else { (region.k, region.n) };
+        let (b_start, b_count) = ((b_rows.0 - b_first[0]) * b.cols(), length(b_rows) * b.cols());
+        let (b_binding, b_before) =
+            if b.dtype().is_packed() { b.packed_range(b_start, b_count) } else { b.range_from(b_start, b_count) };
         let (c_binding, c_before) = c.range_from(region.m.0 * c.cols(), m * c.cols());
+        let first = region.k.0 == 0;
+        let bias = epilogue.bias.filter(|_| first).map(|bias| bias.range_from(region.n.0, n));
+        let (bias_binding, bias_before) = bias.unwrap_or((c_binding, 0));
         let params = [
             m as u32,
             n as u32,
@@ -99,18 +145,21 @@ impl Call<'_> {
             a.cols() as u32,
             b.cols() as u32,
             c.cols() as u32,
-            a_offset as u32,
-            b_offset as u32,
+            operand.offset as u32,
+            (b_before + b_cols.0 - b_first[1]) as u32,
             (c_before + region.n.0) as u32,
             u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
             epilogue.alpha.unwrap_or(1.0).to_bits(),
             bias_before as u32,
-            rows as u32,
+            operand.window as u32,
+            operand.before,
+            0,
         ];
-        let groups = [n.div_ceil(if wide { 128 } else { 32 }) as u32, m.div_ceil(8) as u32, 1];
-        let operands = b_bindings.iter().chain(&a_bindings).map(|(binding, _)| *binding);
-        let bindings: Vec<_> = [c_binding, bias_binding].into_iter().chain(operands).collect();
-        c.gpu().dispatch(kernel, &bindings, &params, groups);
+        let (a_letter, b_letter) = (if self.a_by_k { 't' } else { 'n' }, if layout == Layout::Nt { 't' } else { 'n' });
+        let dtype = typed(b.dtype(), ["", "_bf16", "_f16"]);
+        let kernel = format!("matmul.{kernel}.{a_letter}{b_letter}_{}{suffix}{dtype}", block.name);
+        let bindings: Vec<_> = [c_binding, bias_binding, b_binding].into_iter().chain(operand.bindings).collect();
+        c.gpu().dispatch(&kernel, &bindings, &params, [n.div_ceil(block.cols) as u32, tiles as u32, 1]);
     }
 
     /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A, or W is in 16 bits.
@@ -194,36 +243,6 @@ impl Call<'_> {
 /// shaders/variants).
 const LANES: usize = 8;
 const LANE_WINDOWS: usize = 8;
-
-/// Uniforms over K in one dispatch of the NN and TN kernels (WINDOWS in shaders/variants).
-const WINDOWS: usize = 4;
-
-/// How K is spread over uniforms: `count` windows of `rows` rows each.
-#[derive(Clone, Copy)]
-struct Window {
-    rows: usize,
-    count: usize,
-}
-
-impl Window {
-    /// For operands whose rows have `cols` (and `other`, or `usize::MAX` for none) elements. Several windows need
-    /// starts that are aligned alike; where rows are odd there is one.
-    fn new(cols: usize, other: usize, dtype: Dtype) -> Self {
-        let widest = if other == usize::MAX { cols } else { cols.max(other) };
-        let rows = uniform_rows(widest, dtype);
-        let aligned = |rows: usize| {
-            let starts = |cols: usize| (rows * cols).is_multiple_of(dtype.alignment());
-            starts(cols) && (other == usize::MAX || starts(other))
-        };
-        let even = (1..=rows / 8).rev().map(|eighth| eighth * 8).find(|&rows| aligned(rows));
-        even.map_or(Self { rows, count: 1 }, |rows| Self { rows, count: WINDOWS })
-    }
-
-    /// Rows of K in one dispatch.
-    fn most(self) -> usize {
-        self.rows.saturating_mul(self.count)
-    }
-}
 
 /// A range in equal parts of at most `most`, cut at multiples of 16: two threads then have as many workgroups each.
 fn parts((from, to): (usize, usize), most: usize) -> impl Iterator<Item = (usize, usize)> {
