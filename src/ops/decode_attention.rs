@@ -83,11 +83,10 @@ fn reference([q, k, v]: [&[f64]; 3], ranges: &[[u32; 2]], heads: Heads) -> (Vec<
     (out, sums)
 }
 
-fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
-    let mut comparisons = Vec::new();
-    let end = n as u32;
+fn ranges(keys: usize) -> [[u32; 2]; 7] {
+    let end = keys as u32;
     // All keys, windows, a range that ends early, one key, a range over parts' borders, none.
-    let ranges = [
+    [
         [0, end],
         [end.saturating_sub(5), end],
         [end / 3, end],
@@ -95,11 +94,18 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         [end - 1, end],
         [end / 9, end - end / 7],
         [end / 2, end / 2],
-    ];
+    ]
+}
+
+fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut comparisons = Vec::new();
     for (count, kv_heads, head_size) in
         [(4, 4, 32), (2, 1, 60), (14, 2, 64), (6, 2, 96), (3, 3, 128), (8, 1, 128), (4, 2, 136), (2, 2, 256)]
     {
         let heads = Heads { heads: count, kv_heads, head_size };
+        // Several parts at every n.
+        let n = if head_size == 128 { n + 2 * PART } else { n };
+        let ranges = ranges(n);
         // Alone, and beside others of other lengths.
         for ranges in [&ranges[..1], &ranges[..]] {
             let mut random = Random::new((n * 11 + count * kv_heads + head_size) as u64);
