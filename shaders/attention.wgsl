@@ -2,10 +2,10 @@
 // packed or cached alike; key j is seen by the queries of its own range. Query head h uses key/value head h * K / H.
 //
 // Nothing of size T x T is stored, no two workgroups write the same place. GPUs have tiled kernels beside these
-// (flash_attention.wgsl), host processors one query a lane (lane_*). What is left, heads wider than 128 and single
-// queries, goes to the simple ones: a workgroup owns ROWS queries (or keys) of one head and walks the other side in
-// blocks of THREADS: first a lane is one key (or query) of the block and takes the dot products, then a lane is a channel
-// (PARTS of them) and takes the weighted sums.
+// (flash_attention.wgsl, and decode_attention.wgsl for few queries), host processors one query a lane (lane_*). What is
+// left, heads wider than 128 or of no vec4s, and a host processor's single queries, goes to the simple ones: a workgroup
+// owns ROWS queries (or keys) of one head and walks the other side in blocks of THREADS: first a lane is one key (or
+// query) of the block and takes the dot products, then a lane is a channel (PARTS of them) and takes the weighted sums.
 
 struct Params {
     queries: u32, // T

@@ -19,7 +19,7 @@ use wgpu_llava::{
 };
 
 /// Kernels that must be among those that were asked: a family that is launched no more would go unnoticed otherwise.
-const MAIN: [&str; 18] = [
+const MAIN: [&str; 20] = [
     "matmul.tiled.nt",
     "matmul.tiled.nn",
     "matmul.tiled.tn",
@@ -33,6 +33,8 @@ const MAIN: [&str; 18] = [
     "flash_attention.forward",
     "flash_attention.backward_query",
     "flash_attention.backward_key_value",
+    "decode_attention.parts",
+    "decode_attention.join",
     "rms_norm",
     "rope",
     "activation.swiglu",

@@ -2,10 +2,19 @@
 
 mod common;
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path, sync::atomic::AtomicBool};
 
 use common::{program, read_lines, run, stderr};
 use serde_json::Value;
+use wgpu_llava::{
+    gpu::{AdapterOptions, Gpu},
+    train::{
+        config::{Request, RunConfig},
+        estimate as of_stages,
+        events::Silent,
+        run as of_run,
+    },
+};
 
 /// Methods and what else they need to be set.
 const METHODS: [(&str, &[&str]); 4] = [
@@ -63,6 +72,42 @@ fn a_run_holds_what_was_estimated() {
             println!("{method:9} {mode:9} {told:>11} estimated, {held:>11} held: {ratio:.4}");
             assert!((0.95..1.05).contains(&ratio), "{method} {mode}: {told} estimated, {held} held");
         }
+    }
+}
+
+/// What weights pass on their way to the device, which a device that only counts does not read.
+const OF_LOADING: [&str; 3] = ["cast.", "nf4.quantize.", "nf4.factors"];
+
+/// The kernels that are compiled while weights are loaded are those that a run on a GPU then launches. (Of a host
+/// processor's products, which may be a hundred thousand launches, a device that only counts notes none.)
+#[test]
+fn the_kernels_of_a_run_are_known_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = config(dir.path());
+    let text = std::fs::read_to_string(&path).unwrap();
+    for (method, others) in METHODS {
+        let set: Vec<String> = settings(method, others, "full").into_iter().filter(|word| word != "--set").collect();
+        let out = dir.path().join(method);
+        let run = RunConfig::resolve(&Request {
+            recipe: None,
+            file: Some((Path::new(&path), &text)),
+            set: &set,
+            output_dir: Some(&out),
+            default_output_dir: &out,
+            working_dir: dir.path(),
+        });
+        let run = run.unwrap();
+        let gpu = Gpu::open(&AdapterOptions { profile: true, treat_as_gpu: true, ..Default::default() }).unwrap();
+        let known = of_stages::estimate(&run.stages, gpu.facts()).unwrap().remove(0).launches;
+        let known: BTreeSet<&str> = known.names().collect();
+        of_run::train(&run, false, &gpu, Some(u64::MAX), &AtomicBool::new(false), &mut Silent).unwrap();
+        let launched = gpu.profile();
+        let launched: BTreeSet<&str> = launched.iter().map(|(name, ..)| name.as_str()).collect();
+        let of_loading = |name: &&&str| OF_LOADING.iter().any(|start| name.starts_with(start));
+        let late: Vec<_> = launched.difference(&known).filter(|name| !of_loading(name)).collect();
+        let in_vain: Vec<_> = known.difference(&launched).collect();
+        println!("{method}: {} launched, late {late:?}, in vain {in_vain:?}", launched.len());
+        assert!(launched.len() > 10 && late.is_empty() && in_vain.is_empty(), "{method}: {late:?} {in_vain:?}");
     }
 }
 

@@ -64,7 +64,7 @@ impl Decoder<'_> {
             .iter()
             .flat_map(|row| [(row.base + mask.first_key(row.position)) as u32, (row.base + row.position + 1) as u32]);
         let ranges: Vec<u32> = ranges.collect();
-        Ranges::cached(Tensor::from_u32(self.model.gpu(), &ranges, &[rows.len(), 2]))
+        Ranges::cached(self.model.gpu(), &ranges)
     }
 
     /// Reads one token of each sequence; the logits behind it.

@@ -14,6 +14,7 @@ use std::{
 use super::{
     account::{Account, Holdings},
     adapter::{self, AdapterFacts, AdapterOptions},
+    ahead::{Ahead, Launches},
     buffer::{Buffer, Pool, UNIT},
     capture::Capture,
     download::Downloads,
@@ -64,12 +65,15 @@ struct Inner {
     stream: Mutex<Stream>,
     failure: Arc<Mutex<Option<String>>>,
     flops: AtomicU64,
+    /// What a device that only counts was asked to launch.
+    launches: Mutex<Launches>,
 }
 
 struct Device {
     device: wgpu::Device,
     queue: wgpu::Queue,
-    kernels: Kernels,
+    kernels: Arc<Kernels>,
+    ahead: Mutex<Ahead>,
     capture: Option<Capture>,
 }
 
@@ -128,10 +132,10 @@ impl Gpu {
         });
 
         let subgroups = features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;
-        let kernels = Kernels::new(&device, features.contains(wgpu::Features::IMMEDIATES), subgroups);
+        let kernels = Arc::new(Kernels::new(&device, features.contains(wgpu::Features::IMMEDIATES), subgroups));
         let capture = options.capture.clone().map(|folder| Capture::new(folder, subgroups));
         let stream = Stream { profile: options.profile.then(HashMap::new), ..Default::default() };
-        let device = Device { device, queue, kernels, capture };
+        let device = Device { device, queue, kernels, ahead: Mutex::default(), capture };
         Ok(Self::with(Some(device), facts, options.max_binding, stream, failure))
     }
 
@@ -159,6 +163,7 @@ impl Gpu {
             stream: Mutex::new(stream),
             failure,
             flops: AtomicU64::new(0),
+            launches: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -172,6 +177,18 @@ impl Gpu {
     /// Whether this device only counts ([`Gpu::counting`]).
     pub fn only_counts(&self) -> bool {
         self.inner.device.is_none()
+    }
+
+    /// The kernels launched so far on a device that only counts.
+    pub fn launches(&self) -> Launches {
+        self.inner.launches.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Begins to compile these kernels, in threads of their own; one that is launched before it is ready is waited for.
+    pub fn compile_ahead(&self, launches: Launches) {
+        if let Some(Device { device, kernels, ahead, .. }) = &self.inner.device {
+            ahead.lock().unwrap_or_else(PoisonError::into_inner).start(device, kernels, launches);
+        }
     }
 
     /// What is allocated from now on is for `account`, until the result is dropped.
@@ -306,7 +323,10 @@ impl Gpu {
         if groups.contains(&0) {
             return;
         }
-        let Some(device) = &self.inner.device else { return };
+        let Some(device) = &self.inner.device else {
+            let mut launches = self.inner.launches.lock().unwrap_or_else(PoisonError::into_inner);
+            return launches.note(name, bindings.iter().map(|binding| binding.uniform));
+        };
         if let Some(capture) = &device.capture {
             let launched = capture
                 .launch(self, (name, bindings, params, groups), || self.record(device, name, bindings, params, groups));

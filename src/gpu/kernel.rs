@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError},
 };
 
 use super::wgsl::{self, Variant};
@@ -33,7 +33,8 @@ pub(super) struct Kernels {
     modes: Vec<&'static str>,
     pub immediates: bool,
     layouts: Mutex<HashMap<Vec<bool>, Arc<Layout>>>,
-    pipelines: Mutex<HashMap<String, Arc<wgpu::ComputePipeline>>>,
+    /// By variant; a cell is filled outside of the lock, so that threads compile at once, and each kernel once.
+    pipelines: Mutex<HashMap<String, Arc<OnceLock<wgpu::ComputePipeline>>>>,
     params_layout: Option<wgpu::BindGroupLayout>,
 }
 
@@ -104,15 +105,22 @@ impl Kernels {
         Layout { bind_group, pipeline }
     }
 
-    /// The pipeline of the variant called `name`.
+    /// The pipeline of the variant called `name`; another thread that compiles it is waited for.
     ///
     /// # Panics
     /// When no variant has that name: a mistake in the program, which every op's test would meet.
-    pub fn pipeline(&self, device: &wgpu::Device, name: &str, layout: &Layout) -> Arc<wgpu::ComputePipeline> {
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = pipelines.get(name) {
-            return pipeline.clone();
-        }
+    pub fn pipeline(&self, device: &wgpu::Device, name: &str, layout: &Layout) -> wgpu::ComputePipeline {
+        let cell = {
+            let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+            match pipelines.get(name) {
+                Some(cell) => cell.clone(),
+                None => pipelines.entry(name.to_owned()).or_default().clone(),
+            }
+        };
+        cell.get_or_init(|| self.compile(device, name, layout)).clone()
+    }
+
+    fn compile(&self, device: &wgpu::Device, name: &str, layout: &Layout) -> wgpu::ComputePipeline {
         let variant = VARIANTS.get(name).unwrap_or_else(|| panic!("shaders/variants has no `{name}`"));
         let text = expand_shader(variant, &self.modes);
         // SAFETY: unchecked code must not index out of bounds nor loop for ever: every launch passes the extents
@@ -123,7 +131,7 @@ impl Kernels {
                 wgpu::ShaderRuntimeChecks::unchecked(),
             )
         };
-        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&layout.pipeline),
             module: &module,
@@ -133,9 +141,6 @@ impl Kernels {
                 ..Default::default()
             },
             cache: None,
-        });
-        let pipeline = Arc::new(pipeline);
-        pipelines.insert(name.to_string(), pipeline.clone());
-        pipeline
+        })
     }
 }

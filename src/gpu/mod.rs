@@ -4,11 +4,12 @@
 //! so a buffer that is dropped may be handed out again at once. A failure on the device sticks and is told
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
-//! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `staging.rs` (large writes),
+//! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `ahead.rs` (the same, early), `staging.rs` (large writes),
 //! `download.rs` (what goes to the host and comes back), `timing.rs` (how long it takes), `wgsl.rs` (the preprocessor).
 
 mod account;
 mod adapter;
+mod ahead;
 mod buffer;
 mod capture;
 mod context;
@@ -20,6 +21,7 @@ pub mod wgsl;
 
 pub use account::{Account, Holdings};
 pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, list_adapters};
+pub use ahead::Launches;
 pub use buffer::{Buffer, UNIT};
 pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
 pub use download::Download;

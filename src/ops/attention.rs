@@ -5,7 +5,7 @@
 //! What a query may see is a half-open range of keys, so causal, full, packed and cached attention are one kernel
 //! with other ranges. Query head h reads key/value head h * K / H.
 
-use super::{Case, Comparison, Cost, Op, Random, Shapes, case::floats, flash_attention, groups_for};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, case::floats, decode_attention, flash_attention, groups_for};
 use std::sync::Arc;
 
 use crate::{
@@ -23,8 +23,12 @@ pub struct Ranges {
     pub of_keys: Option<Tensor>,
     /// Lengths of packed sequences; empty where queries and keys are not the same rows.
     lengths: Arc<[usize]>,
-    /// Keys that queries see, all counted; 0 where it is not known.
+    /// Keys that queries see, all counted.
     pairs: u64,
+    /// The most keys that one query sees.
+    longest: usize,
+    /// Whether neighbouring queries see other keys, so that none gains by a neighbour's.
+    apart: bool,
 }
 
 /// What a token of a packed sequence sees of it.
@@ -64,18 +68,28 @@ impl Ranges {
             start = end;
         }
         let total = start as usize;
-        let pairs = queries.as_chunks::<2>().0.iter().map(|[first, end]| u64::from(end - first)).sum();
         Self {
-            pairs,
+            pairs: pairs(&queries),
+            longest: longest(&queries),
+            apart: false,
             of_queries: Tensor::from_u32(gpu, &queries, &[total, 2]),
             of_keys: Some(Tensor::from_u32(gpu, &keys, &[total, 2])),
             lengths: lengths.into(),
         }
     }
 
-    /// Queries over rows of a cache, each with its own range of them: u32 [T, 2].
-    pub fn cached(of_queries: Tensor) -> Self {
-        Self { of_queries, of_keys: None, lengths: Arc::default(), pairs: 0 }
+    /// Queries over rows of a cache, each with its own range of them: first key and end, one query behind the other.
+    pub fn cached(gpu: &Gpu, ranges: &[u32]) -> Self {
+        let longest = longest(ranges);
+        let (first, end) = each(ranges).fold((u32::MAX, 0), |(first, end), &[a, b]| (first.min(a), end.max(b)));
+        Self {
+            of_queries: Tensor::from_u32(gpu, ranges, &[ranges.len() / 2, 2]),
+            of_keys: None,
+            lengths: Arc::default(),
+            pairs: pairs(ranges),
+            longest,
+            apart: end.saturating_sub(first) as usize > 2 * longest,
+        }
     }
 
     /// Whole sequences in windows of at most `rows` rows: (first row, rows). `None` when a sequence is longer.
@@ -92,6 +106,18 @@ impl Ranges {
         }
         (!windows.is_empty()).then_some(windows)
     }
+}
+
+fn each(ranges: &[u32]) -> impl Iterator<Item = &[u32; 2]> {
+    ranges.as_chunks().0.iter()
+}
+
+fn pairs(ranges: &[u32]) -> u64 {
+    each(ranges).map(|[first, end]| u64::from(end.saturating_sub(*first))).sum()
+}
+
+fn longest(ranges: &[u32]) -> usize {
+    each(ranges).map(|[first, end]| end.saturating_sub(*first) as usize).max().unwrap_or(0)
 }
 
 /// The widest head that the kernels have registers for.
@@ -189,6 +215,10 @@ fn forward_by(
     let width = heads.heads * heads.head_size;
     gpu.add_flops(4 * ranges.pairs * width as u64);
     let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
+    let alone = queries < 8 || ranges.apart;
+    if alone && decode_attention::serves(gpu, queries, ranges.longest, heads) {
+        return decode_attention::forward([q, k, v], &ranges.of_queries, ranges.longest, heads);
+    }
     let out = Tensor::empty(gpu, &[queries, width]);
     let stats = Tensor::empty(gpu, &[queries, heads.heads, 2]);
     if let Some((windows, suffix)) = heads.lanes(gpu, ranges).filter(|_| tiled.is_none()) {
@@ -201,8 +231,6 @@ fn forward_by(
         }
         return (out, stats);
     }
-    // Queries over a cache may share no keys, so each goes alone.
-    let alone = queries < 8 || ranges.lengths.is_empty();
     let (kernel, rows) = match tiled {
         _ if alone => ("attention.forward.decode".into(), 1),
         Some(suffix) => flash_attention::kernel("forward", suffix),
@@ -411,18 +439,6 @@ pub(super) fn cases(tokens: usize, mask: Mask, heads: Heads, tiled: bool) -> Vec
     ]
 }
 
-/// One query over a cache.
-fn decode_case(keys: usize, heads: Heads) -> Case {
-    let width = heads.heads * heads.head_size;
-    let shape = format!("1 over {keys}x{}x{}", heads.heads, heads.head_size);
-    Case::of("decode", shape, Cost::each(keys * width, 4, 8)).run(move |gpu| {
-        let [k, v] = [(); 2].map(|()| floats(gpu, &[keys, width]));
-        let q = floats(gpu, &[1, width]);
-        let ranges = Ranges::cached(Tensor::from_u32(gpu, &[0, keys as u32], &[1, 2]));
-        move || forward(&q, &k, &v, &ranges, heads)
-    })
-}
-
 impl Shapes {
     /// The decoder's heads.
     pub(super) fn decoder_heads(&self) -> Heads {
@@ -443,7 +459,11 @@ pub const CAUSAL: Op = Op {
     cost,
     cases: |shapes| {
         let mut cases = cases(shapes.tokens, Mask::Causal, shapes.decoder_heads(), false);
-        cases.push(decode_case(shapes.tokens, shapes.decoder_heads()));
+        cases.push(decode_attention::case(
+            decode_attention::CACHED,
+            shapes.decoder_heads(),
+            |[q, k, v], ranges, heads| forward(q, k, v, ranges, heads),
+        ));
         cases
     },
 };

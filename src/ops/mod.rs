@@ -11,6 +11,7 @@ pub mod attention;
 pub mod case;
 pub mod cast;
 pub mod cross_entropy;
+pub mod decode_attention;
 pub mod dora;
 pub mod dropout;
 pub mod elementwise;
@@ -83,6 +84,7 @@ pub const OPS: &[Op] = &[
     attention::FULL,
     attention::WINDOW,
     flash_attention::OP,
+    decode_attention::OP,
     embedding::OP,
     patch_embed::OP,
     cross_entropy::OP,

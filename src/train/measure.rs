@@ -84,7 +84,9 @@ pub fn steps(
     };
     let prepared = Prepared::of(stage, ModelFolder::random(config, stored, stage.seed)?)?;
     let made_up = Steps::of_length(sizes.sequences, sizes.length, config);
-    let estimated = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts())?.peak.held;
+    let estimate = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts())?;
+    let estimated = estimate.peak.held;
+    gpu.compile_ahead(estimate.launches);
     observer.event(Event::Note(&format!("expected: {:.2} GB of device memory", estimated as f64 / 1e9)));
     let begun = Instant::now();
     let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;

@@ -87,7 +87,7 @@ impl<'a> Trainer<'a> {
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if let Some(memory) = memory {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
-            estimate::check(stage, &prepared, &steps, gpu.facts(), memory)?;
+            gpu.compile_ahead(estimate::check(stage, &prepared, &steps, gpu.facts(), memory)?);
         }
         let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
         let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));

@@ -21,7 +21,7 @@ use crate::{
     data::ImageSource,
     error::{Error, ErrorKind, Result},
     formats::{model_folder::ModelFolder, safetensors::Dtype},
-    gpu::{AdapterFacts, Gpu, Holdings, STAGING_BYTES},
+    gpu::{AdapterFacts, Gpu, Holdings, Launches, STAGING_BYTES},
     models::released,
 };
 
@@ -44,6 +44,8 @@ pub struct Estimate {
     pub staging: u64,
     /// Of a step of such micro-batches, recomputation included.
     pub flops: u64,
+    /// The kernels of the start and of the steps.
+    pub launches: Launches,
 }
 
 impl Estimate {
@@ -120,14 +122,21 @@ pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts) -> Result<Vec<Esti
     Ok(estimates)
 }
 
-/// Refuses a stage that needs more than `memory` bytes.
+/// Refuses a stage that needs more than `memory` bytes; the kernels of one that does not.
 ///
 /// # Errors
 /// `Memory`, with the first changes that would make it fit.
-pub fn check(stage: &StageConfig, prepared: &Prepared, steps: &Steps, facts: &AdapterFacts, memory: u64) -> Result<()> {
-    let needed = simulate(stage, prepared, true, steps, facts)?.bytes();
+pub fn check(
+    stage: &StageConfig,
+    prepared: &Prepared,
+    steps: &Steps,
+    facts: &AdapterFacts,
+    memory: u64,
+) -> Result<Launches> {
+    let estimate = simulate(stage, prepared, true, steps, facts)?;
+    let needed = estimate.bytes();
     if needed <= memory {
-        return Ok(());
+        return Ok(estimate.launches);
     }
     let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
     let message = format!(
@@ -185,5 +194,6 @@ pub(super) fn simulate(
         // Uploads of weights have theirs before anything else is there.
         staging: if stage.gradient_checkpointing == GradientCheckpointing::Offload { 2 * STAGING_BYTES } else { 0 },
         flops,
+        launches: gpu.launches(),
     })
 }
