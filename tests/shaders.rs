@@ -93,19 +93,21 @@ fn every_shader_file_is_used_and_has_its_rust_file() {
 fn every_family_is_in_the_list_of_ops_and_every_variant_is_launched() {
     let listed: BTreeSet<&str> = OPS.iter().filter_map(|op| op.name.split('.').next()).collect();
     let launches: String = files("src/ops", "rs").iter().map(|path| code(path)).collect();
-    // Names are written out, or put together: `attention.{kernel}.narrow`.
+    // Names are written out, or put together: `attention.{kernel}.narrow`, `{name}.bf16`.
     let written = Regex::new(r#""(\w+\.[\w.{}]*\{[\w.{}]*)""#).unwrap();
     let part = Regex::new(r"\\\{.*?\\\}").unwrap();
     let patterns: Vec<Regex> = written
         .captures_iter(&launches)
-        .map(|name| Regex::new(&format!("^{}$", part.replace_all(&regex::escape(&name[1]), r"\w*"))).unwrap())
+        .map(|name| Regex::new(&format!("^{}$", part.replace_all(&regex::escape(&name[1]), r"[\w.]*"))).unwrap())
         .collect();
     for variant in shader_variants() {
         // Roofs have a list of their own (`ops::roof::ROOFS`).
         let known = listed.contains(variant.family.as_str()) || variant.family == "roof";
         assert!(known, "no op of the family {}", variant.family);
         let named = launches.contains(&format!("\"{}\"", variant.name));
-        let composed = patterns.iter().any(|pattern| pattern.is_match(&variant.name));
+        let suffix = variant.name.splitn(3, '.').nth(2);
+        let composed = patterns.iter().any(|pattern| pattern.is_match(&variant.name))
+            || suffix.is_some_and(|suffix| launches.contains(&format!("}}.{suffix}\"")));
         assert!(named || composed, "nothing launches {}", variant.name);
     }
 }
