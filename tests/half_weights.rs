@@ -27,9 +27,10 @@ fn gpu() -> &'static Gpu {
     GPU.get_or_init(common::open_gpu)
 }
 
-/// With the kernels of GPUs.
+/// With the kernels of GPUs, of which none rounds what it reads.
 fn as_gpu() -> Gpu {
-    Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).expect("the same adapter")
+    Gpu::open(&AdapterOptions { treat_as_gpu: true, without_cooperative: true, ..Default::default() })
+        .expect("the same adapter")
 }
 
 fn words(bytes: &[u8]) -> Vec<u32> {

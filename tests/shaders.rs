@@ -100,6 +100,7 @@ fn every_family_is_in_the_list_of_ops_and_every_variant_is_launched() {
         let suffix = variant.name.splitn(3, '.').nth(2);
         let composed = suffix.is_some_and(|suffix| launches.contains(&format!("}}.{suffix}\"")));
         let composed = composed || launches.contains(&format!("\"{}.{{", variant.family));
+        let composed = composed || launches.contains(&format!("\"{}.{}.{{", variant.family, variant.kernel));
         let named = launches.contains(&format!("\"{}\"", variant.name));
         assert!(named || composed, "nothing launches {}", variant.name);
     }

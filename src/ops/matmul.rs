@@ -19,7 +19,7 @@ mod host;
 
 pub(super) use blocks::block;
 
-use super::{Case, Comparison, Cost, Op, Random, Shapes, nf4_matmul, testing::wide};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, cooperative, nf4_matmul, testing::wide};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -67,6 +67,16 @@ fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, usize) {
 
 /// Writes (or adds) the product into C [M, N].
 pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
+    product_rounded(layout, a, b, c, epilogue, b.dtype() == Dtype::F16);
+}
+
+/// As [`product_into`], of operands that may be rounded to f16, as by itself those beside a weight in f16 may
+/// (`cooperative.rs`).
+pub fn product_in_f16(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
+    product_rounded(layout, a, b, c, epilogue, b.dtype() != Dtype::Bf16);
+}
+
+fn product_rounded(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>, rounded: bool) {
     let (m, n, k) = sizes(layout, a, b);
     assert_eq!((c.rows(), c.cols()), (m, n), "{layout:?} product of {a:?} and {b:?} into {c:?}");
     a.gpu().add_flops(2 * (m * n * k) as u64);
@@ -79,14 +89,14 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     if m == 0 || n == 0 {
         return;
     }
-    let call = Call { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue };
+    let call = Call { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounded };
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
 /// Writes or adds the product of A [M, K] and B [K, n] to columns of C [M, ..], from `first` on.
 pub(super) fn product_of_columns(a: &Tensor, b: &Tensor, first: usize, c: &Tensor, epilogue: Epilogue<'_>) {
     let (n, k) = ((first, first + b.cols()), (0, b.rows()));
-    let call = Call { layout: Layout::Nn, a, a_first: [0, 0], b, b_first: [0, first], c, epilogue };
+    let call = Call { layout: Layout::Nn, a, a_first: [0, 0], b, b_first: [0, first], c, epilogue, rounded: false };
     call.run(Region { m: (0, c.rows()), n, k });
 }
 
@@ -105,7 +115,8 @@ pub(super) fn product_of_rows(
         Layout::Nt => (rows, (0, b.cols())),
         Layout::Nn | Layout::Tn => ((0, b.cols()), rows),
     };
-    Call { layout, a, a_first: [0, 0], b, b_first: [first, 0], c, epilogue }.run(Region { m: (0, c.rows()), n, k });
+    let call = Call { layout, a, a_first: [0, 0], b, b_first: [first, 0], c, epilogue, rounded: false };
+    call.run(Region { m: (0, c.rows()), n, k });
 }
 
 /// A block of the product: half-open ranges of M, N, K.
@@ -126,6 +137,8 @@ struct Call<'a> {
     b_first: [usize; 2],
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
+    /// Whether operands may be rounded to f16.
+    rounded: bool,
 }
 
 impl Region {
@@ -213,6 +226,11 @@ impl Call<'_> {
             0,
             0,
         ];
+        let bindings = [a_binding, b_binding, bias_binding, c_binding];
+        let product = cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params };
+        if self.rounded && product.launched() {
+            return;
+        }
         let (kernel, groups) = if c.gpu().is_cpu() {
             let fast = if layout == Layout::Tn { m } else { k };
             let even = [a.cols(), a_col, fast].iter().all(|x| x.is_multiple_of(4));
@@ -220,7 +238,7 @@ impl Call<'_> {
         } else {
             choose(layout, b.dtype(), m, n)
         };
-        c.gpu().dispatch(kernel, &[a_binding, b_binding, bias_binding, c_binding], &params, groups);
+        c.gpu().dispatch(kernel, &bindings, &params, groups);
     }
 }
 

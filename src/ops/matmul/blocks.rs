@@ -53,7 +53,11 @@ impl Call<'_> {
                     });
                     let (b, b_first) = b_block.as_ref().map_or((b, b_first), |block| (block, [k.0, n.0]));
                     let layout = if layout == Layout::Tn { Layout::Tn } else { Layout::Nn };
-                    Call { layout, a, a_first, b, b_first, c, epilogue }.by_uniforms(Region { m, n, k });
+                    Call { layout, a, a_first, b, b_first, c, epilogue, rounded: false }.by_uniforms(Region {
+                        m,
+                        n,
+                        k,
+                    });
                 }
             }
         }

@@ -32,7 +32,7 @@ impl Call<'_> {
 
     /// One dispatch over a region whose operands fit into uniforms.
     fn launch_uniform(&self, region: Region, window: Window) {
-        let Self { layout, a, a_first, b, b_first, c, epilogue } = *self;
+        let Self { layout, a, a_first, b, b_first, c, epilogue, .. } = *self;
         let (m, n, k) = (length(region.m), length(region.n), length(region.k));
         let starts =
             |(rows, cols): ((usize, usize), (usize, usize)), first: [usize; 2]| (rows.0 - first[0], cols.0 - first[1]);
