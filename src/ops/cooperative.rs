@@ -2,14 +2,12 @@
 //! WMMA, Apple's simdgroup matrices. Layouts and epilogues as in `matmul.rs`, which comes here.
 //!
 //! Operands are rounded to f16 on their way through workgroup memory, sums are f32. So these kernels run where that is
-//! what a run asked for ([`choose`]): a weight in f16, or a caller that says so (`matmul::product_in_f16`).
+//! what a run asked for: beside a weight in f16, or where a caller says so (`matmul::product_in_f16`).
 //!
 //! The left side of NT is an activation. Its values beyond f16's range, 65504, become infinite, as they do in a model
 //! that PyTorch runs in float16; what comes of them in training is seen by loss scaling. The left side of NN and TN is
 //! a gradient, which in f16 would vanish rather than overflow: it is scaled by the power of two that brings the largest
 //! of it near the end of f16's range, and nothing of it is lost that matters beside the largest.
-
-use std::borrow::Cow;
 
 use half::f16;
 
@@ -18,6 +16,7 @@ use super::{
     case::{floats, random},
     matmul::{self, Epilogue, Layout},
     roof,
+    testing::wide,
 };
 use crate::{
     error::Result,
@@ -122,7 +121,7 @@ impl Product<'_> {
 }
 
 impl Kernel {
-    fn name(self, layout: Layout, b: Dtype) -> Cow<'static, str> {
+    fn name(self, layout: Layout, b: Dtype) -> String {
         let operands = match (layout, b) {
             (Layout::Nt, Dtype::F16) => "nt_f16",
             (Layout::Nt, _) => "nt",
@@ -133,7 +132,7 @@ impl Kernel {
         let part = |wanted, part| if wanted { part } else { "" };
         let (large, wide) = (part(self.large, "_large"), part(self.wide, "_wide"));
         let odd = part(!self.vectors, "_odd");
-        format!("cooperative.product.{operands}_{}{large}{wide}{odd}", self.side).into()
+        format!("cooperative.product.{operands}_{}{large}{wide}{odd}", self.side)
     }
 
     /// Every kernel that a device can run on these operands, whether it is meant for it or not.
@@ -209,6 +208,9 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         whole(layout, (&ta, &tb, &c), first, |product| kernels = Kernel::all(gpu, product));
         for kernel in kernels {
             whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
+            let once = c.to_vec()?;
+            whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
+            out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
             whole(layout, (&ta, &tb, &c), second, |product| product.launch(kernel));
             out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
         }
@@ -219,7 +221,23 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
             out.push(Comparison::new("the same as chosen", c.to_vec()?, want, tolerance));
         }
     }
+    if let Some(side) = gpu.cooperative_side() {
+        out.push(overflow(layout, dtype, gpu, side)?);
+    }
     Ok(out)
+}
+
+/// What is beyond f16 (in NT), or beyond f32 (in gradients), is seen in its own row of C, and nowhere else.
+fn overflow(layout: Layout, dtype: Dtype, gpu: &Gpu, side: u32) -> Result<Comparison> {
+    let n = 40;
+    let (mut a, b) = (vec![1.0; n * n], dtype.narrow(&vec![0.5; n * n]));
+    a[0] = if layout == Layout::Nt { 70_000.0 } else { f32::INFINITY };
+    let (a, b) = (Tensor::from_f32(gpu, &a, &[n, n]), Tensor::from_bytes(gpu, dtype, &b, &[n, n]));
+    let c = Tensor::empty(gpu, &[n, n]);
+    whole(layout, (&a, &b, &c), Epilogue::default(), |product| product.launch(product.kernel(side)));
+    let finite = c.to_vec()?.iter().map(|x| f32::from(u8::from(x.is_finite()))).collect();
+    let want = (0..n * n).map(|at| f64::from(u8::from(at >= n))).collect();
+    Ok(Comparison::new("what is finite", finite, want, 0.0))
 }
 
 fn cost_of(dtype: Dtype, [m, n, k]: [usize; 3]) -> Cost {
