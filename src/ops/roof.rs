@@ -55,7 +55,7 @@ pub const ROOFS: &[(&str, &str, Unit, Measure)] = &[
     ("fma_f16", "multiply-add, f16", Unit::FlopsPerSecond, |gpu, clock| {
         if gpu.facts().features.iter().any(|feature| feature == "f16") { fma(gpu, clock, F16) } else { Ok(None) }
     }),
-    (COOPERATIVE, "cooperative matrix, f16 summed in f32", Unit::FlopsPerSecond, cooperative),
+    (COOPERATIVE, "cooperative matrix, f16", Unit::FlopsPerSecond, cooperative),
     (COPY, "copy (read and written)", Unit::BytesPerSecond, copy),
     ("read", "read", Unit::BytesPerSecond, read),
     ("workgroup_read", "read of workgroup memory", Unit::BytesPerSecond, workgroup_read),
