@@ -78,10 +78,11 @@ fn name_commit() {
 fn validate(variant: &wgsl::Variant, modes: &[&str], files: &BTreeMap<String, String>) -> Result<(), String> {
     let text = wgsl::expand(variant, modes, &|name| files.get(name).map(String::as_str))?;
     let module = naga::front::wgsl::parse_str(&text).map_err(|error| error.emit_to_string(&text))?;
-    // A kernel that says `enable f16` is compiled only where the device has it.
+    // A kernel that says `enable f16` or `enable wgpu_cooperative_matrix` is compiled only where the device has it.
     let capabilities = naga::valid::Capabilities::IMMEDIATES
         | naga::valid::Capabilities::SUBGROUP
-        | naga::valid::Capabilities::SHADER_FLOAT16;
+        | naga::valid::Capabilities::SHADER_FLOAT16
+        | naga::valid::Capabilities::COOPERATIVE_MATRIX;
     naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
         .validate(&module)
         .map_err(|error| error.emit_to_string(&text))?;

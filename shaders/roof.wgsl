@@ -2,6 +2,10 @@
 #ifdef HALF
 enable f16;
 #endif
+#ifdef SIDE
+enable f16;
+enable wgpu_cooperative_matrix;
+#endif
 #import index
 
 struct Params {
@@ -61,6 +65,59 @@ fn multiply_add(
 #else
     out[thread] = f32(sum.x + sum.y + sum.z + sum.w);
 #endif
+}
+
+#kernel matrix_multiply_add
+// CHAINS accumulators a subgroup, each of DEPTH products of the same two matrices a round, all in registers.
+@group(0) @binding(0) var<storage, read_write> out: array<f32>; // [threads]
+@group(0) @binding(1) var<storage, read_write> count: array<f32>; // [1]: subgroups of a workgroup
+
+const CELLS: u32 = #{SIDE * SIDE}u;
+var<workgroup> operands: array<f16, #{SIDE * SIDE}>;
+var<workgroup> results: array<f32, #{128 / SIDE * SIDE * SIDE}>; // a matrix of each subgroup of SIDE lanes or more
+
+alias Sum = coop_mat#{SIDE}x#{SIDE}<f32, C>;
+
+@compute @workgroup_size(128)
+fn matrix_multiply_add(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+) {
+    // Values that differ, or a driver might see through it.
+    for (var at = local; at < CELLS; at += 128u) {
+        operands[at] = f16(params.factor * f32(at % 5u) / #{SIDE * 4}.0);
+    }
+    for (var at = local; at < #{128 / SIDE}u * CELLS; at += 128u) {
+        results[at] = params.term * f32(at % 7u);
+    }
+    workgroupBarrier();
+    let slot = min(subgroup, #{128 / SIDE - 1}u) * CELLS;
+    let a = coopLoadT<coop_mat#{SIDE}x#{SIDE}<f16, A>>(&operands[0], #{SIDE}u);
+    let b = coopLoad<coop_mat#{SIDE}x#{SIDE}<f16, B>>(&operands[0], #{SIDE}u);
+#unroll c in 0..CHAINS
+    var c#{c} = coopLoadT<Sum>(&results[#{c % (128 / SIDE)}u * CELLS], #{SIDE}u);
+#end
+    for (var round = 0u; round < params.count; round++) {
+#unroll d in 0..DEPTH
+#unroll c in 0..CHAINS
+        c#{c} = coopMultiplyAdd(a, b, c#{c});
+#end
+#end
+    }
+    var sum = 0.0;
+#unroll c in 0..CHAINS
+    workgroupBarrier();
+    coopStoreT(c#{c}, &results[slot], #{SIDE}u);
+    workgroupBarrier();
+    sum += results[local];
+#end
+    out[linear_group(group, groups) * 128u + local] = sum;
+    if (linear_group(group, groups) == 0u && local == 0u) {
+        count[0] = f32(subgroups);
+    }
 }
 
 #kernel copy

@@ -86,7 +86,13 @@ fn replay(modules: &Path) -> Command {
 fn compare(modules: &Path, as_gpu: bool) -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     let captures = folder.path().to_owned();
-    let options = AdapterOptions { treat_as_gpu: as_gpu, capture: Some(captures.clone()), ..Default::default() };
+    // Dawn has no cooperative matrices under naga's name.
+    let options = AdapterOptions {
+        treat_as_gpu: as_gpu,
+        without_cooperative: true,
+        capture: Some(captures.clone()),
+        ..Default::default()
+    };
     let told = |error: wgpu_llava::error::Error| format!("{error}: {:?}", error.source);
     let gpu = Gpu::open(&options).map_err(told)?;
     for op in OPS {

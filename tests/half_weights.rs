@@ -27,9 +27,10 @@ fn gpu() -> &'static Gpu {
     GPU.get_or_init(common::open_gpu)
 }
 
-/// With the kernels of GPUs.
+/// With the kernels of GPUs, of which none rounds what it reads.
 fn as_gpu() -> Gpu {
-    Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).expect("the same adapter")
+    Gpu::open(&AdapterOptions { treat_as_gpu: true, without_cooperative: true, ..Default::default() })
+        .expect("the same adapter")
 }
 
 fn words(bytes: &[u8]) -> Vec<u32> {
@@ -294,5 +295,35 @@ fn a_packed_head_tied_to_the_embedding_gives_the_same_losses() {
         for (what, (got, want)) in ["embedding", "losses", "dx"].iter().zip(got.iter().zip(&want)) {
             assert_close(&format!("{what} with {dtype:?}"), got, want, 1e-6);
         }
+    }
+}
+
+/// Activations are rounded to f16 there, and gradients lose no more than that, however small they are.
+#[test]
+fn layers_of_weights_in_f16_run_on_cooperative_matrices() {
+    let cooperative =
+        Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).expect("the same adapter");
+    if cooperative.cooperative_side().is_none() {
+        println!("skipped: this device has no cooperative matrices of f16");
+        return;
+    }
+    let [tokens, n, k] = [70, 67, 129];
+    let run = |gpu: &Gpu| {
+        let mut random = Random::new(9);
+        let mut tape = Tape::recording();
+        let x = tape.leaf(random.tensor(gpu, &[tokens, k]).1);
+        let value = Tensor::from_bytes(gpu, Dtype::F16, &Dtype::F16.narrow(&random.values(n * k)), &[n, k]);
+        let weight = Weight { value, grad: Some(elementwise::zeros(gpu, &[n, k])) };
+        let y = functions::linear(&mut tape, &x, &weight, None);
+        let dy: Vec<f32> = random.values(tokens * n).iter().map(|x| x * 1e-10).collect();
+        let gradients = tape.backward(&y, Tensor::from_f32(gpu, &dy, &[tokens, n]));
+        let enlarged = |x: &Tensor| x.to_vec().unwrap().iter().map(|x| x * 1e10).collect::<Vec<f32>>();
+        let [dx, dw] = [gradients.of(&x), weight.grad.as_ref()].map(|x| enlarged(x.unwrap()));
+        [y.value.to_vec().unwrap(), dx, dw]
+    };
+    let (got, want) = (run(&cooperative), run(&as_gpu()));
+    for (what, (got, want)) in ["y", "dx", "dW"].iter().zip(got.iter().zip(&want)) {
+        assert_close(what, got, want, 1e-3);
+        assert!(got != want, "{what} is not rounded: it ran elsewhere");
     }
 }

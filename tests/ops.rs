@@ -5,7 +5,7 @@
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use wgpu_llava::{
-    gpu::{AdapterOptions, Gpu},
+    gpu::{AdapterFacts, AdapterOptions, Gpu, list_adapters},
     ops::{OPS, Op},
 };
 
@@ -22,27 +22,36 @@ struct Way {
     concerns: fn(&str) -> bool,
 }
 
-const WAYS: [Way; 5] = [
+const WAYS: [Way; 6] = [
     Way { name: "plain", options: AdapterOptions::default, sizes: &SIZES, concerns: |_| true },
     Way {
         name: "without_subgroups",
         options: || AdapterOptions { without_subgroups: true, ..Default::default() },
         sizes: &SMALL_SIZES,
-        concerns: |_| true,
+        // Which take subgroups.
+        concerns: |op| !op.starts_with("cooperative"),
     },
     // A binding of 64 KiB holds 128 x 128 elements: from 129 on, every square tensor is cut.
     Way {
         name: "small_binding",
         options: || AdapterOptions { max_binding: Some(1 << 16), ..Default::default() },
         sizes: &[65, 257],
-        concerns: |op| !op.starts_with("attention"),
+        // What is cut is what `matmul` hands on.
+        concerns: |op| !op.starts_with("attention") && !op.starts_with("cooperative"),
     },
     // On a processor the kernels for GPUs are compiled only when they are asked for.
     Way {
         name: "as_gpu",
-        options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
+        options: as_gpu,
         sizes: &[1, 7, 63, 65, 257],
         concerns: |op| ["matmul", "nf4", "attention", "patch_embed"].iter().any(|family| op.starts_with(family)),
+    },
+    // Products whose operands may be rounded go to kernels of their own there.
+    Way {
+        name: "as_gpu_cooperative",
+        options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
+        sizes: &[7, 65, 257],
+        concerns: |op| op.starts_with("cooperative"),
     },
     // On older software Vulkan the products of newer ones.
     Way {
@@ -55,15 +64,22 @@ const WAYS: [Way; 5] = [
 
 fn main() {
     let arguments = Arguments::from_args();
+    let facts = list_adapters(None).ok().and_then(|adapters| adapters.into_iter().next());
     let mut trials = Vec::new();
     for way in &WAYS {
         for op in OPS.iter().filter(|op| (way.concerns)(op.name)) {
-            trials.push(Trial::test(format!("{}::{}", way.name, op.name), move || check(op, way)));
+            let trial = Trial::test(format!("{}::{}", way.name, op.name), move || check(op, way));
+            trials.push(trial.with_ignored_flag(missing(op, facts.as_ref()).is_some()));
+        }
+    }
+    for op in OPS {
+        if let Some(what) = missing(op, facts.as_ref()) {
+            eprintln!("{} is not checked: this device has no {what}", op.name);
         }
     }
     // As a 7B model's head is to a GPU that binds 128 MiB.
     trials.push(Trial::test("as_gpu_small_binding::matmul", || {
-        let options = AdapterOptions { treat_as_gpu: true, max_binding: Some(1 << 16), ..Default::default() };
+        let options = AdapterOptions { max_binding: Some(1 << 16), ..as_gpu() };
         let gpu = open(&options)?;
         OPS.iter().filter(|op| op.name.contains("matmul")).try_for_each(|op| compare(op, &gpu, 257))
     }));
@@ -80,6 +96,16 @@ fn main() {
         Ok(())
     }));
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// What the device that all ways use lacks for an op. Without a device the check itself tells.
+fn missing(op: &Op, facts: Option<&AdapterFacts>) -> Option<&'static str> {
+    facts.and_then(|facts| op.missing(facts))
+}
+
+/// Without the kernels that round operands to f16, so that products are compared with f32.
+fn as_gpu() -> AdapterOptions {
+    AdapterOptions { treat_as_gpu: true, without_cooperative: true, ..Default::default() }
 }
 
 fn open(options: &AdapterOptions) -> Result<Gpu, Failed> {

@@ -170,6 +170,34 @@ fn updates() {
     }
 }
 
+/// A product with a weight in f16: by the device's matrices, by tiles, and as host processors compute it.
+#[test]
+#[ignore = "a measurement"]
+fn cooperative() {
+    let host = open();
+    let tiles = AdapterOptions { treat_as_gpu: true, without_cooperative: true, ..Default::default() };
+    let ways = [
+        ("as chosen here", host),
+        ("tiles", Gpu::open(&tiles).unwrap()),
+        ("cooperative", Gpu::open(&AdapterOptions { without_cooperative: false, ..tiles }).unwrap()),
+    ];
+    println!("{:?}", ways[2].1.facts().cooperative);
+    for n in [512, 1024] {
+        for layout in [Layout::Nt, Layout::Nn] {
+            for (what, gpu) in &ways {
+                let mut random = Random::new(1);
+                let a = random.tensor(gpu, &[n, n]).1;
+                let b = Tensor::from_bytes(gpu, Dtype::F16, &Dtype::F16.narrow(&random.values(n * n)), &[n, n]);
+                let best = seconds(|| {
+                    drop(product(layout, &a, &b));
+                    gpu.sync().unwrap();
+                });
+                println!("{n}^3 {layout:?}, {what}: {:.1} GFLOP/s", 2.0 * (n as f64).powi(3) / best / 1e9);
+            }
+        }
+    }
+}
+
 /// What folding an adapter's product into the layer's could gain: Y = X W^T, then Y += U B^T, beside one product whose
 /// inner dimension goes on from X and W to U and B; the same for dX. And a dropped gradient added at once.
 #[test]

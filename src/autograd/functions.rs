@@ -7,10 +7,10 @@ use crate::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
         cross_entropy, dora, dropout, elementwise, embedding, layer_norm,
-        matmul::{Epilogue, Layout, product, product_into, product_with},
+        matmul::{Epilogue, Layout, product, product_in_f16, product_into, product_with},
         patch_embed, rms_norm, rope,
     },
-    tensor::Tensor,
+    tensor::{Dtype, Tensor},
 };
 
 /// y = x W^T + b with x [T, K], W [N, K], b [N].
@@ -24,8 +24,7 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
     let (weight, bias) = (weight.clone(), bias.cloned());
     tape.record(y, needed, move |gradients, dy| {
         if let (Some(dweight), Some(x)) = (&weight.grad, x) {
-            let accumulate = Epilogue { accumulate: true, ..Default::default() };
-            product_into(Layout::Tn, dy, &x, dweight, accumulate);
+            add_weight_gradient(&weight, dy, &x, dweight);
             drop(x);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
@@ -35,6 +34,12 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
             gradients.add(node, product(Layout::Nn, dy, &weight.value));
         }
     })
+}
+
+/// dW += dY^T X: of a weight in f16 in that type, as the layer's other products are.
+fn add_weight_gradient(weight: &Weight, dy: &Tensor, x: &Tensor, dweight: &Tensor) {
+    let add = if weight.value.dtype() == Dtype::F16 { product_in_f16 } else { product_into };
+    add(Layout::Tn, dy, x, dweight, ADD);
 }
 
 pub use dropout::Key as DropoutKey;
@@ -114,7 +119,7 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
     tape.record(y, needed, move |gradients, dy| {
         let du = lora.backward(&x, &u, dy);
         if let Some(dweight) = &weight.grad {
-            product_into(Layout::Tn, dy, &x, dweight, ADD);
+            add_weight_gradient(&weight, dy, &x, dweight);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
@@ -382,7 +387,7 @@ pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale
             product_into(Layout::Nn, &logits, &head.value, &dx.row_part(first, rows), Epilogue::default());
         }
         if let Some(dhead) = head.grad.as_ref().filter(|_| needed) {
-            product_into(Layout::Tn, &logits, &part, dhead, Epilogue { accumulate: true, ..Default::default() });
+            add_weight_gradient(head, &logits, &part, dhead);
         }
     }
     let node = x.node();

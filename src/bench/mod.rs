@@ -72,7 +72,7 @@ impl Timed {
 pub fn cases(gpu: &Gpu, filter: Option<&str>) -> Vec<Timed> {
     let mut cases = Vec::new();
     for shapes in [Shapes::of_7b(gpu), Shapes::of_tiny()] {
-        for op in OPS {
+        for op in OPS.iter().filter(|op| op.missing(gpu.facts()).is_none()) {
             let made = (op.cases)(&shapes).into_iter();
             cases.extend(made.map(|case| Timed { op: op.name, model: shapes.model, case }));
         }
@@ -110,7 +110,7 @@ pub fn measure(gpu: &Gpu, roofs: &Roofs, timed: &Timed) -> Result<Option<Row>> {
     let mut made = vec![sets[0]()];
     gpu.sync()?;
     let footprint = (gpu.device_bytes() - before).max(1);
-    let (roof, least) = roofs.limit(case.cost.flops, case.cost.bytes);
+    let (roof, least) = roofs.limit((case.roof)(gpu), case.cost.flops, case.cost.bytes);
     if roof == roof::COPY {
         let wanted = (2 * beyond_caches(gpu)).div_ceil(case.cost.bytes.max(1)).clamp(3, MOST_SETS);
         for _ in 1..wanted.min(room / footprint) {

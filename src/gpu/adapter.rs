@@ -17,6 +17,8 @@ pub struct AdapterOptions {
     pub max_binding: Option<u64>,
     /// Leave subgroup operations unused even where the device has them.
     pub without_subgroups: bool,
+    /// Leave cooperative matrices unused even where the device has them.
+    pub without_cooperative: bool,
     /// Run a GPU's kernels even on a host processor (tests use it).
     pub treat_as_gpu: bool,
     /// Take storage for fast even where it is not (tests use it).
@@ -39,12 +41,23 @@ pub struct AdapterFacts {
     /// Bytes of device memory, where the backend tells.
     pub memory: Option<u64>,
     pub features: Vec<String>,
+    /// What kernels can use of its cooperative matrices: none where shapes or types are others than theirs.
+    pub cooperative: Vec<Cooperative>,
     pub limits: AdapterLimits,
     /// Whether kernels run on the host's processor.
     pub is_cpu: bool,
     /// Whether loads of storage are far slower than loads of uniforms there: in Mesa before 26.
     #[serde(skip)]
     pub slow_storage: bool,
+}
+
+/// Cooperative matrices of side x side, multiplied by the lanes of a subgroup together and summed in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Cooperative {
+    /// 8 or 16.
+    pub side: u32,
+    /// `f16` or `f32`.
+    pub operands: &'static str,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -166,6 +179,7 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
         // What a software device calls its memory is a constant of its driver.
         memory: if info.device_type == wgpu::DeviceType::Cpu { host_memory() } else { memory(adapter) },
         features: known.iter().filter(|(bit, _)| features.contains(*bit)).map(|(_, name)| name.to_string()).collect(),
+        cooperative: if features.contains(COOPERATIVE) { cooperative(adapter) } else { Vec::new() },
         limits: AdapterLimits {
             max_buffer_size: limits.max_buffer_size,
             max_storage_buffer_binding_size: limits.max_storage_buffer_binding_size,
@@ -178,6 +192,25 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
         slow_storage: mesa_version(&info.driver_info).is_some_and(|version| version < 26),
     }
+}
+
+/// What a device needs for the kernels of cooperative matrices.
+pub(super) const COOPERATIVE: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16).union(wgpu::Features::SUBGROUP);
+
+/// The square shapes that are summed in f32. The feature alone says nothing: some drivers have other shapes only.
+fn cooperative(adapter: &wgpu::Adapter) -> Vec<Cooperative> {
+    let usable = |one: &wgpu::CooperativeMatrixProperties| {
+        let operands = match (one.ab_type, one.cr_type) {
+            (wgpu::CooperativeScalarType::F16, wgpu::CooperativeScalarType::F32) => "f16",
+            (wgpu::CooperativeScalarType::F32, wgpu::CooperativeScalarType::F32) => "f32",
+            _ => return None,
+        };
+        let side = one.m_size;
+        let square = [one.n_size, one.k_size] == [side; 2] && !one.saturating_accumulation;
+        (square && [8, 16].contains(&side)).then_some(Cooperative { side, operands })
+    };
+    adapter.cooperative_matrix_properties().iter().filter_map(usable).collect()
 }
 
 /// The major version in a driver's description such as "Mesa 26.1.6-1 (LLVM 21.1.8)".
@@ -214,6 +247,7 @@ impl AdapterFacts {
             kind: "discrete GPU".to_owned(),
             memory: None,
             features: Vec::new(),
+            cooperative: vec![Cooperative { side: 16, operands: "f16" }],
             limits: AdapterLimits {
                 max_buffer_size: 1 << 48,
                 max_storage_buffer_binding_size: (1 << 31) - 1,
@@ -271,6 +305,9 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let mut facts = facts(index, &adapter);
     facts.is_cpu &= !options.treat_as_gpu;
     facts.slow_storage &= !options.fast_storage;
+    if options.without_cooperative || options.without_subgroups {
+        facts.cooperative.clear();
+    }
     Ok((adapter, facts))
 }
 

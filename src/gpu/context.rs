@@ -102,12 +102,21 @@ impl Gpu {
             | wgpu::Features::SUBGROUP
             | wgpu::Features::SHADER_F16
             | wgpu::Features::TIMESTAMP_QUERY;
-        let features = adapter.features() & wanted;
+        let cooperates = !facts.cooperative.is_empty();
+        let features = adapter.features() & if cooperates { wanted | adapter::COOPERATIVE } else { wanted };
+        // SAFETY: experimental features may be unsound; of them one alone is asked for, and its kernels read and write
+        // nothing but their own workgroup's memory by it.
+        let experimental_features = if cooperates {
+            unsafe { wgpu::ExperimentalFeatures::enabled() }
+        } else {
+            wgpu::ExperimentalFeatures::disabled()
+        };
         let limits = adapter.limits();
         let descriptor = wgpu::DeviceDescriptor {
             label: None,
             required_features: features,
             required_limits: limits.clone(),
+            experimental_features,
             // Buffers are pooled here, so the allocator below need not keep spare blocks.
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()
@@ -230,6 +239,12 @@ impl Gpu {
     /// Whether products had better take A as uniforms: on software Vulkan before Mesa 26.
     pub fn wants_uniforms(&self) -> bool {
         self.is_cpu() && self.inner.facts.slow_storage
+    }
+
+    /// The side of cooperative matrices with operands in f16, the larger where there are two; none where the device has
+    /// none, or shall not use them.
+    pub fn cooperative_side(&self) -> Option<u32> {
+        self.inner.facts.cooperative.iter().filter(|one| one.operands == "f16").map(|one| one.side).max()
     }
 
     /// The most bytes one binding may cover.

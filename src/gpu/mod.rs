@@ -20,7 +20,7 @@ mod timing;
 pub mod wgsl;
 
 pub use account::{Account, Holdings};
-pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, list_adapters};
+pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, Cooperative, list_adapters};
 pub use ahead::Launches;
 pub use buffer::{Buffer, UNIT};
 pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};

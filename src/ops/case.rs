@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use super::{Cost, Random};
+use super::{Cost, Random, roof};
 use crate::{
     gpu::Gpu,
     tensor::{Dtype, Tensor},
@@ -108,15 +108,17 @@ pub struct Case {
     /// Of the operands, for people.
     pub shape: String,
     pub cost: Cost,
+    /// The roof of its arithmetic: a key of [`ROOFS`](super::roof::ROOFS).
+    pub roof: fn(&Gpu) -> &'static str,
     prepare: Box<dyn Fn(&Gpu) -> Run>,
 }
 
 /// A case that lacks what it runs.
-pub struct Outline(&'static str, String, Cost);
+pub struct Outline(&'static str, String, Cost, fn(&Gpu) -> &'static str);
 
 impl Case {
     pub fn of(pass: &'static str, shape: String, cost: Cost) -> Outline {
-        Outline(pass, shape, cost)
+        Outline(pass, shape, cost, |_| roof::FMA)
     }
 
     /// A new set of buffers, and what runs on it.
@@ -126,14 +128,19 @@ impl Case {
 }
 
 impl Outline {
+    /// Its arithmetic has another roof than f32's.
+    pub fn limited_by(self, roof: fn(&Gpu) -> &'static str) -> Self {
+        Self(self.0, self.1, self.2, roof)
+    }
+
     /// `prepare` makes one set of buffers, and what runs on it.
     pub fn run<M: Into<Made>, R: FnMut() -> M + 'static>(self, prepare: impl Fn(&Gpu) -> R + 'static) -> Case {
-        let Self(pass, shape, cost) = self;
+        let Self(pass, shape, cost, roof) = self;
         let prepare = move |gpu: &Gpu| -> Run {
             let mut run = prepare(gpu);
             Box::new(move || run().into())
         };
-        Case { pass, shape, cost, prepare: Box::new(prepare) }
+        Case { pass, shape, cost, roof, prepare: Box::new(prepare) }
     }
 }
 

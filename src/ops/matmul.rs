@@ -19,7 +19,7 @@ mod host;
 
 pub(super) use blocks::block;
 
-use super::{Case, Comparison, Cost, Op, Random, Shapes, nf4_matmul, testing::wide};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, cooperative, nf4_matmul, testing::wide};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -67,6 +67,16 @@ fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, usize) {
 
 /// Writes (or adds) the product into C [M, N].
 pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
+    product_rounded(layout, a, b, c, epilogue, b.dtype() == Dtype::F16);
+}
+
+/// As [`product_into`], of operands that may be rounded to f16, as by itself those beside a weight in f16 may
+/// (`cooperative.rs`).
+pub fn product_in_f16(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
+    product_rounded(layout, a, b, c, epilogue, b.dtype() != Dtype::Bf16);
+}
+
+fn product_rounded(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>, rounded: bool) {
     let (m, n, k) = sizes(layout, a, b);
     assert_eq!((c.rows(), c.cols()), (m, n), "{layout:?} product of {a:?} and {b:?} into {c:?}");
     a.gpu().add_flops(2 * (m * n * k) as u64);
@@ -79,7 +89,7 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     if m == 0 || n == 0 {
         return;
     }
-    let call = Call::new(layout, a, b, c, epilogue);
+    let call = Call { rounded, ..Call::new(layout, a, b, c, epilogue) };
     call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
@@ -130,6 +140,8 @@ struct Call<'a> {
     b_first: [usize; 2],
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
+    /// Whether operands may be rounded to f16.
+    rounded: bool,
 }
 
 impl Region {
@@ -158,7 +170,17 @@ fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
 
 impl<'a> Call<'a> {
     fn new(layout: Layout, a: &'a Tensor, b: &'a Tensor, c: &'a Tensor, epilogue: Epilogue<'a>) -> Self {
-        Self { layout, a, a_by_k: layout == Layout::Tn, a_first: [0, 0], b, b_first: [0, 0], c, epilogue }
+        Self {
+            layout,
+            a,
+            a_by_k: layout == Layout::Tn,
+            a_first: [0, 0],
+            b,
+            b_first: [0, 0],
+            c,
+            epilogue,
+            rounded: false,
+        }
     }
 
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
@@ -218,8 +240,13 @@ impl<'a> Call<'a> {
             0,
             0,
         ];
+        let bindings = [a_binding, b_binding, bias_binding, c_binding];
+        let product = cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params };
+        if self.rounded && product.launched() {
+            return;
+        }
         let (kernel, groups) = choose(layout, b.dtype(), m, n);
-        c.gpu().dispatch(kernel, &[a_binding, b_binding, bias_binding, c_binding], &params, groups);
+        c.gpu().dispatch(kernel, &bindings, &params, groups);
     }
 }
 

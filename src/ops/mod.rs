@@ -10,6 +10,7 @@ pub mod adamw_8bit;
 pub mod attention;
 pub mod case;
 pub mod cast;
+pub mod cooperative;
 pub mod cross_entropy;
 pub mod decode_attention;
 pub mod dora;
@@ -34,7 +35,7 @@ pub use testing::{Comparison, Random};
 
 use crate::{
     error::Result,
-    gpu::{Gpu, UNIFORM_BYTES},
+    gpu::{AdapterFacts, Gpu, UNIFORM_BYTES},
     tensor::Dtype,
 };
 
@@ -59,6 +60,15 @@ pub struct Op {
     pub cases: fn(shapes: &Shapes) -> Vec<Case>,
 }
 
+impl Op {
+    /// What a device lacks for it: there is nothing to check or to time then.
+    pub fn missing(&self, facts: &AdapterFacts) -> Option<&'static str> {
+        let cooperative = self.name.starts_with("cooperative.");
+        let found = facts.cooperative.iter().any(|one| one.operands == "f16");
+        (cooperative && !found).then_some("cooperative matrices of f16, summed in f32")
+    }
+}
+
 /// Every operation.
 pub const OPS: &[Op] = &[
     matmul::NT,
@@ -68,6 +78,11 @@ pub const OPS: &[Op] = &[
     matmul::NT_F16,
     matmul::NN_BF16,
     matmul::NN_F16,
+    cooperative::NT,
+    cooperative::NN,
+    cooperative::TN,
+    cooperative::NT_F16,
+    cooperative::NN_F16,
     nf4::NF4,
     nf4::FP4,
     nf4_matmul::NT_NF4,

@@ -49,12 +49,13 @@ pub struct Roof {
 /// How one of [`ROOFS`] is measured: the value in `unit`, and what reached it; none where the device lacks it.
 type Measure = fn(&Gpu, Clock) -> Result<Option<(f64, &'static str)>>;
 
-/// Every roof: key, title, unit, how it is measured. One of cooperative matrices would be one line more.
+/// Every roof: key, title, unit, how it is measured.
 pub const ROOFS: &[(&str, &str, Unit, Measure)] = &[
     (FMA, "multiply-add, f32", Unit::FlopsPerSecond, |gpu, clock| fma(gpu, clock, F32)),
     ("fma_f16", "multiply-add, f16", Unit::FlopsPerSecond, |gpu, clock| {
         if gpu.facts().features.iter().any(|feature| feature == "f16") { fma(gpu, clock, F16) } else { Ok(None) }
     }),
+    (COOPERATIVE, "cooperative matrix, f16", Unit::FlopsPerSecond, cooperative),
     (COPY, "copy (read and written)", Unit::BytesPerSecond, copy),
     ("read", "read", Unit::BytesPerSecond, read),
     ("workgroup_read", "read of workgroup memory", Unit::BytesPerSecond, workgroup_read),
@@ -67,6 +68,8 @@ pub const ROOFS: &[(&str, &str, Unit, Measure)] = &[
 /// The keys that products and everything else are measured against.
 pub const FMA: &str = "fma_f32";
 pub const COPY: &str = "copy";
+/// Of products by cooperative matrices; absent where the device has none.
+pub const COOPERATIVE: &str = "cooperative";
 
 /// All roofs of a device.
 #[derive(Clone, Debug)]
@@ -99,11 +102,12 @@ impl Roofs {
         self.list.iter().find(|roof| roof.key == key).map(|roof| roof.value)
     }
 
-    /// The roof that limits so much work, and the seconds that it would take at that roof.
-    pub fn limit(&self, flops: u64, bytes: u64) -> (&'static str, f64) {
+    /// The roof that limits so much work, and the seconds that it would take at that roof; `arithmetic` is that of its
+    /// operations.
+    pub fn limit(&self, arithmetic: &'static str, flops: u64, bytes: u64) -> (&'static str, f64) {
         let at = |amount: u64, key| self.get(key).map_or(0.0, |rate| amount as f64 / rate);
-        let (computing, moving) = (at(flops, FMA), at(bytes, COPY));
-        if computing > moving { (FMA, computing) } else { (COPY, moving) }
+        let (computing, moving) = (at(flops, arithmetic), at(bytes, COPY));
+        if computing > moving { (arithmetic, computing) } else { (COPY, moving) }
     }
 }
 
@@ -188,6 +192,36 @@ fn fma(gpu: &Gpu, clock: Clock, kernels: Chains) -> Result<Option<(f64, &'static
     for &(kernel, multiply_adds) in kernels {
         let seconds = a_round(gpu, clock, &mut |rounds| chain(gpu, kernel, &out, rounds))?;
         let rate = (2 * multiply_adds * out.len()) as f64 / seconds;
+        if best.is_none_or(|(most, _)| rate > most) {
+            best = Some((rate, kernel));
+        }
+    }
+    Ok(best)
+}
+
+/// Kernels of chains of products of matrices, which an accumulator each takes: name, and operations a subgroup and round
+/// (CHAINS * DEPTH * 2 SIDE^3 in shaders/variants).
+const MATRICES: &[(u32, &str, usize)] = &[
+    (8, "roof.matrix_multiply_add.8_4", 4 * 8 * 2 * 512),
+    (8, "roof.matrix_multiply_add.8_8", 8 * 8 * 2 * 512),
+    (16, "roof.matrix_multiply_add.16_2", 2 * 8 * 2 * 4096),
+    (16, "roof.matrix_multiply_add.16_4", 4 * 8 * 2 * 4096),
+    (16, "roof.matrix_multiply_add.16_8", 8 * 8 * 2 * 4096),
+];
+
+fn cooperative(gpu: &Gpu, clock: Clock) -> Result<Option<(f64, &'static str)>> {
+    let Some(side) = gpu.cooperative_side() else { return Ok(None) };
+    let (out, subgroups) = (Tensor::empty(gpu, &[threads(gpu)]), Tensor::empty(gpu, &[1]));
+    let groups = groups_for(out.len(), 128);
+    let mut best = None;
+    for &(_, kernel, operations) in MATRICES.iter().filter(|&&(of, ..)| of == side) {
+        let seconds = a_round(gpu, clock, &mut |rounds| {
+            let params = [rounds, 0, 0.5f32.to_bits(), 0.25f32.to_bits()];
+            gpu.dispatch(kernel, &[out.binding(), subgroups.binding()], &params, groups);
+        })?;
+        // Only the device knows how many lanes its subgroups have.
+        let each = subgroups.to_vec()?.first().copied().unwrap_or_default() as usize;
+        let rate = (operations * each * (out.len() / 128)) as f64 / seconds;
         if best.is_none_or(|(most, _)| rate > most) {
             best = Some((rate, kernel));
         }

@@ -2,7 +2,7 @@
 //! and large ones do not overflow; as DeepSpeed's dynamic loss scaler finds it.
 //!
 //! Here activations and gradients are f32 whatever the weights are, so an overflow takes a factor near f32's own limit,
-//! or weights that have outgrown float16. What overflows is not used: the step is skipped, and counts as none.
+//! or weights that have outgrown float16, or, where products run on cooperative matrices, activations that have. What overflows is not used: the step is skipped, and counts as none.
 
 use serde::{Deserialize, Serialize};
 

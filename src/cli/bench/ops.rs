@@ -78,7 +78,7 @@ fn text(roofs: &Roofs, rows: &[Row], json: &[Value], left_out: &[String]) -> Str
             heading = (row.model, row.op);
             let _ = writeln!(text, "\n{}  {}", row.model, row.op);
         }
-        let rate = if row.roof == roof::FMA { flops(row.flops_per_second()) } else { bytes(row.bytes_per_second()) };
+        let rate = if row.roof == roof::COPY { bytes(row.bytes_per_second()) } else { flops(row.flops_per_second()) };
         let spread = format!("{} to {}", seconds(row.samples.quantile(0.1)), seconds(row.samples.quantile(0.9)));
         let runs = row.samples.seconds.len();
         let before =

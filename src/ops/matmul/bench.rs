@@ -5,6 +5,7 @@ use crate::{
     ops::{
         Case, Cost, Shapes,
         case::{floats, random},
+        cooperative, roof,
     },
     tensor::Dtype,
 };
@@ -34,7 +35,13 @@ fn case(layout: Layout, dtype: Dtype, pass: &'static str, [m, n, k]: [usize; 3])
     let out = m * n + n * k + m * k - a[0] * a[1] - b[0] * b[1];
     let bytes = 4 * (a[0] * a[1] + out) + dtype.bytes() * b[0] * b[1];
     let cost = Cost { flops: (2 * m * n * k) as u64, bytes: bytes as u64 };
-    Case::of(pass, format!("{}x{} by {}x{}", a[0], a[1], b[0], b[1]), cost).run(move |gpu| {
+    let outline = Case::of(pass, format!("{}x{} by {}x{}", a[0], a[1], b[0], b[1]), cost);
+    let outline = if dtype == Dtype::F16 {
+        outline.limited_by(|gpu| if cooperative::serves(gpu) { roof::COOPERATIVE } else { roof::FMA })
+    } else {
+        outline
+    };
+    outline.run(move |gpu| {
         let (a, b) = (floats(gpu, &a), random(gpu, dtype, &b));
         move || product(layout, &a, &b)
     })

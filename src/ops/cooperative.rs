@@ -1,0 +1,314 @@
+//! Products by cooperative matrices, which the lanes of a subgroup hold and multiply together: NVIDIA's tensor cores, AMD's
+//! WMMA, Apple's simdgroup matrices. Layouts and epilogues as in `matmul.rs`, which comes here.
+//!
+//! Operands are rounded to f16 on their way through workgroup memory, sums are f32. So these kernels run where that is
+//! what a run asked for: beside a weight in f16, or where a caller says so (`matmul::product_in_f16`).
+//!
+//! The left side of NT is an activation. Its values beyond f16's range, 65504, become infinite, as they do in a model
+//! that PyTorch runs in float16; what comes of them in training is seen by loss scaling. The left side of NN and TN is
+//! a gradient, which in f16 would vanish rather than overflow: it is scaled by the power of two that brings the largest
+//! of it near the end of f16's range, and nothing of it is lost that matters beside the largest.
+
+use half::f16;
+
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes,
+    case::{floats, random},
+    matmul::{self, Epilogue, Layout},
+    roof,
+    testing::wide,
+};
+use crate::{
+    error::Result,
+    gpu::{Binding, Gpu},
+    tensor::{Dtype, Tensor},
+};
+
+/// What a workgroup computes at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Kernel {
+    /// Of the matrices: 8 or 16.
+    side: u32,
+    /// For 64 lanes a subgroup.
+    wide: bool,
+    /// A tile of 128 x 128 instead of 64 x 64, in 30 KiB of workgroup memory.
+    large: bool,
+    /// Rows of both operands are whole vectors of four.
+    vectors: bool,
+}
+
+/// Bytes of workgroup memory of the large tile, and threads.
+const LARGE_BYTES: u32 = 30 << 10;
+const LARGE_THREADS: u32 = 256;
+/// So many large tiles keep a GPU busy. Reasoned: the largest have about as many cores.
+const LARGE_TILES: usize = 128;
+/// Workgroups of `cooperative.largest` (PARTS in the shader).
+const PARTS: usize = 256;
+
+/// A product on bound storage, by the parameters of `matmul`'s kernels, of which the first eleven are these kernels' too:
+/// m, n, k, lda, ldb, ldc, a_offset, b_offset, ..
+pub(super) struct Product<'a> {
+    pub gpu: &'a Gpu,
+    pub layout: Layout,
+    /// The type of B: f32 or f16.
+    pub b: Dtype,
+    /// A, B, bias, C.
+    pub bindings: [Binding<'a>; 4],
+    pub params: &'a [u32],
+}
+
+/// Whether products whose operands may be rounded come here at all.
+pub fn serves(gpu: &Gpu) -> bool {
+    !gpu.is_cpu() && gpu.cooperative_side().is_some()
+}
+
+impl Product<'_> {
+    fn sizes(&self) -> [usize; 3] {
+        [self.params[0], self.params[1], self.params[2]].map(|size| size as usize)
+    }
+
+    /// Runs the product, where a kernel here is the one for it: on GPUs, where no side is shorter than a matrix.
+    /// Host processors have no such units; what they offer under this name (lavapipe does) is slower than `matmul`'s.
+    pub fn launched(&self) -> bool {
+        let Some(side) = self.gpu.cooperative_side().filter(|_| serves(self.gpu)) else { return false };
+        let [m, n, k] = self.sizes();
+        let fits = m.min(n) >= side as usize && k > 0;
+        if fits {
+            self.launch(self.kernel(side));
+        }
+        fits
+    }
+
+    fn kernel(&self, side: u32) -> Kernel {
+        let [m, n, _] = self.sizes();
+        let (facts, vectors) = (self.gpu.facts(), self.vectors());
+        let limits = &facts.limits;
+        let fits = limits.max_compute_workgroup_storage_size >= LARGE_BYTES
+            && limits.max_compute_invocations_per_workgroup >= LARGE_THREADS;
+        let many = m.div_ceil(128) * n.div_ceil(128) >= LARGE_TILES;
+        // Metal tells the largest size that there might be; it is 32.
+        let wide = side == 16 && limits.subgroup_max_size >= 64 && facts.backend != "metal";
+        Kernel { side, wide, large: side == 16 && vectors && fits && many, vectors }
+    }
+
+    /// Whether four neighbours in a row of an operand lie as a vector, from the first on.
+    fn vectors(&self) -> bool {
+        let [m, n, k, lda, ldb, _, a_offset, b_offset] = std::array::from_fn(|at| self.params[at]);
+        let (a_row, b_row) =
+            (if self.layout == Layout::Tn { m } else { k }, if self.layout == Layout::Nt { k } else { n });
+        [a_row, b_row, lda, ldb, a_offset, b_offset].iter().all(|x| x.is_multiple_of(4))
+    }
+
+    fn launch(&self, kernel: Kernel) {
+        let Self { gpu, layout, bindings, params, .. } = *self;
+        let [m, n, k] = self.sizes();
+        let tile = if kernel.large { 128 } else { 64 };
+        let groups = [n.div_ceil(tile) as u32, m.div_ceil(tile) as u32, 1];
+        let name = kernel.name(layout, self.b);
+        let params = &params[..11];
+        if layout == Layout::Nt {
+            return gpu.dispatch(&name, &bindings, params, groups);
+        }
+        let largest = Tensor::empty(gpu, &[PARTS]);
+        // All of the rows that are bound, though it may be some columns of them that are multiplied.
+        let rows = if layout == Layout::Tn { k } else { m };
+        let mut of_a = [0; 11];
+        of_a[0] = (rows * params[3] as usize) as u32;
+        gpu.dispatch("cooperative.largest", &[bindings[0], largest.binding()], &of_a, [PARTS as u32, 1, 1]);
+        let [a, b, bias, c] = bindings;
+        gpu.dispatch(&name, &[a, b, bias, c, largest.binding()], params, groups);
+    }
+}
+
+impl Kernel {
+    fn name(self, layout: Layout, b: Dtype) -> String {
+        let operands = match (layout, b) {
+            (Layout::Nt, Dtype::F16) => "nt_f16",
+            (Layout::Nt, _) => "nt",
+            (Layout::Nn, Dtype::F16) => "nn_f16",
+            (Layout::Nn, _) => "nn",
+            (Layout::Tn, _) => "tn",
+        };
+        let part = |wanted, part| if wanted { part } else { "" };
+        let (large, wide) = (part(self.large, "_large"), part(self.wide, "_wide"));
+        let odd = part(!self.vectors, "_odd");
+        format!("cooperative.product.{operands}_{}{large}{wide}{odd}", self.side)
+    }
+
+    /// Every kernel that a device can run on these operands, whether it is meant for it or not.
+    fn all(gpu: &Gpu, product: &Product<'_>) -> Vec<Self> {
+        let Some(side) = gpu.cooperative_side() else { return Vec::new() };
+        let vectors = product.vectors();
+        let memory = gpu.facts().limits.max_compute_workgroup_storage_size;
+        let mut all = Vec::new();
+        for (wide, large) in [(false, false), (true, false), (false, true), (true, true)] {
+            let fits = !large || (vectors && memory >= LARGE_BYTES);
+            if fits && (side == 16 || !(wide || large)) {
+                all.push(Self { side, wide, large, vectors });
+                all.extend((vectors && !large).then_some(Self { side, wide, large, vectors: false }));
+            }
+        }
+        all
+    }
+}
+
+/// The whole product of A and B, for checks and measurements: bound whole, by `run`.
+fn whole(
+    layout: Layout,
+    (a, b, c): (&Tensor, &Tensor, &Tensor),
+    epilogue: Epilogue<'_>,
+    run: impl FnOnce(&Product<'_>),
+) {
+    let (a_binding, c_binding) = (a.binding(), c.binding());
+    let b_binding = if b.dtype().is_packed() { b.packed_range(0, b.len()).0 } else { b.binding() };
+    let bias = epilogue.bias.map_or(a_binding, Tensor::binding);
+    let k = if layout == Layout::Tn { a.rows() } else { a.cols() };
+    let flags = u32::from(epilogue.bias.is_some()) | u32::from(epilogue.accumulate) << 1;
+    let sizes = [c.rows(), c.cols(), k, a.cols(), b.cols(), c.cols()].map(|size| size as u32);
+    let rest = [0, 0, 0, flags, epilogue.alpha.unwrap_or(1.0).to_bits()];
+    let params = [&sizes[..], &rest].concat();
+    let bindings = [a_binding, b_binding, bias, c_binding];
+    run(&Product { gpu: a.gpu(), layout, b: b.dtype(), bindings, params: &params });
+}
+
+/// f16, of values that are divided again by what they are multiplied with first.
+fn rounded(values: &[f32], scale: f64) -> Vec<f64> {
+    values.iter().map(|&x| f16::from_f64(f64::from(x) * scale).to_f64() / scale).collect()
+}
+
+/// The power of two that brings the largest value to 2^14 and beyond.
+fn scale_of(values: &[f32]) -> f64 {
+    let largest = values.iter().fold(0f32, |most, x| most.max(x.abs()));
+    2f64.powi(14 - f64::from(largest).log2().floor() as i32)
+}
+
+fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut out = Vec::new();
+    let (even, long) = (n.next_multiple_of(8), n + 131);
+    // Odd and whole vectors, a row, a column, little to sum, each side beyond a tile; gradients small and large.
+    let shapes = [[n, n + 2, n + 1], [even, even + 8, even], [1, n, even], [n, 1, 3], [long, 34, n], [34, long, even]];
+    for (turn, [m, n, k]) in shapes.into_iter().enumerate() {
+        let mut random = Random::new((m * 31 + n * 7 + k) as u64);
+        let size = if layout == Layout::Nt { 1.0 } else { [1.0, 1e-12, 1e9][turn % 3] };
+        let a: Vec<f32> = random.values(m * k).iter().map(|x| x * size).collect();
+        let ta = Tensor::from_f32(gpu, &a, &if layout == Layout::Tn { [k, m] } else { [m, k] });
+        let b = dtype.narrow(&random.values(n * k));
+        let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
+        let (bias, tbias) = random.tensor(gpu, &[n]);
+        let scale = if layout == Layout::Nt { 1.0 } else { scale_of(&a) };
+        let plain = matmul::reference(layout, &rounded(&a, scale), &rounded(&dtype.widen(&b), 1.0), [m, n, k]);
+        let alpha = 0.5 / size;
+        let want = plain.iter().enumerate().map(|(at, x)| 1.5 * f64::from(alpha) * x + f64::from(bias[at % n]));
+        let want: Vec<f64> = want.collect();
+        let first = Epilogue { alpha: Some(alpha), bias: Some(&tbias), accumulate: false };
+        let second = Epilogue { alpha: Some(alpha / 2.0), bias: None, accumulate: true };
+        let tolerance = 2e-6 * (k as f64).sqrt().max(2.0);
+        let c = Tensor::empty(gpu, &[m, n]);
+        let mut kernels = Vec::new();
+        whole(layout, (&ta, &tb, &c), first, |product| kernels = Kernel::all(gpu, product));
+        for kernel in kernels {
+            whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
+            let once = c.to_vec()?;
+            whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
+            out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
+            whole(layout, (&ta, &tb, &c), second, |product| product.launch(kernel));
+            out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
+        }
+        // As products come here.
+        if serves(gpu) && gpu.cooperative_side().is_some_and(|side| m.min(n) >= side as usize) {
+            matmul::product_in_f16(layout, &ta, &tb, &c, first);
+            matmul::product_in_f16(layout, &ta, &tb, &c, second);
+            out.push(Comparison::new("the same as chosen", c.to_vec()?, want, tolerance));
+        }
+    }
+    if let Some(side) = gpu.cooperative_side() {
+        out.push(overflow(layout, dtype, gpu, side)?);
+    }
+    Ok(out)
+}
+
+/// What is beyond f16 (in NT), or beyond f32 (in gradients), is seen in its own row of C, and nowhere else.
+fn overflow(layout: Layout, dtype: Dtype, gpu: &Gpu, side: u32) -> Result<Comparison> {
+    let n = 40;
+    let (mut a, b) = (vec![1.0; n * n], dtype.narrow(&vec![0.5; n * n]));
+    a[0] = if layout == Layout::Nt { 70_000.0 } else { f32::INFINITY };
+    let (a, b) = (Tensor::from_f32(gpu, &a, &[n, n]), Tensor::from_bytes(gpu, dtype, &b, &[n, n]));
+    let c = Tensor::empty(gpu, &[n, n]);
+    whole(layout, (&a, &b, &c), Epilogue::default(), |product| product.launch(product.kernel(side)));
+    let finite = c.to_vec()?.iter().map(|x| f32::from(u8::from(x.is_finite()))).collect();
+    let want = (0..n * n).map(|at| f64::from(u8::from(at >= n))).collect();
+    Ok(Comparison::new("what is finite", finite, want, 0.0))
+}
+
+fn cost_of(dtype: Dtype, [m, n, k]: [usize; 3]) -> Cost {
+    Cost { flops: (2 * m * n * k) as u64, bytes: (4 * (m * k + m * n) + dtype.bytes() * n * k) as u64 }
+}
+
+/// The linears of a decoder, as `matmul` has them; on the device's own matrices whatever the device is.
+fn cases(layout: Layout, dtype: Dtype, shapes: &Shapes) -> Vec<Case> {
+    let Shapes { tokens, hidden, intermediate, .. } = *shapes;
+    let all = [("q_proj", hidden, hidden), ("up_proj", intermediate, hidden), ("down_proj", hidden, intermediate)];
+    let case = |(pass, n, k): (&'static str, usize, usize)| {
+        let (a, b, c) = match layout {
+            Layout::Nt => ([tokens, k], [n, k], [tokens, n]),
+            Layout::Nn => ([tokens, n], [n, k], [tokens, k]),
+            Layout::Tn => ([tokens, n], [tokens, k], [n, k]),
+        };
+        let summed = if layout == Layout::Nt { k } else { a[usize::from(layout == Layout::Nn)] };
+        let shape = format!("{}x{} by {}x{}", a[0], a[1], b[0], b[1]);
+        let outline = Case::of(pass, shape, cost_of(dtype, [c[0], c[1], summed]));
+        outline.limited_by(|_| roof::COOPERATIVE).run(move |gpu| {
+            let (a, b) = (floats(gpu, &a), random(gpu, dtype, &b));
+            move || {
+                let c = Tensor::empty(a.gpu(), &c);
+                whole(layout, (&a, &b, &c), Epilogue::default(), |product| {
+                    if let Some(side) = product.gpu.cooperative_side() {
+                        product.launch(product.kernel(side));
+                    }
+                });
+                c
+            }
+        })
+    };
+    all.into_iter().map(case).collect()
+}
+
+const fn op(
+    name: &'static str,
+    check: fn(&Gpu, usize) -> Result<Vec<Comparison>>,
+    cost: fn(usize) -> Cost,
+    cases: fn(&Shapes) -> Vec<Case>,
+) -> Op {
+    Op { name, check, cost, cases }
+}
+
+pub const NT: Op = op(
+    "cooperative.nt",
+    |gpu, n| check(Layout::Nt, Dtype::F32, gpu, n),
+    |n| cost_of(Dtype::F32, [n, n + 2, n + 1]),
+    |shapes| cases(Layout::Nt, Dtype::F32, shapes),
+);
+pub const NN: Op = op(
+    "cooperative.nn",
+    |gpu, n| check(Layout::Nn, Dtype::F32, gpu, n),
+    |n| cost_of(Dtype::F32, [n, n + 2, n + 1]),
+    |shapes| cases(Layout::Nn, Dtype::F32, shapes),
+);
+pub const TN: Op = op(
+    "cooperative.tn",
+    |gpu, n| check(Layout::Tn, Dtype::F32, gpu, n),
+    |n| cost_of(Dtype::F32, [n, n + 2, n + 1]),
+    |shapes| cases(Layout::Tn, Dtype::F32, shapes),
+);
+pub const NT_F16: Op = op(
+    "cooperative.nt_f16",
+    |gpu, n| check(Layout::Nt, Dtype::F16, gpu, n),
+    |n| cost_of(Dtype::F16, [n, n + 2, n + 1]),
+    |shapes| cases(Layout::Nt, Dtype::F16, shapes),
+);
+pub const NN_F16: Op = op(
+    "cooperative.nn_f16",
+    |gpu, n| check(Layout::Nn, Dtype::F16, gpu, n),
+    |n| cost_of(Dtype::F16, [n, n + 2, n + 1]),
+    |shapes| cases(Layout::Nn, Dtype::F16, shapes),
+);
