@@ -276,7 +276,8 @@ fn rows_longer_than_a_uniform_are_cut_where_they_cannot_be_bound() {
             for (at, got) in y.value.to_vec().unwrap().into_iter().enumerate() {
                 let (row, column) = (&x[at / n * k..][..k], &rounded[at % n * k..][..k]);
                 let want: f64 = row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                assert!((f64::from(got) - want).abs() < 1e-3, "{dtype:?}, {tokens} tokens, {at}: {got} for {want}");
+                // 33,000 roundings of a sum that reaches hundreds, in a row where nothing is cut.
+                assert!((f64::from(got) - want).abs() < 3e-3, "{dtype:?}, {tokens} tokens, {at}: {got} for {want}");
             }
         }
     }

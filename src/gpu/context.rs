@@ -121,8 +121,14 @@ impl Gpu {
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()
         };
-        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
-            .map_err(|error| Error::device(format!("{} refuses to open", facts.name)).caused_by(error))?;
+        let (device, queue) = match pollster::block_on(adapter.request_device(&descriptor)) {
+            Ok(opened) => opened,
+            // An experimental feature must not cost a user the device.
+            Err(_) if cooperates => {
+                return Self::open(&AdapterOptions { without_cooperative: true, ..options.clone() });
+            }
+            Err(error) => return Err(Error::device(format!("{} refuses to open", facts.name)).caused_by(error)),
+        };
 
         let failure: Arc<Mutex<Option<String>>> = Arc::default();
         let note = |failure: &Arc<Mutex<Option<String>>>| {
