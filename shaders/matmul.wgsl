@@ -16,9 +16,9 @@ struct Params {
     flags: u32, // ADD_BIAS, ACCUMULATE
     alpha: f32,
     bias_offset: u32,
-    window: u32, // rows in one uniform (by_column: of A, by_lane: of B); columns of A staged at a time
-    before_low: u32, // a byte for each uniform, how many elements precede its first row
-    before_high: u32,
+    window: u32, // rows in one uniform; columns of A staged at a time
+    before_low: u32, // a byte for each uniform (by_column: of A), how many elements precede its first row
+    before_high: u32, // more of them (by_column: those of B)
 }
 #params
 
@@ -26,46 +26,35 @@ const ADD_BIAS: u32 = 1u;
 const ACCUMULATE: u32 = 2u;
 
 #kernel by_column
-// For devices that run on the host's processor. Lanes run along N, and all of a workgroup reads the same elements of A.
-// What costs most there is a load at an address for each lane, which B's are: so a thread owns a large block of C,
-// ROWS x COLS. A is bound as uniforms, WINDOWS of 64 KiB with `window` whole rows each: such loads are cheap on every
-// Mesa. In NT and NN a thread has as many rows of C from each of them; in TN they follow each other along K.
-// VEC: A's rows in whole vec4s; in TN M in whole vec4s.
+// For devices that run on the host's processor. Lanes run along N, and a thread owns a large block of C, ROWS x COLS.
+// Both operands have K along their rows (what has not is copied, src/ops/matmul/blocks.rs) and are bound as uniforms,
+// WINDOWS of 64 KiB with `window` whole rows each: such loads are cheaper there than those of storage, and cheapest where
+// what a thread reads of a row lies at fixed distances. Rows of A are whole vec4s.
 @group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
-#import columns
+@group(0) @binding(1) var<storage, read_write> bias: array<f32>; // [N]
 #unroll w in 0..WINDOWS
-@group(0) @binding(#{3 + w}) var<uniform> a#{w}: array<vec4<f32>, 4096>; // rows of [M, K], or of [K, M] in TN
+@group(0) @binding(#{2 + w}) var<uniform> a#{w}: array<vec4<f32>, 4096>; // rows of [K, M]
+@group(0) @binding(#{2 + WINDOWS + w}) var<uniform> b#{w}: array<vec4<f32>, 4096>; // rows of [K, N]
 #end
 
 @compute @workgroup_size(#{THREADS})
 fn by_column(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-#import columns_start
-#unroll w in 0..WINDOWS
-    let before#{w} = params.a_offset + ((params.before_low >> #{8 * w}u) & 0xffu);
-#end
-#ifdef TN
+    // The last block begins before its first row where M ends inside, or reads what is beyond a short row in vain.
     let first_row = group.y * #{ROWS}u;
-    let row_step = 8u;
-#ifdef VEC
-    // The last block begins before its first row where M ends inside: a thread's elements lie at fixed distances.
-    let row = min(first_row, params.m - #{ROWS}u);
-#else
-    let row = first_row;
-#unroll i in 0..ROWS
-    let a_row#{i} = min(row + #{i}u, params.m - 1u);
-#end
-#endif
+    let row = min(first_row, max((params.m + 3u) / 4u * 4u, #{ROWS}u) - #{ROWS}u);
+#import columns_start
 #unroll w in 0..WINDOWS
     {
         let first = min(#{w}u * params.window, params.k);
         let count = min(params.window, params.k - first);
+        let a_at = params.a_offset + ((params.before_low >> #{8 * w}u) & 0xffu) + row;
+        let b_at = params.b_offset + ((params.before_high >> #{8 * w}u) & 0xffu) + col;
         for (var k = 0u; k < count; k++) {
-            let b_from = (first + k) * b_step;
+            let b_row = b_at + k * params.ldb;
 #unroll j in 0..COLS
-            let y#{j} = load_b(b_at#{j} + b_from);
+            let y#{j} = b#{w}[(b_row + #{j * THREADS}u) / 4u][(b_row + #{j * THREADS}u) % 4u];
 #end
-#ifdef VEC
-            let quad = (before#{w} + row + k * params.lda) / 4u;
+            let quad = (a_at + k * params.lda) / 4u;
 #unroll q in 0..ROWS/4
             let x#{q} = a#{w}[quad + #{q}u];
 #end
@@ -74,88 +63,45 @@ fn by_column(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
             c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
 #end
 #end
-#else
-#unroll i in 0..ROWS
-            let at#{i} = before#{w} + a_row#{i} + k * params.lda;
-            let x#{i} = a#{w}[at#{i} / 4u][at#{i} % 4u];
-#unroll j in 0..COLS
-            c#{i}_#{j} = fma(x#{i}, y#{j}, c#{i}_#{j});
-#end
-#end
-#endif
         }
     }
 #end
-#else
-    let row = group.y * #{ROWS / WINDOWS}u;
-    let first_row = row;
-    let row_step = params.window;
-    // A window that begins past the end has the last row.
-#unroll w in 0..WINDOWS
-    let first#{w} = min(#{w}u * params.window, params.m - 1u);
-    let last#{w} = min(params.window, params.m - first#{w}) - 1u;
-#unroll i in 0..ROWS/WINDOWS
-    let a#{w}_#{i} = before#{w} + min(row + #{i}u, last#{w}) * params.lda;
-#end
-#end
-#ifdef VEC
-#unroll w in 0..WINDOWS
-#unroll i in 0..ROWS/WINDOWS
-    let quad#{w}_#{i} = a#{w}_#{i} / 4u;
-#end
-#end
-    for (var quad = 0u; quad < params.k / 4u; quad++) {
-#unroll w in 0..WINDOWS
-#unroll i in 0..ROWS/WINDOWS
-        let x#{w * (ROWS / WINDOWS) + i} = a#{w}[quad#{w}_#{i} + quad];
-#end
-#end
-#unroll s in 0..4
-        let b_from#{s} = (4u * quad + #{s}u) * b_step;
-#unroll j in 0..COLS
-        let y#{s}_#{j} = load_b(b_at#{j} + b_from#{s});
-#end
-#unroll i in 0..ROWS
-#unroll j in 0..COLS
-        c#{i}_#{j} = fma(x#{i}[#{s}], y#{s}_#{j}, c#{i}_#{j});
-#end
-#end
-#end
-    }
-#else
-    for (var k = 0u; k < params.k; k++) {
-#unroll j in 0..COLS
-        let y#{j} = load_b(b_at#{j} + k * b_step);
-#end
-#unroll w in 0..WINDOWS
-#unroll i in 0..ROWS/WINDOWS
-        let at#{w}_#{i} = a#{w}_#{i} + k;
-        let x#{w}_#{i} = a#{w}[at#{w}_#{i} / 4u][at#{w}_#{i} % 4u];
-#unroll j in 0..COLS
-        c#{w * (ROWS / WINDOWS) + i}_#{j} = fma(x#{w}_#{i}, y#{j}, c#{w * (ROWS / WINDOWS) + i}_#{j});
-#end
-#end
-#end
-    }
-#endif
-#endif
 #import columns_write
 }
 
 #kernel by_column_staged
-// The same where workgroup memory is cheaper still, from Mesa 26 on: A is staged there, `window` columns at a time.
-@group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
-#import columns
-@group(0) @binding(3) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
+// The same where workgroup memory is cheaper than uniforms, from Mesa 26 on: A is staged there, `window` columns at a
+// time, and B read from storage.
+#import storage_operands
 
 var<workgroup> staged: array<f32, #{DEPTH * ROWS}>; // [window, ROWS], with window DEPTH at most
+
+fn load_b(at: u32) -> f32 {
+#ifdef PACKED
+    return widen_one(b[at / 2u], at);
+#else
+    return b[at];
+#endif
+}
 
 @compute @workgroup_size(#{THREADS})
 fn by_column_staged(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{ROWS}u;
     let first_row = row;
-    let row_step = 8u;
 #import columns_start
+    // A thread's columns of B, from an element of which the next one along K is b_step away.
+#ifdef NT
+    let b_step = 1u;
+    let b_at0 = params.b_offset + col * params.ldb;
+#unroll j in 1..COLS
+    let b_at#{j} = b_at#{j - 1} + #{THREADS}u * params.ldb;
+#end
+#else
+    let b_step = params.ldb;
+#unroll j in 0..COLS
+    let b_at#{j} = params.b_offset + col + #{j * THREADS}u;
+#end
+#endif
     // DEPTH comes as a parameter: a loop whose length compilers know is unrolled, and then slower by a half.
     for (var depth = 0u; depth < params.k; depth += params.window) {
         let count = min(params.window, params.k - depth);

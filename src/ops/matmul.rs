@@ -17,6 +17,8 @@ mod bench;
 mod blocks;
 mod host;
 
+use host::choose_staged;
+
 pub(super) use blocks::block;
 
 use super::{Case, Comparison, Cost, Op, Random, Shapes, cooperative, nf4_matmul, testing::wide};
@@ -131,8 +133,6 @@ struct Region {
 struct Call<'a> {
     layout: Layout,
     a: &'a Tensor,
-    /// A has K along its rows, as in TN.
-    a_by_k: bool,
     /// Where A is a part of the whole: its first row and column there, as regions count them.
     a_first: [usize; 2],
     b: &'a Tensor,
@@ -170,17 +170,7 @@ fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
 
 impl<'a> Call<'a> {
     fn new(layout: Layout, a: &'a Tensor, b: &'a Tensor, c: &'a Tensor, epilogue: Epilogue<'a>) -> Self {
-        Self {
-            layout,
-            a,
-            a_by_k: layout == Layout::Tn,
-            a_first: [0, 0],
-            b,
-            b_first: [0, 0],
-            c,
-            epilogue,
-            rounded: false,
-        }
+        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounded: false }
     }
 
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
@@ -192,13 +182,13 @@ impl<'a> Call<'a> {
         let cut = if bytes(region.m, self.c) > most && length(region.m) > 64 {
             region.cut_m(halved(region.m))
         } else if bytes(a_rows, self.a) > most && length(a_rows) > 64 {
-            if self.a_by_k { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
+            if self.layout == Layout::Tn { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
         } else if gpu.is_cpu() && self.layout == Layout::Nt && self.wants_lanes(region) {
             return self.by_lanes(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
-        } else if gpu.is_cpu() {
-            return if self.wants_blocks(region) { self.by_blocks(region) } else { self.by_columns(region) };
+        } else if gpu.wants_uniforms() {
+            return self.by_blocks(region);
         } else {
             return self.launch(region);
         };
@@ -207,7 +197,10 @@ impl<'a> Call<'a> {
 
     /// The ranges of A's and B's rows that a region needs.
     fn operand_rows(&self, region: Region) -> ((usize, usize), (usize, usize)) {
-        (if self.a_by_k { region.k } else { region.m }, if self.layout == Layout::Nt { region.n } else { region.k })
+        (
+            if self.layout == Layout::Tn { region.k } else { region.m },
+            if self.layout == Layout::Nt { region.n } else { region.k },
+        )
     }
 
     fn launch(&self, region: Region) {
@@ -238,12 +231,16 @@ impl<'a> Call<'a> {
             u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
             epilogue.alpha.unwrap_or(1.0).to_bits(),
             0,
-            0,
+            host::STAGED_DEPTH as u32,
         ];
         let bindings = [a_binding, b_binding, bias_binding, c_binding];
         let product = cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params };
         if self.rounded && product.launched() {
             return;
+        }
+        if c.gpu().is_cpu() {
+            let (kernel, groups) = choose_staged(layout, b.dtype(), m, n);
+            return c.gpu().dispatch(&kernel, &bindings, &params, groups);
         }
         let (kernel, groups) = choose(layout, b.dtype(), m, n);
         c.gpu().dispatch(kernel, &bindings, &params, groups);

@@ -104,7 +104,7 @@ impl Call<'_> {
         let (summed, summed_most, other, other_most) =
             if layout == Layout::Nt { (k, tile, n, rows) } else { (n, rows, k, tile) };
         for [first, count] in parts(summed, summed_most) {
-            let a = matmul::block(a, (0, a.rows()), (first, first + count), false);
+            let a = matmul::block(a, (0, a.rows()), (first, first + count), [a.rows(), count], false);
             let begins = first == 0;
             let epilogue = Epilogue {
                 bias: epilogue.bias.filter(|_| begins),

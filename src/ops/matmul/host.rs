@@ -1,14 +1,15 @@
-//! Products on host processors. Rows of A go by uniforms of 64 KiB, whose loads are cheap there, or are staged in
-//! workgroup memory where that is cheaper; a few of them meet rows of W in lanes.
+//! Products on host processors. Operands are bound as uniforms of 64 KiB, whose loads are cheap there: both with K along
+//! their rows, or rows of W in lanes where there are few rows of A or of W. Where workgroup memory is cheaper (Mesa 26), A
+//! is staged in it instead.
 
 use super::{Call, Layout, Region, length, typed};
 use crate::{
-    gpu::Binding,
+    gpu::{Binding, UNIFORM_BYTES},
     ops::uniform_rows,
-    tensor::{Dtype, Tensor},
+    tensor::{ALIGNMENT, Dtype, Tensor},
 };
 
-/// The block of C of a workgroup of `matmul.by_column` and `matmul.by_column_staged`.
+/// The block of C of a workgroup of `matmul.by_column` or `matmul.by_column_staged`.
 #[derive(Clone, Copy)]
 struct Block {
     name: &'static str,
@@ -16,23 +17,20 @@ struct Block {
     rows: usize,
     /// COLS times THREADS there.
     cols: usize,
-    /// Uniforms that A is bound as; in NT and NN each of them has [`WINDOW_ROWS`] of the block's rows.
-    windows: usize,
 }
 
 /// Blocks for most products, for narrow results, for a few rows of A.
 const BLOCKS: [Block; 3] = [
-    Block { name: "wide", rows: 32, cols: 64, windows: 4 },
-    Block { name: "narrow", rows: 32, cols: 8, windows: 4 },
-    Block { name: "few", rows: 8, cols: 64, windows: 1 },
+    Block { name: "wide", rows: 32, cols: 64 },
+    Block { name: "narrow", rows: 32, cols: 8 },
+    Block { name: "few", rows: 8, cols: 64 },
 ];
 const STAGED_BLOCKS: [Block; 3] =
     [Block { cols: 128, ..BLOCKS[0] }, Block { cols: 16, ..BLOCKS[1] }, Block { cols: 128, ..BLOCKS[2] }];
-
-/// ROWS / WINDOWS of every block.
-const WINDOW_ROWS: usize = 8;
+/// So many rows of A or of W are few.
+pub(super) const FEW: usize = 32;
 /// Columns of A that are staged at a time (DEPTH in shaders/variants).
-const STAGED_DEPTH: usize = 64;
+pub(super) const STAGED_DEPTH: usize = 64;
 
 /// The one of three blocks for a product of m x n.
 fn fitting([wide, narrow, few]: [Block; 3], m: usize, n: usize) -> Block {
@@ -45,127 +43,100 @@ fn fitting([wide, narrow, few]: [Block; 3], m: usize, n: usize) -> Block {
     }
 }
 
-/// How a block's kernel gets A.
-struct Operand<'a> {
-    bindings: Vec<Binding<'a>>,
-    /// Elements before the first, in all bindings.
-    offset: usize,
-    /// Elements more in each, a byte each.
-    before: u32,
-    /// Rows of a binding, or columns that are staged at a time.
-    window: usize,
+/// The kernel and its workgroups for a product with A staged.
+pub(super) fn choose_staged(layout: Layout, b: Dtype, m: usize, n: usize) -> (String, [u32; 3]) {
+    let block = fitting(STAGED_BLOCKS, m, n);
+    let layout = match layout {
+        Layout::Nt => "nt",
+        Layout::Nn => "nn",
+        Layout::Tn => "tn",
+    };
+    let name = format!("matmul.by_column_staged.{layout}_{}{}", block.name, typed(b, ["", "_bf16", "_f16"]));
+    (name, [n.div_ceil(block.cols) as u32, m.div_ceil(block.rows) as u32, 1])
+}
+
+/// An operand with K along its rows, and the column where a region begins in it.
+#[derive(Clone, Copy)]
+pub(super) struct ByK<'a> {
+    pub tensor: &'a Tensor,
+    /// Its row of the region's first k.
+    pub row: usize,
+    pub col: usize,
+}
+
+impl<'a> ByK<'a> {
+    /// A uniform for each window of `window` rows of `count`, and the elements before the first of each, a byte each. A
+    /// window that begins past the end has the last row, of which nothing is summed.
+    fn windows(self, window: usize, count: usize) -> ([Binding<'a>; WINDOWS], u32) {
+        let Self { tensor, row, .. } = self;
+        let windows: [_; WINDOWS] =
+            std::array::from_fn(|w| tensor.uniform((row + (w * window).min(count - 1)) * tensor.cols()));
+        (
+            windows.map(|(binding, _)| binding),
+            windows.iter().rev().fold(0, |bytes, (_, before)| bytes << 8 | *before as u32),
+        )
+    }
+}
+
+/// Whether an operand's rows can be read as they are: whole vec4s from where a region begins, and a block wide.
+pub(super) fn reads_rows(a: ByK<'_>, m: usize, n: usize) -> bool {
+    let whole = [a.tensor.cols(), a.col, m].iter().all(|x| x.is_multiple_of(4));
+    whole && m >= fitting(BLOCKS, m, n).rows
 }
 
 impl Call<'_> {
-    /// Runs a region in as many dispatches as A's uniforms want.
-    pub(super) fn by_columns(&self, region: Region) {
+    /// A region of operands with K along their rows, in as many dispatches as their uniforms want.
+    pub(super) fn by_columns(&self, region: Region, a: ByK<'_>, b: ByK<'_>) {
         if self.c.gpu().only_counts() {
             // It can be thousands of launches, none of which allocates.
             return;
         }
-        if !self.c.gpu().wants_uniforms() {
-            return self.launch_staged(region);
-        }
-        let (m, n, k) = (length(region.m), length(region.n), length(region.k));
-        // vec4 loads need rows that start at, and a fast axis that fills, whole vec4s.
-        let fast = if self.a_by_k { m } else { k };
-        let even = [self.a.cols(), self.a_start(region).1, fast].iter().all(|x| x.is_multiple_of(4));
+        let (m, n) = (length(region.m), length(region.n));
         let block = fitting(BLOCKS, m, n);
-        // With K along rows a block may begin before its place, but not before the first row of C.
-        let even = even && (!self.a_by_k || m >= block.rows);
-        let block = if even { block } else { BLOCKS[0] };
-        let fit = uniform_rows(self.a.cols(), Dtype::F32);
-        let (m_most, k_most) = if self.a_by_k {
-            (usize::MAX, fit * block.windows)
-        } else {
-            (fit / WINDOW_ROWS * WINDOW_ROWS * block.windows, usize::MAX)
+        // What is read in vain beyond a short row lies in the uniform too.
+        let fit = |cols: usize, block: usize| {
+            let slack = block.saturating_sub(cols) + ALIGNMENT;
+            (UNIFORM_BYTES as usize / 4 - slack) / cols
         };
-        for m in parts(region.m, m_most) {
-            for k in parts(region.k, k_most) {
-                self.launch_columns(Region { m, k, ..region }, block, even);
-            }
+        let most = fit(a.tensor.cols(), block.rows).min(fit(b.tensor.cols(), block.cols)) * WINDOWS;
+        for k in parts(region.k, most) {
+            let (done, count) = (k.0 - region.k.0, length(k));
+            let window = count.div_ceil(WINDOWS);
+            let [a, b] = [a, b].map(|operand| ByK { row: operand.row + done, ..operand });
+            let ((a_bindings, a_before), (b_bindings, b_before)) = (a.windows(window, count), b.windows(window, count));
+            let (c_binding, c_before) = self.c.range_from(region.m.0 * self.c.cols(), m * self.c.cols());
+            let first = k.0 == 0;
+            let bias = self.epilogue.bias.filter(|_| first).map(|bias| bias.range_from(region.n.0, n));
+            let (bias_binding, bias_before) = bias.unwrap_or((c_binding, 0));
+            let params = [
+                m as u32,
+                n as u32,
+                count as u32,
+                a.tensor.cols() as u32,
+                b.tensor.cols() as u32,
+                self.c.cols() as u32,
+                a.col as u32,
+                b.col as u32,
+                (c_before + region.n.0) as u32,
+                u32::from(bias.is_some()) | u32::from(self.epilogue.accumulate || !first) << 1,
+                self.epilogue.alpha.unwrap_or(1.0).to_bits(),
+                bias_before as u32,
+                window as u32,
+                a_before,
+                b_before,
+            ];
+            let kernel = format!("matmul.by_column.{}", block.name);
+            let bindings: Vec<_> = [c_binding, bias_binding].into_iter().chain(a_bindings).chain(b_bindings).collect();
+            let groups = [n.div_ceil(block.cols) as u32, m.div_ceil(block.rows) as u32, 1];
+            self.c.gpu().dispatch(&kernel, &bindings, &params, groups);
         }
     }
 
-    /// Row and column of A's first element in a region.
-    fn a_start(&self, region: Region) -> (usize, usize) {
-        let (rows, cols) = if self.a_by_k { (region.k, region.m) } else { (region.m, region.k) };
-        (rows.0 - self.a_first[0], cols.0 - self.a_first[1])
-    }
-
-    /// One dispatch over a region whose rows of A fit into a block's uniforms.
-    fn launch_columns(&self, region: Region, block: Block, even: bool) {
-        let (rows, (a_row, a_col)) = (length(self.operand_rows(region).0), self.a_start(region));
-        let window = rows.div_ceil(block.windows).next_multiple_of(if self.a_by_k { 1 } else { WINDOW_ROWS });
-        // A window that begins past the end has the last row, of which nothing is written or summed.
-        let windows: Vec<_> =
-            (0..block.windows).map(|w| self.a.uniform((a_row + (w * window).min(rows - 1)) * self.a.cols())).collect();
-        let operand = Operand {
-            bindings: windows.iter().map(|(binding, _)| *binding).collect(),
-            offset: a_col,
-            before: windows.iter().rev().fold(0, |bytes, (_, before)| bytes << 8 | *before as u32),
-            window,
-        };
-        let tiles = if self.a_by_k { length(region.m).div_ceil(block.rows) } else { window / WINDOW_ROWS };
-        self.launch_block(region, "by_column", (block, if even { "" } else { "_odd" }), operand, tiles);
-    }
-
-    /// One dispatch over any region, A staged in workgroup memory.
-    fn launch_staged(&self, region: Region) {
-        let block = fitting(STAGED_BLOCKS, length(region.m), length(region.n));
-        let (a_row, a_col) = self.a_start(region);
-        let count = length(self.operand_rows(region).0) * self.a.cols();
-        let (binding, before) = self.a.range_from(a_row * self.a.cols(), count);
-        let operand = Operand { bindings: vec![binding], offset: before + a_col, before: 0, window: STAGED_DEPTH };
-        self.launch_block(region, "by_column_staged", (block, ""), operand, length(region.m).div_ceil(block.rows));
-    }
-
-    fn launch_block(
-        &self,
-        region: Region,
-        kernel: &str,
-        (block, suffix): (Block, &str),
-        operand: Operand<'_>,
-        tiles: usize,
-    ) {
-        let Self { layout, a, b, b_first, c, epilogue, .. } = *self;
-        let (m, n, k) = (length(region.m), length(region.n), length(region.k));
-        let (b_rows, b_cols) = if layout == Layout::Nt { (region.n, region.k) } else { (region.k, region.n) };
-        let (b_start, b_count) = ((b_rows.0 - b_first[0]) * b.cols(), length(b_rows) * b.cols());
-        let (b_binding, b_before) =
-            if b.dtype().is_packed() { b.packed_range(b_start, b_count) } else { b.range_from(b_start, b_count) };
-        let (c_binding, c_before) = c.range_from(region.m.0 * c.cols(), m * c.cols());
-        let first = region.k.0 == 0;
-        let bias = epilogue.bias.filter(|_| first).map(|bias| bias.range_from(region.n.0, n));
-        let (bias_binding, bias_before) = bias.unwrap_or((c_binding, 0));
-        let params = [
-            m as u32,
-            n as u32,
-            k as u32,
-            a.cols() as u32,
-            b.cols() as u32,
-            c.cols() as u32,
-            operand.offset as u32,
-            (b_before + b_cols.0 - b_first[1]) as u32,
-            (c_before + region.n.0) as u32,
-            u32::from(bias.is_some()) | u32::from(epilogue.accumulate || !first) << 1,
-            epilogue.alpha.unwrap_or(1.0).to_bits(),
-            bias_before as u32,
-            operand.window as u32,
-            operand.before,
-            0,
-        ];
-        let (a_letter, b_letter) = (if self.a_by_k { 't' } else { 'n' }, if layout == Layout::Nt { 't' } else { 'n' });
-        let dtype = typed(b.dtype(), ["", "_bf16", "_f16"]);
-        let kernel = format!("matmul.{kernel}.{a_letter}{b_letter}_{}{suffix}{dtype}", block.name);
-        let bindings: Vec<_> = [c_binding, bias_binding, b_binding].into_iter().chain(operand.bindings).collect();
-        c.gpu().dispatch(&kernel, &bindings, &params, [n.div_ceil(block.cols) as u32, tiles as u32, 1]);
-    }
-
-    /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A, or W is in 16 bits.
+    /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A or of W, or W is in
+    /// 16 bits.
     pub(super) fn wants_lanes(&self, region: Region) -> bool {
         let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
-        let few = length(region.m) <= 32;
+        let few = length(region.m).min(length(region.n)) <= FEW;
         fit_a > 0 && fit_b > 0 && (few || (self.b.dtype().is_packed() && fit_a >= 8))
     }
 
@@ -243,6 +214,9 @@ impl Call<'_> {
 /// shaders/variants).
 const LANES: usize = 8;
 const LANE_WINDOWS: usize = 8;
+
+/// Uniforms of each operand in a dispatch of `matmul.by_column` (WINDOWS in shaders/variants).
+const WINDOWS: usize = 4;
 
 /// A range in equal parts of at most `most`, cut at multiples of 16: two threads then have as many workgroups each.
 fn parts((from, to): (usize, usize), most: usize) -> impl Iterator<Item = (usize, usize)> {
