@@ -5,13 +5,13 @@ mod common;
 
 use std::{collections::BTreeMap, sync::Mutex};
 
-use common::{golden, open_gpu};
+use common::golden;
 use serde_json::json;
 use wgpu_llava::{
     autograd::{Checkpointing, Checkpoints, Tape, functions},
     data::IMAGE_TOKEN_INDEX,
     formats::model_folder::ModelFolder,
-    gpu::Gpu,
+    gpu::{AdapterOptions, Gpu},
     models::{
         batch::PackedBatch,
         clip::ClipVision,
@@ -33,6 +33,11 @@ const TOLERANCE: f64 = 0.05;
 
 /// One at a time: peaks of a device are counted for all who use it.
 static ALONE: Mutex<()> = Mutex::new(());
+
+/// A device whose products need no copies of their operands, as those on older software Vulkan do.
+fn open_gpu() -> Gpu {
+    Gpu::open(&AdapterOptions { fast_storage: true, ..Default::default() }).expect("an adapter")
+}
 
 fn decoder(changes: serde_json::Value) -> LlamaConfig {
     let mut json = json!({ "model_type": "llama", "rms_norm_eps": 1e-5 });

@@ -2,7 +2,8 @@
 //!
 //! A pass holds what its layers keep, all of them at once, and what is at work beside that: the head with a chunk of
 //! logits, or one layer on its way back. The peak is `layers * kept_per_layer + max(head, working_set)`, in bytes, each
-//! tensor in whole units of the device's pool. `tests/memory.rs` measures it.
+//! tensor in whole units of the device's pool. `tests/memory.rs` measures it. Copies that products make of their operands on
+//! older software Vulkan are not in it (`train::estimate` counts them).
 
 use super::config::{ClipVisionConfig, LlamaConfig, LlavaConfig, ProjectorType};
 use crate::{
