@@ -1,9 +1,5 @@
-// The operands of a product in storage. VEC: A in vec4s. PACKED: B in 16 bits.
-#ifdef VEC
-@group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
-#else
+// The operands of a product in storage. PACKED: B in 16 bits.
 @group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
-#endif
 #ifdef PACKED
 #import packed
 @group(0) @binding(1) var<storage, read_write> b: array<u32>; // [K, N], or [N, K] in NT, packed

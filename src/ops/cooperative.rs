@@ -13,7 +13,6 @@ use half::f16;
 
 use super::{
     Case, Comparison, Cost, Op, Random, Shapes,
-    case::{floats, random},
     matmul::{self, Epilogue, Layout},
     roof,
     testing::wide,
@@ -240,37 +239,22 @@ fn overflow(layout: Layout, dtype: Dtype, gpu: &Gpu, side: u32) -> Result<Compar
     Ok(Comparison::new("what is finite", finite, want, 0.0))
 }
 
-fn cost_of(dtype: Dtype, [m, n, k]: [usize; 3]) -> Cost {
-    Cost { flops: (2 * m * n * k) as u64, bytes: (4 * (m * k + m * n) + dtype.bytes() * n * k) as u64 }
-}
-
 /// The linears of a decoder, as `matmul` has them; on the device's own matrices whatever the device is.
 fn cases(layout: Layout, dtype: Dtype, shapes: &Shapes) -> Vec<Case> {
     let Shapes { tokens, hidden, intermediate, .. } = *shapes;
-    let all = [("q_proj", hidden, hidden), ("up_proj", intermediate, hidden), ("down_proj", hidden, intermediate)];
-    let case = |(pass, n, k): (&'static str, usize, usize)| {
-        let (a, b, c) = match layout {
-            Layout::Nt => ([tokens, k], [n, k], [tokens, n]),
-            Layout::Nn => ([tokens, n], [n, k], [tokens, k]),
-            Layout::Tn => ([tokens, n], [tokens, k], [n, k]),
-        };
-        let summed = if layout == Layout::Nt { k } else { a[usize::from(layout == Layout::Nn)] };
-        let shape = format!("{}x{} by {}x{}", a[0], a[1], b[0], b[1]);
-        let outline = Case::of(pass, shape, cost_of(dtype, [c[0], c[1], summed]));
-        outline.limited_by(|_| roof::COOPERATIVE).run(move |gpu| {
-            let (a, b) = (floats(gpu, &a), random(gpu, dtype, &b));
-            move || {
-                let c = Tensor::empty(a.gpu(), &c);
-                whole(layout, (&a, &b, &c), Epilogue::default(), |product| {
-                    if let Some(side) = product.gpu.cooperative_side() {
-                        product.launch(product.kernel(side));
-                    }
-                });
-                c
+    let run = move |a: &Tensor, b: &Tensor| {
+        let (m, n, _) = matmul::sizes(layout, a, b);
+        let c = Tensor::empty(a.gpu(), &[m, n]);
+        whole(layout, (a, b, &c), Epilogue::default(), |product| {
+            if let Some(side) = product.gpu.cooperative_side() {
+                product.launch(product.kernel(side));
             }
-        })
+        });
+        c
     };
-    all.into_iter().map(case).collect()
+    [("q_proj", hidden, hidden), ("up_proj", intermediate, hidden), ("down_proj", hidden, intermediate)]
+        .map(|(pass, n, k)| matmul::bench::case((layout, dtype), (pass, [tokens, n, k]), |_| roof::COOPERATIVE, run))
+        .into()
 }
 
 const fn op(
@@ -285,30 +269,30 @@ const fn op(
 pub const NT: Op = op(
     "cooperative.nt",
     |gpu, n| check(Layout::Nt, Dtype::F32, gpu, n),
-    |n| cost_of(Dtype::F32, [n, n + 2, n + 1]),
+    |n| matmul::cost(Dtype::F32, n),
     |shapes| cases(Layout::Nt, Dtype::F32, shapes),
 );
 pub const NN: Op = op(
     "cooperative.nn",
     |gpu, n| check(Layout::Nn, Dtype::F32, gpu, n),
-    |n| cost_of(Dtype::F32, [n, n + 2, n + 1]),
+    |n| matmul::cost(Dtype::F32, n),
     |shapes| cases(Layout::Nn, Dtype::F32, shapes),
 );
 pub const TN: Op = op(
     "cooperative.tn",
     |gpu, n| check(Layout::Tn, Dtype::F32, gpu, n),
-    |n| cost_of(Dtype::F32, [n, n + 2, n + 1]),
+    |n| matmul::cost(Dtype::F32, n),
     |shapes| cases(Layout::Tn, Dtype::F32, shapes),
 );
 pub const NT_F16: Op = op(
     "cooperative.nt_f16",
     |gpu, n| check(Layout::Nt, Dtype::F16, gpu, n),
-    |n| cost_of(Dtype::F16, [n, n + 2, n + 1]),
+    |n| matmul::cost(Dtype::F16, n),
     |shapes| cases(Layout::Nt, Dtype::F16, shapes),
 );
 pub const NN_F16: Op = op(
     "cooperative.nn_f16",
     |gpu, n| check(Layout::Nn, Dtype::F16, gpu, n),
-    |n| cost_of(Dtype::F16, [n, n + 2, n + 1]),
+    |n| matmul::cost(Dtype::F16, n),
     |shapes| cases(Layout::Nn, Dtype::F16, shapes),
 );

@@ -13,7 +13,7 @@
 //! take A by uniforms or staged (`host.rs`, copied beforehand: `blocks.rs`), and a few rows of A go to a kernel that
 //! reads W once.
 
-mod bench;
+pub(super) mod bench;
 mod blocks;
 mod host;
 
@@ -60,7 +60,7 @@ pub fn product_with(layout: Layout, a: &Tensor, b: &Tensor, epilogue: Epilogue<'
 }
 
 /// M, N, K.
-fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, usize) {
+pub(super) fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, usize) {
     let (m, k) = if layout == Layout::Tn { (a.cols(), a.rows()) } else { (a.rows(), a.cols()) };
     let (n, bk) = if layout == Layout::Nt { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
     assert_eq!(k, bk, "{layout:?} product of {a:?} and {b:?}");
@@ -323,15 +323,10 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
     Ok(out)
 }
 
-fn cost(n: usize) -> Cost {
-    let [m, n, k] = [n, n + 2, n + 1].map(|x| x as u64);
-    Cost { flops: 2 * m * n * k, bytes: 4 * (m * k + n * k + m * n) }
-}
-
-/// Less B's bytes than [`cost`].
-fn packed_cost(n: usize) -> Cost {
-    let Cost { flops, bytes } = cost(n);
-    Cost { flops, bytes: bytes - 2 * ((n + 2) * (n + 1)) as u64 }
+/// Of the first product of a check, with B of a type.
+pub(super) fn cost(dtype: Dtype, n: usize) -> Cost {
+    let [m, n, k] = [n, n + 2, n + 1];
+    Cost { flops: (2 * m * n * k) as u64, bytes: (4 * (m * k + m * n) + dtype.bytes() * n * k) as u64 }
 }
 
 const fn op(
@@ -343,33 +338,45 @@ const fn op(
     Op { name, check, cost, cases }
 }
 
-pub const NT: Op =
-    op("matmul.nt", |gpu, n| check(Layout::Nt, Dtype::F32, gpu, n), cost, |s| bench::cases(Layout::Nt, Dtype::F32, s));
-pub const NN: Op =
-    op("matmul.nn", |gpu, n| check(Layout::Nn, Dtype::F32, gpu, n), cost, |s| bench::cases(Layout::Nn, Dtype::F32, s));
-pub const TN: Op =
-    op("matmul.tn", |gpu, n| check(Layout::Tn, Dtype::F32, gpu, n), cost, |s| bench::cases(Layout::Tn, Dtype::F32, s));
+pub const NT: Op = op(
+    "matmul.nt",
+    |gpu, n| check(Layout::Nt, Dtype::F32, gpu, n),
+    |n| cost(Dtype::F32, n),
+    |s| bench::cases(Layout::Nt, Dtype::F32, s),
+);
+pub const NN: Op = op(
+    "matmul.nn",
+    |gpu, n| check(Layout::Nn, Dtype::F32, gpu, n),
+    |n| cost(Dtype::F32, n),
+    |s| bench::cases(Layout::Nn, Dtype::F32, s),
+);
+pub const TN: Op = op(
+    "matmul.tn",
+    |gpu, n| check(Layout::Tn, Dtype::F32, gpu, n),
+    |n| cost(Dtype::F32, n),
+    |s| bench::cases(Layout::Tn, Dtype::F32, s),
+);
 pub const NT_BF16: Op = op(
     "matmul.nt_bf16",
     |gpu, n| check(Layout::Nt, Dtype::Bf16, gpu, n),
-    packed_cost,
+    |n| cost(Dtype::Bf16, n),
     |s| bench::cases(Layout::Nt, Dtype::Bf16, s),
 );
 pub const NT_F16: Op = op(
     "matmul.nt_f16",
     |gpu, n| check(Layout::Nt, Dtype::F16, gpu, n),
-    packed_cost,
+    |n| cost(Dtype::F16, n),
     |s| bench::cases(Layout::Nt, Dtype::F16, s),
 );
 pub const NN_BF16: Op = op(
     "matmul.nn_bf16",
     |gpu, n| check(Layout::Nn, Dtype::Bf16, gpu, n),
-    packed_cost,
+    |n| cost(Dtype::Bf16, n),
     |s| bench::cases(Layout::Nn, Dtype::Bf16, s),
 );
 pub const NN_F16: Op = op(
     "matmul.nn_f16",
     |gpu, n| check(Layout::Nn, Dtype::F16, gpu, n),
-    packed_cost,
+    |n| cost(Dtype::F16, n),
     |s| bench::cases(Layout::Nn, Dtype::F16, s),
 );

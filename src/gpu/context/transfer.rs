@@ -72,8 +72,7 @@ impl Gpu {
         to: (&wgpu::Buffer, u64),
         size: u64,
     ) {
-        stream.pass = None;
-        let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+        let encoder = outside_passes(device, stream);
         encoder.copy_buffer_to_buffer(from.0, from.1, to.0, to.1, size);
         stream.recorded += 1;
     }
@@ -88,8 +87,7 @@ impl Gpu {
     pub fn clear(&self, buffer: &Buffer, offset: u64, size: u64) {
         let Some(Device { device, .. }) = &self.inner.device else { return };
         let stream = &mut *self.stream();
-        stream.pass = None;
-        let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+        let encoder = outside_passes(device, stream);
         encoder.clear_buffer(buffer.raw(), offset, Some(size));
         stream.recorded += 1;
     }
@@ -162,4 +160,10 @@ impl Gpu {
         bytes.truncate(size as usize);
         Ok(bytes)
     }
+}
+
+/// The stream's encoder, behind its last pass.
+fn outside_passes<'s>(device: &wgpu::Device, stream: &'s mut Stream) -> &'s mut wgpu::CommandEncoder {
+    stream.pass = None;
+    stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()))
 }

@@ -2,12 +2,13 @@
 
 use super::{Layout, product};
 use crate::{
+    gpu::Gpu,
     ops::{
         Case, Cost, Shapes,
         case::{floats, random},
         cooperative, roof,
     },
-    tensor::Dtype,
+    tensor::{Dtype, Tensor},
 };
 
 /// The products of a layout with B of a type. `m` are rows of activations, `n` and `k` a weight's rows and columns.
@@ -23,10 +24,24 @@ pub fn cases(layout: Layout, dtype: Dtype, shapes: &Shapes) -> Vec<Case> {
     if layout == Layout::Nt {
         all.push(("up_proj, decode", 1, intermediate, hidden));
     }
-    all.into_iter().map(|(pass, m, n, k)| case(layout, dtype, pass, [m, n, k])).collect()
+    let roof: Arithmetic = match dtype {
+        Dtype::F16 => |gpu| if cooperative::serves(gpu) { roof::COOPERATIVE } else { roof::FMA },
+        _ => |_| roof::FMA,
+    };
+    let case = |(pass, m, n, k)| case((layout, dtype), (pass, [m, n, k]), roof, move |a, b| product(layout, a, b));
+    all.into_iter().map(case).collect()
 }
 
-fn case(layout: Layout, dtype: Dtype, pass: &'static str, [m, n, k]: [usize; 3]) -> Case {
+/// The roof of a case's arithmetic on a device.
+type Arithmetic = fn(&Gpu) -> &'static str;
+
+/// A product by `run`, for a weight of n x k and m rows of activations.
+pub fn case(
+    (layout, dtype): (Layout, Dtype),
+    (pass, [m, n, k]): (&'static str, [usize; 3]),
+    roof: Arithmetic,
+    run: impl Fn(&Tensor, &Tensor) -> Tensor + Copy + 'static,
+) -> Case {
     let (a, b) = match layout {
         Layout::Nt => ([m, k], [n, k]),
         Layout::Nn => ([m, n], [n, k]),
@@ -35,14 +50,8 @@ fn case(layout: Layout, dtype: Dtype, pass: &'static str, [m, n, k]: [usize; 3])
     let out = m * n + n * k + m * k - a[0] * a[1] - b[0] * b[1];
     let bytes = 4 * (a[0] * a[1] + out) + dtype.bytes() * b[0] * b[1];
     let cost = Cost { flops: (2 * m * n * k) as u64, bytes: bytes as u64 };
-    let outline = Case::of(pass, format!("{}x{} by {}x{}", a[0], a[1], b[0], b[1]), cost);
-    let outline = if dtype == Dtype::F16 {
-        outline.limited_by(|gpu| if cooperative::serves(gpu) { roof::COOPERATIVE } else { roof::FMA })
-    } else {
-        outline
-    };
-    outline.run(move |gpu| {
+    Case::of(pass, format!("{}x{} by {}x{}", a[0], a[1], b[0], b[1]), cost).limited_by(roof).run(move |gpu| {
         let (a, b) = (floats(gpu, &a), random(gpu, dtype, &b));
-        move || product(layout, &a, &b)
+        move || run(&a, &b)
     })
 }
