@@ -56,6 +56,12 @@ impl Drop for Buffer {
     }
 }
 
+/// What buffers may be used for.
+pub(super) const USAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
+    .union(wgpu::BufferUsages::UNIFORM)
+    .union(wgpu::BufferUsages::COPY_SRC)
+    .union(wgpu::BufferUsages::COPY_DST);
+
 /// Requests are counted in units of this many bytes.
 pub const UNIT: u64 = 256;
 /// Free buffers may lie about up to this many bytes, or a 16th of what comes and goes.
@@ -182,9 +188,14 @@ impl Pool {
         self.shelf().clear();
     }
 
-    /// A buffer of at least `size` bytes, whose content is unspecified; without a device it is only counted. `let_go` must
-    /// forget the buffers of these ids before it is made.
-    pub fn take(self: &Arc<Self>, device: Option<&wgpu::Device>, size: u64, let_go: impl FnOnce(&[u64])) -> Buffer {
+    /// A buffer of at least `size` bytes, whose content is unspecified. One that is not free is asked of `make`, which gives
+    /// none where there is no device: then it is only counted. `let_go` must forget the buffers of these ids before.
+    pub fn take(
+        self: &Arc<Self>,
+        size: u64,
+        make: impl FnOnce(u64) -> Option<wgpu::Buffer>,
+        let_go: impl FnOnce(&[u64]),
+    ) -> Buffer {
         let needed = size.max(1).next_multiple_of(UNIT);
         let size = rounded(size);
         let buffer = |memory, id, size| {
@@ -205,17 +216,7 @@ impl Pool {
             drop(gone);
             let_go(&ids);
         }
-        let memory = device.map_or(Memory::Counted, |device| {
-            Memory::Device(device.create_buffer(&wgpu::BufferDescriptor {
-                label: None,
-                size: size + self.padding,
-                usage: wgpu::BufferUsages::STORAGE
-                    | wgpu::BufferUsages::UNIFORM
-                    | wgpu::BufferUsages::COPY_SRC
-                    | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            }))
-        });
+        let memory = make(size + self.padding).map_or(Memory::Counted, Memory::Device);
         buffer(memory, self.next_id.fetch_add(1, Ordering::Relaxed), size)
     }
 }

@@ -15,9 +15,10 @@ use super::{
     account::{Account, Holdings},
     adapter::{self, AdapterFacts, AdapterOptions},
     ahead::{Ahead, Launches},
-    buffer::{Buffer, Pool, UNIT},
+    buffer::{Buffer, Pool, UNIT, USAGE},
     capture::Capture,
     download::Downloads,
+    in_place::{self, Arriving},
     kernel::{Kernels, MAX_PARAMS},
     staging::Staging,
     timing::Marks,
@@ -290,14 +291,35 @@ impl Gpu {
     /// A buffer of at least `size` bytes with unspecified content. A request that the device cannot fulfil
     /// is told at the next [`Gpu::read`] or [`Gpu::sync`].
     pub fn buffer(&self, size: u64) -> Buffer {
+        self.take(size, create)
+    }
+
+    /// A buffer of at least `size` bytes, whose content follows. As [`Gpu::buffer`].
+    pub fn arriving(&self, size: u64) -> Arriving {
+        let mut place = None;
+        let in_place = self.inner.facts.kind == adapter::SOFTWARE && size >= in_place::LEAST_BYTES;
+        let buffer =
+            self.take(size, |device, size| match in_place.then(|| in_place::make(device, size, USAGE)).flatten() {
+                Some((buffer, found)) => {
+                    place = Some(found);
+                    buffer
+                }
+                None => create(device, size),
+            });
+        // A refused size has a buffer that is smaller.
+        Arriving::new(self, buffer, place.filter(|place| place.bytes() as u64 >= size))
+    }
+
+    fn take(&self, size: u64, make: impl FnOnce(&wgpu::Device, u64) -> wgpu::Buffer) -> Buffer {
         let device = self.inner.device.as_ref().map(|device| &device.device);
         let limit = self.inner.facts.limits.max_buffer_size;
+        let make = |size| device.map(|device| make(device, size));
         if size > limit {
             let text = format!("a buffer of {size} bytes is over this device's limit of {limit}");
             self.failure().get_or_insert(text);
-            return self.inner.pool.take(device, if device.is_some() { UNIT } else { size }, |_| ());
+            return self.inner.pool.take(if device.is_some() { UNIT } else { size }, make, |_| ());
         }
-        self.inner.pool.take(device, size, |gone| {
+        self.inner.pool.take(size, make, |gone| {
             // Their memory is free once nothing names them and the device has done what it was told.
             let Some(device) = device else { return };
             let gone: HashSet<u64> = gone.iter().copied().collect();
@@ -512,4 +534,8 @@ impl Drop for Accounting {
     fn drop(&mut self) {
         self.gpu.inner.pool.ledger().current = self.before;
     }
+}
+
+fn create(device: &wgpu::Device, size: u64) -> wgpu::Buffer {
+    device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage: USAGE, mapped_at_creation: false })
 }

@@ -5,6 +5,7 @@
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
 //! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `ahead.rs` (the same, early), `staging.rs` (large writes),
+//! `in_place.rs` (writes without it),
 //! `download.rs` (what goes to the host and comes back), `timing.rs` (how long it takes), `wgsl.rs` (the preprocessor).
 
 mod account;
@@ -14,6 +15,7 @@ mod buffer;
 mod capture;
 mod context;
 mod download;
+mod in_place;
 mod kernel;
 mod staging;
 mod timing;
@@ -25,6 +27,7 @@ pub use ahead::Launches;
 pub use buffer::{Buffer, UNIT};
 pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
 pub use download::Download;
+pub use in_place::Arriving;
 pub use kernel::{expand_shader, shader_variants};
 pub use staging::STAGING_BYTES;
 pub use timing::{Clock, Effort, Elapsed, Samples};

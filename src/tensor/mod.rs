@@ -76,7 +76,7 @@ impl Tensor {
 
     /// A tensor whose content follows, in pieces of any size.
     pub fn upload(gpu: &Gpu, dtype: Dtype, shape: &[usize]) -> Upload {
-        Upload::new(Self::empty_of(gpu, dtype, shape))
+        Upload::new(gpu, dtype, shape)
     }
 
     /// Replaces the content of an f32 tensor.
