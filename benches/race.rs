@@ -233,7 +233,11 @@ fn main() {
         println!("{ratio:.2} times the fastest rival, by medians");
     }
     if let Some(path) = out {
-        let data = json!({"device": others.device_name, "size": n, "rounds": rounds, "racers": rows, "ratio": ratio});
+        let words: Vec<_> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+        // Where files lie is the machine's own affair.
+        let words: Vec<_> = words.iter().filter_map(|word| word.rsplit('/').next()).collect();
+        let command = format!("cargo bench --bench race -- {}", words.join(" "));
+        let data = json!({"command": command, "commit": option_env!("WGPU_LLAVA_COMMIT"), "device": others.device_name, "size": n, "rounds": rounds, "racers": rows, "ratio": ratio});
         fs::write(&path, format!("{data:#}\n")).unwrap_or_else(|error| fail(format!("{path}: {error}")));
     }
 }

@@ -133,11 +133,12 @@ impl Call<'_> {
     }
 
     /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A or of W, or W is in
-    /// 16 bits.
+    /// 16 bits where operands are best taken as uniforms.
     pub(super) fn wants_lanes(&self, region: Region) -> bool {
         let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
         let few = length(region.m).min(length(region.n)) <= FEW;
-        fit_a > 0 && fit_b > 0 && (few || (self.b.dtype().is_packed() && fit_a >= 8))
+        let packed = self.b.dtype().is_packed() && self.c.gpu().wants_uniforms();
+        fit_a > 0 && fit_b > 0 && (few || (packed && fit_a >= 8))
     }
 
     /// NT: rows of W are spread over lanes, as many as fit into LANE_WINDOWS uniforms a dispatch.
