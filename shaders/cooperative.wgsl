@@ -20,6 +20,8 @@ struct Params {
     c_offset: u32,
     flags: u32, // ADD_BIAS, ACCUMULATE
     alpha: f32,
+    bias_offset: u32, // unused
+    window: u32, // what a part of K has
 }
 #params
 
@@ -33,7 +35,8 @@ var<workgroup> most: array<atomic<u32>, 4>; // one is used; whole vec4s keep wha
 // A workgroup owns ROWS x COLS of C and stages DEPTH of what is summed of both operands, in rows padded by 8 (against
 // bank conflicts; columns begin at multiples of 16 bytes). A subgroup computes a unit of it, UNIT_ROWS x UNIT_COLS, in
 // matrices of SIDE x SIDE. There is a text for the usual number of lanes, but any number works: subgroups without a
-// unit only help to stage, and where there are fewer subgroups than units, all is done again for the rest.
+// unit only help to stage, and where there are fewer subgroups than units, all is done again for the rest. K may be summed in
+// parts, as by matmul.tiled.
 #ifdef VEC
 @group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
 #else
@@ -142,6 +145,8 @@ fn product(
 ) {
     let row = group.y * #{ROWS}u;
     let col = group.x * #{COLS}u;
+    let k_first = group.z * params.window;
+    let c_first = params.c_offset + group.z * params.m * params.ldc;
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
     for (var at = local; at < CELLS; at += #{THREADS}u) {
         results[at] = 0.0;
@@ -188,7 +193,7 @@ fn product(
         let a_k#{s} = a_at#{s} % #{DEPTH / 4}u * 4u;
         let a_to#{s} = a_row#{s} * A_STRIDE + a_k#{s};
 #endif
-        var x#{s} = load_a(row + a_row#{s}, a_k#{s});
+        var x#{s} = load_a(row + a_row#{s}, k_first + a_k#{s});
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
         let b_at#{s} = local + #{s * THREADS}u;
@@ -201,9 +206,9 @@ fn product(
         let b_k#{s} = b_at#{s} / #{COLS / 4}u;
         let b_to#{s} = b_k#{s} * B_STRIDE + b_col#{s};
 #endif
-        var y#{s} = load_b(b_k#{s}, col + b_col#{s});
+        var y#{s} = load_b(k_first + b_k#{s}, col + b_col#{s});
 #end
-        for (var depth = 0u; depth < params.k; depth += DEPTH) {
+        for (var depth = k_first; depth < min(k_first + params.window, params.k); depth += DEPTH) {
 #unroll s in 0..ROWS*DEPTH/4/THREADS
             let a_half#{s} = vec4<f16>(x#{s} * scale);
 #unroll i in 0..4
@@ -268,7 +273,7 @@ fn product(
                 if ((params.flags & ADD_BIAS) != 0u) {
                     shift = bias[at_col];
                 }
-                let to = params.c_offset + at_row * params.ldc + at_col;
+                let to = c_first + at_row * params.ldc + at_col;
                 var value = fma(params.alpha, results[at] * unscale, shift);
                 if ((params.flags & ACCUMULATE) != 0u) {
                     value += c[to];

@@ -16,7 +16,7 @@ struct Params {
     flags: u32, // ADD_BIAS, ACCUMULATE
     alpha: f32,
     bias_offset: u32,
-    window: u32, // rows in one uniform; columns of A staged at a time
+    window: u32, // rows in one uniform; columns of A staged at a time; tiled: what a part of K has
     before_low: u32, // a byte for each uniform (by_column: of A), how many elements precede its first row
     before_high: u32, // more of them (by_column: those of B)
 }
@@ -243,7 +243,8 @@ fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
 
 #kernel tiled
 // For GPUs: a workgroup owns a TILE x TILE part of C and stages DEPTH columns of both operands, k-major and padded
-// by 4 words (against bank conflicts of the transposing store); a thread owns BLOCK x BLOCK of C.
+// by 4 words (against bank conflicts of the transposing store); a thread owns BLOCK x BLOCK of C. K may be summed in parts
+// (src/ops/matmul/split.rs): then C is [parts, M, N].
 #import storage_operands
 #import tile
 
@@ -285,7 +286,9 @@ fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_inde
     var c#{i}_#{j} = vec4<f32>(0.0);
 #end
 #end
-    for (var depth = 0u; depth < params.k; depth += #{DEPTH}u) {
+    let k_first = group.z * params.window;
+    let c_first = params.c_offset + group.z * params.m * params.ldc;
+    for (var depth = k_first; depth < min(k_first + params.window, params.k); depth += #{DEPTH}u) {
         for (var at = local; at < #{DEPTH * TILE / 4}u; at += THREADS) {
             // Neighbouring threads read neighbouring addresses: along K where K runs fastest, else along the tile.
 #ifdef TN
@@ -314,6 +317,33 @@ fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_inde
         workgroupBarrier();
     }
 #import tile_write
+}
+
+#kernel sum_parts
+// C = alpha * (the sum of K's parts, in order) (+ bias) (+ C). k: how many parts there are.
+@group(0) @binding(0) var<storage, read_write> parts: array<f32>; // [k, M, N]
+@group(0) @binding(1) var<storage, read_write> bias: array<f32>; // [N]
+@group(0) @binding(2) var<storage, read_write> c: array<f32>; // [M, N], rows of ldc
+
+@compute @workgroup_size(64)
+fn sum_parts(@builtin(global_invocation_id) id: vec3<u32>) {
+    if (id.x >= params.n) {
+        return;
+    }
+    let size = params.m * params.n;
+    var sum = 0.0;
+    for (var part = 0u; part < params.k; part++) {
+        sum += parts[part * size + id.y * params.n + id.x];
+    }
+    var value = params.alpha * sum;
+    if ((params.flags & ADD_BIAS) != 0u) {
+        value += bias[id.x];
+    }
+    let at = params.c_offset + id.y * params.ldc + id.x;
+    if ((params.flags & ACCUMULATE) != 0u) {
+        value += c[at];
+    }
+    c[at] = value;
 }
 
 #kernel rows

@@ -186,6 +186,7 @@ fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_inde
 #import tile_product
         workgroupBarrier();
     }
+    let c_first = params.c_offset;
 #import tile_write
 }
 

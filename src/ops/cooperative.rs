@@ -13,7 +13,7 @@ use half::f16;
 
 use super::{
     Case, Comparison, Cost, Op, Random, Shapes,
-    matmul::{self, Epilogue, Layout},
+    matmul::{self, Epilogue, Layout, split},
     roof,
     testing::wide,
 };
@@ -44,7 +44,7 @@ const LARGE_TILES: usize = 128;
 /// Workgroups of `cooperative.largest` (PARTS in the shader).
 const PARTS: usize = 256;
 
-/// A product on bound storage, by the parameters of `matmul`'s kernels, of which the first eleven are these kernels' too:
+/// A product on bound storage, by the parameters of `matmul`'s kernels, of which the first thirteen are these kernels' too:
 /// m, n, k, lda, ldb, ldc, a_offset, b_offset, ..
 pub(super) struct Product<'a> {
     pub gpu: &'a Gpu,
@@ -104,18 +104,18 @@ impl Product<'_> {
         let tile = if kernel.large { 128 } else { 64 };
         let groups = [n.div_ceil(tile) as u32, m.div_ceil(tile) as u32, 1];
         let name = kernel.name(layout, self.b);
-        let params = &params[..11];
+        let params = &params[..13];
         if layout == Layout::Nt {
-            return gpu.dispatch(&name, &bindings, params, groups);
+            return split::launch(gpu, &name, &bindings, params, groups);
         }
         let largest = Tensor::empty(gpu, &[PARTS]);
         // All of the rows that are bound, though it may be some columns of them that are multiplied.
         let rows = if layout == Layout::Tn { k } else { m };
-        let mut of_a = [0; 11];
+        let mut of_a = [0; 13];
         of_a[0] = (rows * params[3] as usize) as u32;
         gpu.dispatch("cooperative.largest", &[bindings[0], largest.binding()], &of_a, [PARTS as u32, 1, 1]);
         let [a, b, bias, c] = bindings;
-        gpu.dispatch(&name, &[a, b, bias, c, largest.binding()], params, groups);
+        split::launch(gpu, &name, &[a, b, bias, c, largest.binding()], params, groups);
     }
 }
 
@@ -164,7 +164,7 @@ fn whole(
     let k = if layout == Layout::Tn { a.rows() } else { a.cols() };
     let flags = u32::from(epilogue.bias.is_some()) | u32::from(epilogue.accumulate) << 1;
     let sizes = [c.rows(), c.cols(), k, a.cols(), b.cols(), c.cols()].map(|size| size as u32);
-    let rest = [0, 0, 0, flags, epilogue.alpha.unwrap_or(1.0).to_bits()];
+    let rest = [0, 0, 0, flags, epilogue.alpha.unwrap_or(1.0).to_bits(), 0, 0];
     let params = [&sizes[..], &rest].concat();
     let bindings = [a_binding, b_binding, bias, c_binding];
     run(&Product { gpu: a.gpu(), layout, b: b.dtype(), bindings, params: &params });
@@ -184,9 +184,11 @@ fn scale_of(values: &[f32]) -> f64 {
 fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
     let (even, long) = (n.next_multiple_of(8), n + 131);
-    // Odd and whole vectors, a row, a column, little to sum, each side beyond a tile; gradients small and large.
+    // Odd and whole vectors, a row, a column, little to sum, each side beyond a tile, so much to sum that it is cut into
+    // parts; gradients small and large.
     let shapes = [[n, n + 2, n + 1], [even, even + 8, even], [1, n, even], [n, 1, 3], [long, 34, n], [34, long, even]];
-    for (turn, [m, n, k]) in shapes.into_iter().enumerate() {
+    let shapes = shapes.into_iter().chain([[n, n + 2, 2051], [even, 8, even + 2056]]);
+    for (turn, [m, n, k]) in shapes.enumerate() {
         let mut random = Random::new((m * 31 + n * 7 + k) as u64);
         let size = if layout == Layout::Nt { 1.0 } else { [1.0, 1e-12, 1e9][turn % 3] };
         let a: Vec<f32> = random.values(m * k).iter().map(|x| x * size).collect();

@@ -11,11 +11,12 @@
 //!
 //! Which kernel runs is chosen per adapter and shape: GPUs stage tiles of both operands in workgroup memory, host processors
 //! take A by uniforms or staged (`host.rs`, copied beforehand: `blocks.rs`), and a few rows of A go to a kernel that
-//! reads W once.
+//! reads W once. Few tiles with much to sum are split (`split.rs`).
 
 pub(super) mod bench;
 mod blocks;
 mod host;
+pub(super) mod split;
 
 use host::choose_staged;
 
@@ -243,7 +244,10 @@ impl<'a> Call<'a> {
             return c.gpu().dispatch(&kernel, &bindings, &params, groups);
         }
         let (kernel, groups) = choose(layout, b.dtype(), m, n);
-        c.gpu().dispatch(kernel, &bindings, &params, groups);
+        if kernel.starts_with("matmul.rows") {
+            return c.gpu().dispatch(kernel, &bindings, &params, groups);
+        }
+        split::launch(c.gpu(), kernel, &bindings, &params, groups);
     }
 }
 
