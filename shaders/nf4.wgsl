@@ -41,10 +41,19 @@ fn factors(
 #import nf4
 @group(0) @binding(0) var<storage, read_write> x: array<u32>; // eight codes to a word
 @group(0) @binding(1) var<storage, read_write> factors: array<f32>; // [blocks]
+#ifdef TO_F16
+#import narrow
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<u32>>; // [count], packed f16
+
+fn halves(low: f32, high: f32) -> u32 {
+    return narrow(bitcast<u32>(low)) | narrow(bitcast<u32>(high)) << 16u;
+}
+#else
 #ifdef VEC
 @group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [count]
 #else
 @group(0) @binding(2) var<storage, read_write> y: array<f32>; // [count]
+#endif
 #endif
 
 @compute @workgroup_size(64)
@@ -62,9 +71,17 @@ fn dequantize(
     let word = x[params.x_offset / 8u + i];
 #ifdef VEC
     let factor = factors[(params.factor_offset + first) / BLOCK_OF_CODES];
+#ifdef TO_F16
+    var words: vec4<u32>;
+#unroll w in 0..4
+    words[#{w}] = halves(factor * value_of(code_at(word, #{2 * w}u)), factor * value_of(code_at(word, #{2 * w + 1}u)));
+#end
+    y[(params.y_offset + first) / 8u] = words;
+#else
     let to = (params.y_offset + first) / 4u;
     y[to] = factor * vec4<f32>(value_of((word >> 4u) & 15u), value_of(word & 15u), value_of((word >> 12u) & 15u), value_of((word >> 8u) & 15u));
     y[to + 1u] = factor * vec4<f32>(value_of((word >> 20u) & 15u), value_of((word >> 16u) & 15u), value_of(word >> 28u), value_of((word >> 24u) & 15u));
+#endif
 #else
     // A word lies in one block.
     let factor = factors[(params.factor_offset - skipped + first) / BLOCK_OF_CODES];

@@ -15,8 +15,9 @@ use wgpu_llava::{
     ops::{
         Random,
         cast::{self, cast},
-        elementwise,
+        elementwise, nf4,
     },
+    quant::QuantType,
     tensor::{Dtype, Tensor},
 };
 
@@ -196,6 +197,7 @@ fn linear(gpu: &Gpu, weight: &Tensor, tokens: usize, adapter: Adapter) -> Vec<Ve
         b: trains(&[n, rank]),
         scale: 0.5,
         dropout: Some(DropoutKey { probability: 0.25, seed: 3, stream: 1, step: 2 }),
+        in_f16: weight.may_round(),
     });
     let dora = DoraWeights { magnitude: trains(&[n]), norm: Tensor::from_f32(gpu, &vec![1.5; n], &[n]) };
     let y = match (&lora, adapter) {
@@ -236,6 +238,31 @@ fn linear_layers_on_packed_weights_are_those_on_widened_ones() {
                         assert_close(&what, got, want, if tokens > 4 && !device.is_cpu() { 0.0 } else { 1e-6 });
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn layers_of_a_run_in_f16_round_what_they_multiply_where_matrices_cooperate() {
+    let device = Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).unwrap();
+    if device.cooperative_side().is_none() {
+        eprintln!("skipped: this device has no cooperative matrices");
+        return;
+    }
+    let [n, k] = [130, 64];
+    let values = Random::new(3).values(n * k);
+    let half = Tensor::from_bytes(&device, Dtype::F16, &Dtype::F16.narrow(&values), &[n, k]);
+    let codes = nf4::quantized(&device, QuantType::Nf4, true, &values, &[n, k]).unwrap();
+    let wide = |weight: &Tensor| Tensor::from_f32(&device, &weight.to_vec().unwrap(), &[n, k]);
+    for (weight, wide) in [(half.clone(), wide(&half)), (codes.clone().multiplied_in_f16(), wide(&codes))] {
+        for (adapter, outputs) in [(Adapter::None, 2), (Adapter::Lora(16), 4), (Adapter::Dora(16), 5)] {
+            let [got, want] = [&weight, &wide].map(|weight| linear(&device, weight, 70, adapter));
+            for (what, (got, want)) in
+                ["y", "dx", "dA", "dB", "dmagnitude"][..outputs].iter().zip(got.iter().zip(&want))
+            {
+                assert_close(&format!("{what} of {weight:?}, {adapter:?}"), got, want, 2e-3);
+                assert!(got != want, "{what} of {weight:?}, {adapter:?}: nothing is rounded");
             }
         }
     }

@@ -7,10 +7,10 @@ use crate::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
         cross_entropy, dora, dropout, elementwise, embedding, layer_norm,
-        matmul::{Epilogue, Layout, product, product_in_f16, product_into, product_with},
+        matmul::{Epilogue, Layout, product, product_into, product_with},
         patch_embed, rms_norm, rope,
     },
-    tensor::{Dtype, Tensor},
+    tensor::Tensor,
 };
 
 /// y = x W^T + b with x [T, K], W [N, K], b [N].
@@ -38,8 +38,8 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
 
 /// dW += dY^T X: of a weight in f16 in that type, as the layer's other products are.
 fn add_weight_gradient(weight: &Weight, dy: &Tensor, x: &Tensor, dweight: &Tensor) {
-    let add = if weight.value.dtype() == Dtype::F16 { product_in_f16 } else { product_into };
-    add(Layout::Tn, dy, x, dweight, ADD);
+    let epilogue = Epilogue { in_f16: weight.value.may_round(), ..ADD };
+    product_into(Layout::Tn, dy, x, dweight, epilogue);
 }
 
 pub use dropout::Key as DropoutKey;
@@ -53,6 +53,8 @@ pub struct LoraWeights {
     pub b: Weight,
     pub scale: f32,
     pub dropout: Option<DropoutKey>,
+    /// Its products may round what they multiply to f16, as those of the weight beside it may.
+    pub in_f16: bool,
 }
 
 /// The lengths [N] that an adapted weight's rows have, and those that they are given.
@@ -75,32 +77,52 @@ impl LoraWeights {
 
     /// u = input A^T [T, R], which is all that the backward needs of the input.
     fn shrunk(&self, input: &Tensor) -> Tensor {
-        product(Layout::Nt, input, &self.a.value)
+        product_with(Layout::Nt, input, &self.a.value, self.epilogue())
+    }
+
+    fn epilogue(&self) -> Epilogue<'static> {
+        Epilogue { in_f16: self.in_f16, ..Default::default() }
+    }
+
+    fn add(&self) -> Epilogue<'static> {
+        Epilogue { accumulate: true, ..self.epilogue() }
+    }
+
+    fn add_scaled(&self) -> Epilogue<'static> {
+        Epilogue { alpha: Some(self.scale), ..self.add() }
     }
 
     /// y += scale * u B^T.
     fn add_grown(&self, u: &Tensor, y: &Tensor) {
-        let add_scaled = Epilogue { alpha: Some(self.scale), bias: None, accumulate: true };
-        product_into(Layout::Nt, u, &self.b.value, y, add_scaled);
+        product_into(Layout::Nt, u, &self.b.value, y, self.add_scaled());
     }
 
     /// Adds the gradients of A and B for dY, that of [`LoraWeights::add_grown`]'s y; x before dropout, whose mask is
     /// drawn again. Gives dU [T, R].
     fn backward(&self, x: &Tensor, u: &Tensor, dy: &Tensor) -> Tensor {
         if let Some(db) = &self.b.grad {
-            let add_scaled = Epilogue { alpha: Some(self.scale), bias: None, accumulate: true };
-            product_into(Layout::Tn, dy, u, db, add_scaled);
+            product_into(Layout::Tn, dy, u, db, self.add_scaled());
         }
-        let du =
-            product_with(Layout::Nn, dy, &self.b.value, Epilogue { alpha: Some(self.scale), ..Default::default() });
+        let scaled = Epilogue { alpha: Some(self.scale), ..self.epilogue() };
+        let du = product_with(Layout::Nn, dy, &self.b.value, scaled);
         if let Some(da) = &self.a.grad {
-            product_into(Layout::Tn, &du, &self.dropped(x), da, ADD);
+            product_into(Layout::Tn, &du, &self.dropped(x), da, self.add());
         }
         du
     }
+
+    /// What dU passes on to the input: dX = dU A.
+    fn passed(&self, du: &Tensor) -> Tensor {
+        product_with(Layout::Nn, du, &self.a.value, self.epilogue())
+    }
+
+    /// dX += dU A.
+    fn add_passed(&self, du: &Tensor, dx: &Tensor) {
+        product_into(Layout::Nn, du, &self.a.value, dx, self.add());
+    }
 }
 
-const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true };
+const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true, in_f16: false };
 
 /// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
 /// dX is (dY B) A, never dY (B A).
@@ -127,11 +149,11 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         // What is read no more is freed before what takes as much is made.
         drop(x);
         if node.wants_gradient() {
-            let through = lora.drops().map(|key| (product(Layout::Nn, &du, &lora.a.value), key));
+            let through = lora.drops().map(|key| (lora.passed(&du), key));
             let dx = product(Layout::Nn, dy, &weight.value);
             match through {
                 Some((through, key)) => dropout::add_to(&through, key, &dx),
-                None => product_into(Layout::Nn, &du, &lora.a.value, &dx, ADD),
+                None => lora.add_passed(&du, &dx),
             }
             gradients.add(node, dx);
         }
@@ -176,7 +198,7 @@ pub fn linear_dora(
         if x.wants_gradient() {
             let through = product(Layout::Nn, &dz, &weight.value);
             drop(dz);
-            product_into(Layout::Nn, &du, &lora.a.value, &through, ADD);
+            lora.add_passed(&du, &through);
             gradients.add(
                 &x,
                 match lora.drops() {

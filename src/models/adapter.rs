@@ -156,7 +156,7 @@ pub fn fold(model: &mut Llava) -> Result<()> {
             let Some(lora) = linear.lora.take() else { continue };
             let value = |id: Id| &parameters.get(id).value;
             let merged = dora::weight_rows(parameters, linear.weight, 0, value(linear.weight).rows());
-            let epilogue = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
+            let epilogue = Epilogue { alpha: Some(lora.scale), accumulate: true, ..Default::default() };
             product_into(Layout::Nn, value(lora.b), value(lora.a), &merged, epilogue);
             if let Some(dora) = &lora.dora {
                 scale_rows(&merged, value(dora.magnitude), &dora.norm);

@@ -67,7 +67,7 @@ fn write_norm(parameters: &Parameters, weight: Id, lora: &Lora, norm: &Tensor, b
     for first in (0..n).step_by(step) {
         let rows = step.min(n - first);
         let adapted = weight_rows(parameters, weight, first, rows);
-        let add_scaled = Epilogue { alpha: Some(lora.scale), bias: None, accumulate: true };
+        let add_scaled = Epilogue { alpha: Some(lora.scale), accumulate: true, ..Default::default() };
         product_into(Layout::Nn, &value(lora.b).row_part(first, rows), value(lora.a), &adapted, add_scaled);
         row_norms(&adapted, &norm.part(first, &[rows]));
     }

@@ -109,13 +109,13 @@ impl<'a, 'b> Loader<'a, 'b> {
             return Ok(self.counted(name, &shape, &stored));
         }
         let tensor = if let Some(packed) = stored.packed().filter(|_| self.loading.keeps_packed(name, &shape)) {
-            Tensor::from_codes(self.gpu, packed.kind, &shape, packed.codes, &packed.factors())
+            self.for_precision(Tensor::from_codes(self.gpu, packed.kind, &shape, packed.codes, &packed.factors()), from)
         } else if let Some(Quantization { kind, double, .. }) = self.loading.quantization(name, &shape) {
             let mut upload = nf4::Upload::new(self.gpu, from, kind, double, &shape);
             for rows in stored.row_chunks(PIECE) {
                 upload.push(&stored.bytes(rows)?);
             }
-            upload.finish()?
+            self.for_precision(upload.finish()?, from)
         } else {
             let to = self.loading.dtype(name, &shape, from);
             let mut upload = cast::Upload::new(self.gpu, from, to, &shape);
@@ -129,14 +129,24 @@ impl<'a, 'b> Loader<'a, 'b> {
         Ok(tensor)
     }
 
+    /// A weight in four bits, for products in f16 where it would be kept in that otherwise.
+    fn for_precision(&self, weight: Tensor, stored: Dtype) -> Tensor {
+        match self.loading.precision.unwrap_or(stored) {
+            Dtype::F16 => weight.multiplied_in_f16(),
+            _ => weight,
+        }
+    }
+
     /// A tensor of the memory that the stored one would take, on a device that only counts.
     fn counted(&self, name: &str, shape: &[usize], stored: &StoredTensor) -> Tensor {
-        if let Some(packed) = stored.packed().filter(|_| self.loading.keeps_packed(name, shape)) {
-            return Tensor::empty_quantized(self.gpu, packed.kind, packed.is_nested(), shape);
-        }
         let from = of_file(stored.dtype());
+        if let Some(packed) = stored.packed().filter(|_| self.loading.keeps_packed(name, shape)) {
+            return self.for_precision(Tensor::empty_quantized(self.gpu, packed.kind, packed.is_nested(), shape), from);
+        }
         match self.loading.quantization(name, shape) {
-            Some(Quantization { kind, double, .. }) => Tensor::empty_quantized(self.gpu, kind, double, shape),
+            Some(Quantization { kind, double, .. }) => {
+                self.for_precision(Tensor::empty_quantized(self.gpu, kind, double, shape), from)
+            }
             None => Tensor::empty_of(self.gpu, self.loading.dtype(name, shape, from), shape),
         }
     }

@@ -2,7 +2,7 @@
 //! WMMA, Apple's simdgroup matrices. Layouts and epilogues as in `matmul.rs`, which comes here.
 //!
 //! Operands are rounded to f16 on their way through workgroup memory, sums are f32. So these kernels run where that is
-//! what a run asked for: beside a weight in f16, or where a caller says so (`matmul::product_in_f16`).
+//! what a run asked for: beside a weight in f16, or where a caller says so (`Epilogue::in_f16`).
 //!
 //! The left side of NT is an activation. Its values beyond f16's range, 65504, become infinite, as they do in a model
 //! that PyTorch runs in float16; what comes of them in training is seen by loss scaling. The left side of NN and TN is
@@ -59,6 +59,11 @@ pub(super) struct Product<'a> {
 /// Whether products whose operands may be rounded come here at all.
 pub fn serves(gpu: &Gpu) -> bool {
     !gpu.is_cpu() && gpu.cooperative_side().is_some()
+}
+
+/// The roof of products whose operands may be rounded.
+pub(super) fn roof_in_f16(gpu: &Gpu) -> &'static str {
+    if serves(gpu) { roof::COOPERATIVE } else { roof::FMA }
 }
 
 impl Product<'_> {
@@ -171,12 +176,12 @@ fn whole(
 }
 
 /// f16, of values that are divided again by what they are multiplied with first.
-fn rounded(values: &[f32], scale: f64) -> Vec<f64> {
+pub(super) fn rounded(values: &[f32], scale: f64) -> Vec<f64> {
     values.iter().map(|&x| f16::from_f64(f64::from(x) * scale).to_f64() / scale).collect()
 }
 
 /// The power of two that brings the largest value to 2^14 and beyond.
-fn scale_of(values: &[f32]) -> f64 {
+pub(super) fn scale_of(values: &[f32]) -> f64 {
     let largest = values.iter().fold(0f32, |most, x| most.max(x.abs()));
     2f64.powi(14 - f64::from(largest).log2().floor() as i32)
 }
@@ -201,8 +206,8 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         let alpha = 0.5 / size;
         let want = plain.iter().enumerate().map(|(at, x)| 1.5 * f64::from(alpha) * x + f64::from(bias[at % n]));
         let want: Vec<f64> = want.collect();
-        let first = Epilogue { alpha: Some(alpha), bias: Some(&tbias), accumulate: false };
-        let second = Epilogue { alpha: Some(alpha / 2.0), bias: None, accumulate: true };
+        let first = Epilogue { alpha: Some(alpha), bias: Some(&tbias), in_f16: true, ..Default::default() };
+        let second = Epilogue { alpha: Some(alpha / 2.0), accumulate: true, in_f16: true, ..Default::default() };
         let tolerance = 2e-6 * (k as f64).sqrt().max(2.0);
         let c = Tensor::empty(gpu, &[m, n]);
         let mut kernels = Vec::new();
@@ -217,8 +222,8 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         }
         // As products come here.
         if serves(gpu) && gpu.cooperative_side().is_some_and(|side| m.min(n) >= side as usize) {
-            matmul::product_in_f16(layout, &ta, &tb, &c, first);
-            matmul::product_in_f16(layout, &ta, &tb, &c, second);
+            matmul::product_into(layout, &ta, &tb, &c, first);
+            matmul::product_into(layout, &ta, &tb, &c, second);
             out.push(Comparison::new("the same as chosen", c.to_vec()?, want, tolerance));
         }
     }

@@ -36,7 +36,7 @@ pub enum Layout {
     Tn,
 }
 
-/// What happens to a product on its way out.
+/// What happens to a product on its way.
 #[derive(Clone, Copy, Default)]
 pub struct Epilogue<'a> {
     /// Scales the product; `None` is 1.
@@ -45,6 +45,9 @@ pub struct Epilogue<'a> {
     pub bias: Option<&'a Tensor>,
     /// Add to what C holds.
     pub accumulate: bool,
+    /// On its way in: operands may be rounded to f16 where that is faster (`cooperative.rs`), as beside a weight that says
+    /// so by itself ([`Tensor::may_round`]).
+    pub in_f16: bool,
 }
 
 /// `op(A) op(B)` in a new tensor [M, N].
@@ -70,16 +73,6 @@ pub(super) fn sizes(layout: Layout, a: &Tensor, b: &Tensor) -> (usize, usize, us
 
 /// Writes (or adds) the product into C [M, N].
 pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
-    product_rounded(layout, a, b, c, epilogue, b.dtype() == Dtype::F16);
-}
-
-/// As [`product_into`], of operands that may be rounded to f16, as by itself those beside a weight in f16 may
-/// (`cooperative.rs`).
-pub fn product_in_f16(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
-    product_rounded(layout, a, b, c, epilogue, b.dtype() != Dtype::Bf16);
-}
-
-fn product_rounded(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue: Epilogue<'_>, rounded: bool) {
     let (m, n, k) = sizes(layout, a, b);
     assert_eq!((c.rows(), c.cols()), (m, n), "{layout:?} product of {a:?} and {b:?} into {c:?}");
     a.gpu().add_flops(2 * (m * n * k) as u64);
@@ -92,8 +85,7 @@ fn product_rounded(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue:
     if m == 0 || n == 0 {
         return;
     }
-    let call = Call { rounded, ..Call::new(layout, a, b, c, epilogue) };
-    call.run(Region { m: (0, m), n: (0, n), k: (0, k) });
+    Call::new(layout, a, b, c, epilogue).run(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
 /// Writes or adds the product of A [M, K] and B [K, n] to columns of C [M, ..], from `first` on.
@@ -171,7 +163,8 @@ fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
 
 impl<'a> Call<'a> {
     fn new(layout: Layout, a: &'a Tensor, b: &'a Tensor, c: &'a Tensor, epilogue: Epilogue<'a>) -> Self {
-        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounded: false }
+        let rounded = (epilogue.in_f16 || b.may_round()) && b.dtype() != Dtype::Bf16;
+        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounded }
     }
 
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
@@ -313,8 +306,8 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
         let b = dtype.widen(&b);
         let (bias, tbias) = random.tensor(gpu, &[n]);
-        let c = product_with(layout, &ta, &tb, Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false });
-        product_into(layout, &ta, &tb, &c, Epilogue { alpha: Some(0.25), bias: None, accumulate: true });
+        let c = product_with(layout, &ta, &tb, Epilogue { alpha: Some(0.5), bias: Some(&tbias), ..Default::default() });
+        product_into(layout, &ta, &tb, &c, Epilogue { alpha: Some(0.25), accumulate: true, ..Default::default() });
         let plain = reference(layout, &wide(&a), &wide(&b), [m, n, k]);
         let want = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % n])).collect();
         out.push(Comparison::new(

@@ -59,8 +59,8 @@ pub fn factors(x: &Tensor) -> Tensor {
 /// Elements that begin both a binding of codes and one of factors.
 pub(super) const ALIGNED: usize = tensor::ALIGNMENT * BLOCK;
 
-/// Writes `count` elements of a quantised x, from `x_start` on, to the f32 tensor y from `y_start` on. `factors` are
-/// [`factors`] of x.
+/// Writes `count` elements of a quantised x, from `x_start` on, to the f32 tensor y from `y_start` on; or to one in f16,
+/// rounded, where all of these are multiples of 8. `factors` are [`factors`] of x.
 pub fn dequantize_into(x: &Tensor, factors: &Tensor, x_start: usize, y: &Tensor, y_start: usize, count: usize) {
     assert!(x_start + count <= x.len() && y_start + count <= y.len(), "{count} elements of {x:?} into {y:?}");
     let (gpu, kind, words) = (x.gpu(), kind_of(x), x.words());
@@ -71,11 +71,15 @@ pub fn dequantize_into(x: &Tensor, factors: &Tensor, x_start: usize, y: &Tensor,
         let before = start % ALIGNED;
         let codes = words.range((start - before) / 8, (before + count).div_ceil(8));
         let blocks = factors.range((start - before) / BLOCK, (before + count).div_ceil(BLOCK));
-        let (to, y_offset) = y.range_from(y_start + first, count);
+        let in_f16 = y.dtype() == Dtype::F16;
+        let (to, y_offset) =
+            if in_f16 { y.packed_range(y_start + first, count) } else { y.range_from(y_start + first, count) };
         // Whole vectors: the padding behind a tensor takes what an odd end has too much, but a neighbour must not.
         let ends = count.is_multiple_of(8);
         let even = before.is_multiple_of(8) && y_offset.is_multiple_of(4) && ends;
+        assert!(even && y_offset.is_multiple_of(8) || !in_f16, "{count} elements of {x:?} into {y:?}");
         let kernel = match even {
+            true if in_f16 => of(kind, ["nf4.dequantize.nf4_to_f16", "nf4.dequantize.fp4_to_f16"]),
             true => of(kind, ["nf4.dequantize.nf4_vec", "nf4.dequantize.fp4_vec"]),
             false => of(kind, ["nf4.dequantize.nf4", "nf4.dequantize.fp4"]),
         };

@@ -6,12 +6,16 @@
 //! the left side; the second decodes once, and writes and reads W in f32.
 //!
 //! Where rows of W are no whole words (K is no multiple of 8), only the second one serves.
+//!
+//! A run in f16 has the scratch in f16, where the device has cooperative matrices: the dense product then runs on those.
 
 use super::{
     Case, Comparison, Cost, Op, Random, Shapes,
     case::floats,
+    cooperative,
     matmul::{self, Epilogue, Layout},
     nf4::{self, ALIGNED, awkward, kind_of, of},
+    roof,
     testing::wide,
     uniform_rows,
 };
@@ -25,6 +29,8 @@ use crate::{
 /// Up to this many rows of the left side the fused kernel of GPUs is taken: as long as decoding again, an eighth of a
 /// tile's work, costs less than passing W through memory.
 const FUSED_ROWS_GPU: usize = 256;
+/// The same where the dense product runs on cooperative matrices, which take no time beside decoding. Reasoned too.
+const FUSED_ROWS_IN_F16: usize = 16;
 /// The same for the kernel of host processors, measured (`ways_of_a_product` in tests/nf4.rs; two busy cores, Mesa 22.3):
 /// of 576 x 1536 it takes 2.5 ms for one row, 7 for four and 19 for eight, by scratch it is 6, 10 and 24; sixteen rows
 /// take 36 and 11.
@@ -44,7 +50,7 @@ pub(super) fn product_into(layout: Layout, a: &Tensor, w: &Tensor, c: &Tensor, e
     let rows = c.rows();
     match call.fused() {
         Some(Fused::Lanes) if rows <= FUSED_ROWS_CPU => call.by_lanes(),
-        Some(Fused::Tiles) if rows <= FUSED_ROWS_GPU => call.by_tiles(),
+        Some(Fused::Tiles) if rows <= if call.in_f16() { FUSED_ROWS_IN_F16 } else { FUSED_ROWS_GPU } => call.by_tiles(),
         _ => call.by_scratch(SCRATCH, TILE),
     }
 }
@@ -77,16 +83,22 @@ impl Call<'_> {
         k.is_multiple_of(8).then_some(Fused::Tiles)
     }
 
+    /// Whether W is dequantised to f16.
+    fn in_f16(&self) -> bool {
+        self.w.may_round() && cooperative::serves(self.w.gpu()) && self.w.cols().is_multiple_of(8)
+    }
+
     /// Dequantises W in parts of about `bytes` bytes, for dense products; in tiles, where these have to be smaller.
     fn by_scratch(&self, bytes: usize, tile: usize) {
         let (n, k) = (self.w.rows(), self.w.cols());
         if self.w.gpu().wants_uniforms() && n.max(k) > WIDE && k.is_multiple_of(8) {
             return self.by_scratch_tiles(tile);
         }
-        let step = (bytes / 4 / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
+        let dtype = if self.in_f16() { Dtype::F16 } else { Dtype::F32 };
+        let step = (bytes / dtype.bytes() / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
         for first in (0..n).step_by(step) {
             let rows = step.min(n - first);
-            let part = Tensor::empty(self.w.gpu(), &[rows, k]);
+            let part = Tensor::empty_of(self.w.gpu(), dtype, &[rows, k]);
             nf4::dequantize_into(self.w, &self.factors, first * k, &part, 0, rows * k);
             matmul::product_of_rows(self.layout, self.a, &part, first, self.c, self.epilogue);
         }
@@ -312,8 +324,8 @@ fn check(layout: Layout, kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Com
         let want: Vec<f64> = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % columns])).collect();
         let tolerance = 2e-6 * (sum as f64).sqrt().max(2.0);
         let (first, second) = (
-            Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false },
-            Epilogue { alpha: Some(0.25), bias: None, accumulate: true },
+            Epilogue { alpha: Some(0.5), bias: Some(&tbias), ..Default::default() },
+            Epilogue { alpha: Some(0.25), accumulate: true, ..Default::default() },
         );
         for (what, way) in
             [("as chosen", Way::Chosen), ("by scratch", Way::Parts), ("by tiles", Way::Tiles), ("fused", Way::Fused)]
@@ -324,6 +336,20 @@ fn check(layout: Layout, kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Com
             }
             out.push(Comparison::new(what, c.to_vec()?, want.clone(), tolerance));
         }
+        let w = w.multiplied_in_f16();
+        let in_f16 = Call { layout, a: &ta, w: &w, c: &ta, factors: nf4::factors(&w), epilogue: first }.in_f16();
+        let scale = if layout == Layout::Nt { 1.0 } else { cooperative::scale_of(&a) };
+        // Shorter sides than a matrix are summed in f32.
+        if in_f16 && gpu.cooperative_side().is_some_and(|side| m.min(rows).min(k) >= side as usize) {
+            let (a, w_values) = (cooperative::rounded(&a, scale), cooperative::rounded(&w.to_vec()?, 1.0));
+            let plain = matmul::reference(layout, &a, &w_values, [m, columns, sum]);
+            let want = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % columns])).collect();
+            let c = Tensor::empty(gpu, &[m, columns]);
+            for epilogue in [first, second] {
+                Way::Scratch.run(Call { layout, a: &ta, w: &w, c: &c, factors: nf4::factors(&w), epilogue });
+            }
+            out.push(Comparison::new("by scratch, in f16", c.to_vec()?, want, tolerance));
+        }
     }
     Ok(out)
 }
@@ -333,6 +359,9 @@ fn cost(n: usize) -> Cost {
     Cost { flops: 2 * m * n * k, bytes: 4 * (m * k + m * n) + n * k * 9 / 16 }
 }
 
+/// The case of a run in f16.
+const IN_F16: &str = "up_proj, in f16";
+
 /// The products of a decoder's linears with a W in four bits: all of them, or the widest alone.
 fn cases(layout: Layout, kind: QuantType, shapes: &Shapes) -> Vec<Case> {
     let Shapes { tokens, hidden, intermediate, .. } = *shapes;
@@ -340,11 +369,12 @@ fn cases(layout: Layout, kind: QuantType, shapes: &Shapes) -> Vec<Case> {
         ("q_proj", tokens, hidden, hidden),
         ("up_proj", tokens, intermediate, hidden),
         ("down_proj", tokens, hidden, intermediate),
+        (IN_F16, tokens, intermediate, hidden),
         ("up_proj, decode", 1, intermediate, hidden),
     ];
     let cut = match (layout, kind) {
         (Layout::Nt, QuantType::Nf4) => &all[..],
-        (_, QuantType::Nf4) => &all[..3],
+        (_, QuantType::Nf4) => &all[..4],
         _ => &all[1..2],
     };
     let case = |&(pass, m, n, k): &(&'static str, usize, usize, usize)| {
@@ -352,8 +382,10 @@ fn cases(layout: Layout, kind: QuantType, shapes: &Shapes) -> Vec<Case> {
         let bytes = 4 * m * (n + k) + n * k / 2 + n * k / BLOCK;
         let cost = Cost { flops: (2 * m * n * k) as u64, bytes: bytes as u64 };
         let columns = if layout == Layout::Nt { k } else { n };
-        Case::of(pass, format!("{m}x{columns} by {n}x{k}"), cost).run(move |gpu| {
+        let roof: fn(&Gpu) -> _ = if pass == IN_F16 { cooperative::roof_in_f16 } else { |_| roof::FMA };
+        Case::of(pass, format!("{m}x{columns} by {n}x{k}"), cost).limited_by(roof).run(move |gpu| {
             let (a, w) = (floats(gpu, &[m, columns]), nf4::random_quantized(gpu, kind, &[n, k]));
+            let w = if pass == IN_F16 { w.multiplied_in_f16() } else { w };
             move || matmul::product(layout, &a, &w)
         })
     };

@@ -35,6 +35,8 @@ pub struct Tensor {
     shape: Vec<usize>,
     /// Of a quantised tensor.
     scales: Option<Arc<Scales>>,
+    /// See [`Tensor::multiplied_in_f16`].
+    in_f16: bool,
 }
 
 /// Parts of an arena start at multiples of this many elements, so that they can be bound on every device.
@@ -56,6 +58,7 @@ impl Tensor {
             offset: 0,
             shape: shape.to_vec(),
             scales: None,
+            in_f16: false,
         }
     }
 
@@ -204,6 +207,17 @@ impl Tensor {
 
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
+    }
+
+    /// The weight for a run that computes in f16.
+    pub fn multiplied_in_f16(self) -> Self {
+        Self { in_f16: true, ..self }
+    }
+
+    /// Whether products with this weight may round what they multiply to f16: it is kept in that, or in four bits for a
+    /// run that computes in it.
+    pub fn may_round(&self) -> bool {
+        self.dtype == Dtype::F16 || self.in_f16
     }
 
     pub fn dtype(&self) -> Dtype {

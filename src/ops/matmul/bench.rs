@@ -25,7 +25,7 @@ pub fn cases(layout: Layout, dtype: Dtype, shapes: &Shapes) -> Vec<Case> {
         all.push(("up_proj, decode", 1, intermediate, hidden));
     }
     let roof: Arithmetic = match dtype {
-        Dtype::F16 => |gpu| if cooperative::serves(gpu) { roof::COOPERATIVE } else { roof::FMA },
+        Dtype::F16 => cooperative::roof_in_f16,
         _ => |_| roof::FMA,
     };
     let case = |(pass, m, n, k)| case((layout, dtype), (pass, [m, n, k]), roof, move |a, b| product(layout, a, b));
