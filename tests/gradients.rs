@@ -182,13 +182,7 @@ fn linear_lora_with_and_without_dropout() {
         // The same key draws the same mask, so that the function is one function.
         let key = DropoutKey { probability, seed: 5, stream: 2, step: 9 };
         let function: Function<'_> = &|tape, x, w| {
-            let lora = LoraWeights {
-                a: w[2].clone(),
-                b: w[3].clone(),
-                scale: 1.5 / rank as f32,
-                dropout: Some(key),
-                in_f16: false,
-            };
+            let lora = LoraWeights { a: w[2].clone(), b: w[3].clone(), scale: 1.5 / rank as f32, dropout: Some(key) };
             functions::linear_lora(tape, &x[0], &w[0], Some(&w[1]), &lora)
         };
         case(6, &inputs, function).check("linear_lora");
@@ -197,7 +191,7 @@ fn linear_lora_with_and_without_dropout() {
     let frozen = Random::new(7).tensor(gpu(), &[10, 12]).1;
     let inputs = [Leaf(&[11, 12]), Trained(&[3, 12]), Trained(&[10, 3])];
     case(8, &inputs, &|tape, x, w| {
-        let lora = LoraWeights { a: w[0].clone(), b: w[1].clone(), scale: 0.5, dropout: None, in_f16: false };
+        let lora = LoraWeights { a: w[0].clone(), b: w[1].clone(), scale: 0.5, dropout: None };
         functions::linear_lora(tape, &x[0], &Weight::frozen(frozen.clone()), None, &lora)
     })
     .check("linear_lora on a frozen weight");
@@ -216,7 +210,7 @@ fn linear_dora_with_and_without_dropout() {
         let key = DropoutKey { probability, seed: 5, stream: 2, step: 9 };
         let scale = 1.5 / rank as f32;
         let function = |tape: &mut Tape, x: &[Var], w: &[Weight], bias: Option<&Weight>| {
-            let lora = LoraWeights { a: w[0].clone(), b: w[1].clone(), scale, dropout: Some(key), in_f16: false };
+            let lora = LoraWeights { a: w[0].clone(), b: w[1].clone(), scale, dropout: Some(key) };
             let dora = DoraWeights { magnitude: w[2].clone(), norm: norm.clone() };
             functions::linear_dora(tape, &x[0], &frozen, bias, &lora, &dora)
         };

@@ -197,7 +197,6 @@ fn linear(gpu: &Gpu, weight: &Tensor, tokens: usize, adapter: Adapter) -> Vec<Ve
         b: trains(&[n, rank]),
         scale: 0.5,
         dropout: Some(DropoutKey { probability: 0.25, seed: 3, stream: 1, step: 2 }),
-        in_f16: weight.may_round(),
     });
     let dora = DoraWeights { magnitude: trains(&[n]), norm: Tensor::from_f32(gpu, &vec![1.5; n], &[n]) };
     let y = match (&lora, adapter) {

@@ -36,10 +36,18 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
     })
 }
 
-/// dW += dY^T X: of a weight in f16 in that type, as the layer's other products are.
+/// dW += dY^T X.
 fn add_weight_gradient(weight: &Weight, dy: &Tensor, x: &Tensor, dweight: &Tensor) {
-    let epilogue = Epilogue { in_f16: weight.value.may_round(), ..ADD };
-    product_into(Layout::Tn, dy, x, dweight, epilogue);
+    product_into(Layout::Tn, dy, x, dweight, adding_beside(weight));
+}
+
+/// For a layer's other products: they round what they multiply where those with its weight may.
+fn beside(weight: &Weight) -> Epilogue<'static> {
+    Epilogue { in_f16: weight.value.may_round(), ..Default::default() }
+}
+
+fn adding_beside(weight: &Weight) -> Epilogue<'static> {
+    Epilogue { accumulate: true, ..beside(weight) }
 }
 
 pub use dropout::Key as DropoutKey;
@@ -53,8 +61,6 @@ pub struct LoraWeights {
     pub b: Weight,
     pub scale: f32,
     pub dropout: Option<DropoutKey>,
-    /// Its products may round what they multiply to f16, as those of the weight beside it may.
-    pub in_f16: bool,
 }
 
 /// The lengths [N] that an adapted weight's rows have, and those that they are given.
@@ -76,49 +82,29 @@ impl LoraWeights {
     }
 
     /// u = input A^T [T, R], which is all that the backward needs of the input.
-    fn shrunk(&self, input: &Tensor) -> Tensor {
-        product_with(Layout::Nt, input, &self.a.value, self.epilogue())
-    }
-
-    fn epilogue(&self) -> Epilogue<'static> {
-        Epilogue { in_f16: self.in_f16, ..Default::default() }
-    }
-
-    fn add(&self) -> Epilogue<'static> {
-        Epilogue { accumulate: true, ..self.epilogue() }
-    }
-
-    fn add_scaled(&self) -> Epilogue<'static> {
-        Epilogue { alpha: Some(self.scale), ..self.add() }
+    fn shrunk(&self, input: &Tensor, weight: &Weight) -> Tensor {
+        product_with(Layout::Nt, input, &self.a.value, beside(weight))
     }
 
     /// y += scale * u B^T.
-    fn add_grown(&self, u: &Tensor, y: &Tensor) {
-        product_into(Layout::Nt, u, &self.b.value, y, self.add_scaled());
+    fn add_grown(&self, u: &Tensor, y: &Tensor, weight: &Weight) {
+        let add_scaled = Epilogue { alpha: Some(self.scale), ..adding_beside(weight) };
+        product_into(Layout::Nt, u, &self.b.value, y, add_scaled);
     }
 
     /// Adds the gradients of A and B for dY, that of [`LoraWeights::add_grown`]'s y; x before dropout, whose mask is
     /// drawn again. Gives dU [T, R].
-    fn backward(&self, x: &Tensor, u: &Tensor, dy: &Tensor) -> Tensor {
+    fn backward(&self, x: &Tensor, u: &Tensor, dy: &Tensor, weight: &Weight) -> Tensor {
         if let Some(db) = &self.b.grad {
-            product_into(Layout::Tn, dy, u, db, self.add_scaled());
+            let add_scaled = Epilogue { alpha: Some(self.scale), ..adding_beside(weight) };
+            product_into(Layout::Tn, dy, u, db, add_scaled);
         }
-        let scaled = Epilogue { alpha: Some(self.scale), ..self.epilogue() };
+        let scaled = Epilogue { alpha: Some(self.scale), ..beside(weight) };
         let du = product_with(Layout::Nn, dy, &self.b.value, scaled);
         if let Some(da) = &self.a.grad {
-            product_into(Layout::Tn, &du, &self.dropped(x), da, self.add());
+            product_into(Layout::Tn, &du, &self.dropped(x), da, adding_beside(weight));
         }
         du
-    }
-
-    /// What dU passes on to the input: dX = dU A.
-    fn passed(&self, du: &Tensor) -> Tensor {
-        product_with(Layout::Nn, du, &self.a.value, self.epilogue())
-    }
-
-    /// dX += dU A.
-    fn add_passed(&self, du: &Tensor, dx: &Tensor) {
-        product_into(Layout::Nn, du, &self.a.value, dx, self.add());
     }
 }
 
@@ -127,19 +113,19 @@ const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true, 
 /// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
 /// dX is (dY B) A, never dY (B A).
 pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>, lora: &LoraWeights) -> Var {
-    let u = lora.shrunk(&lora.dropped(&x.value));
+    let u = lora.shrunk(&lora.dropped(&x.value), weight);
     let shape = [x.value.rows(), weight.value.rows()];
     let y = tape.product(shape, x.value.gpu(), || {
         let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
         let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
-        lora.add_grown(&u, &y);
+        lora.add_grown(&u, &y, weight);
         y
     });
     let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
     let needed = x.wants_gradient() || trains;
     let (Var { value: x, node }, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     tape.record(y, needed, move |gradients, dy| {
-        let du = lora.backward(&x, &u, dy);
+        let du = lora.backward(&x, &u, dy, &weight);
         if let Some(dweight) = &weight.grad {
             add_weight_gradient(&weight, dy, &x, dweight);
         }
@@ -149,11 +135,11 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         // What is read no more is freed before what takes as much is made.
         drop(x);
         if node.wants_gradient() {
-            let through = lora.drops().map(|key| (lora.passed(&du), key));
+            let through = lora.drops().map(|key| (product_with(Layout::Nn, &du, &lora.a.value, beside(&weight)), key));
             let dx = product(Layout::Nn, dy, &weight.value);
             match through {
                 Some((through, key)) => dropout::add_to(&through, key, &dx),
-                None => lora.add_passed(&du, &dx),
+                None => product_into(Layout::Nn, &du, &lora.a.value, &dx, adding_beside(&weight)),
             }
             gradients.add(node, dx);
         }
@@ -175,8 +161,8 @@ pub fn linear_dora(
     assert!(!weight.trains(), "the backward of DoRA has no gradient for the weight under it");
     let input = lora.dropped(&x.value);
     let z = product(Layout::Nt, &input, &weight.value);
-    let u = lora.shrunk(&input);
-    lora.add_grown(&u, &z);
+    let u = lora.shrunk(&input, weight);
+    lora.add_grown(&u, &z, weight);
     drop(input);
     let y = dora::scale_columns(&z, &dora.magnitude.value, &dora.norm, bias.map(|bias| &bias.value));
     if let Some(key) = lora.drops() {
@@ -194,11 +180,11 @@ pub fn linear_dora(
             elementwise::add_rows(dy, dbias);
         }
         let dz = dora::scale_columns(dy, &dora.magnitude.value, &dora.norm, None);
-        let du = lora.backward(&x.value, &u, &dz);
+        let du = lora.backward(&x.value, &u, &dz, &weight);
         if x.wants_gradient() {
             let through = product(Layout::Nn, &dz, &weight.value);
             drop(dz);
-            lora.add_passed(&du, &through);
+            product_into(Layout::Nn, &du, &lora.a.value, &through, adding_beside(&weight));
             gradients.add(
                 &x,
                 match lora.drops() {

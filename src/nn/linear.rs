@@ -63,8 +63,8 @@ impl Linear {
             stream: lora.stream,
             step,
         });
-        let (a, b, in_f16) = (parameters.weight(lora.a), parameters.weight(lora.b), weight.value.may_round());
-        let weights = LoraWeights { a, b, scale: lora.scale, dropout, in_f16 };
+        let weights =
+            LoraWeights { a: parameters.weight(lora.a), b: parameters.weight(lora.b), scale: lora.scale, dropout };
         let Some(dora) = &lora.dora else {
             return functions::linear_lora(forward.tape, x, &weight, bias.as_ref(), &weights);
         };
