@@ -20,13 +20,12 @@ use super::{
     download::Downloads,
     in_place::{self, Arriving},
     kernel::{Kernels, MAX_PARAMS},
+    pace::{self, Pace},
     staging::Staging,
     timing::Marks,
 };
 use crate::error::{Error, ErrorKind, Result};
 
-/// Dispatches per submission: enough to hide its cost, few enough that the device starts early.
-const DISPATCHES_PER_SUBMIT: usize = 64;
 /// Bind groups kept before the cache starts afresh.
 const MAX_BIND_GROUPS: usize = 8192;
 /// Bytes of one uniform slot, where immediate data is missing: the largest offset alignment WebGPU allows.
@@ -85,6 +84,7 @@ struct Stream {
     /// Kept open across dispatches; `'static` by [`wgpu::ComputePass::forget_lifetime`].
     pass: Option<wgpu::ComputePass<'static>>,
     recorded: usize,
+    pace: Pace,
     bind_groups: HashMap<Vec<(u64, u64, u64, bool)>, wgpu::BindGroup>,
     /// Count and seconds of each kernel, when they are timed.
     profile: Option<HashMap<String, (u64, f64)>>,
@@ -441,7 +441,7 @@ impl Gpu {
                 let entry = profile.entry(name.to_string()).or_default();
                 *entry = (entry.0 + 1, entry.1 + begun.elapsed().as_secs_f64());
             }
-        } else if stream.recorded >= DISPATCHES_PER_SUBMIT {
+        } else if stream.recorded >= pace::DISPATCHES || (!self.is_cpu() && stream.pace.is_due(self.flops())) {
             self.submit(stream);
         }
     }
@@ -488,6 +488,10 @@ impl Gpu {
         let encoder = stream.encoder.take()?;
         let Device { device, queue, .. } = self.inner.device.as_ref()?;
         let submission = queue.submit([encoder.finish()]);
+        let done = stream.pace.submitted(self.flops());
+        if !self.is_cpu() {
+            queue.on_submitted_work_done(done);
+        }
         // Lets wgpu free what finished work held; it never waits.
         let _ = device.poll(wgpu::PollType::Poll);
         Some(submission)

@@ -5,7 +5,7 @@
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
 //! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `ahead.rs` (the same, early), `staging.rs` (large writes),
-//! `in_place.rs` (writes without it),
+//! `in_place.rs` (writes without it), `pace.rs` (how much at a time),
 //! `download.rs` (what goes to the host and comes back), `timing.rs` (how long it takes), `wgsl.rs` (the preprocessor).
 
 mod account;
@@ -17,6 +17,7 @@ mod context;
 mod download;
 mod in_place;
 mod kernel;
+mod pace;
 mod staging;
 mod timing;
 pub mod wgsl;

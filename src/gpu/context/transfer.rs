@@ -2,12 +2,13 @@
 
 use std::sync::mpsc;
 
-use super::{DISPATCHES_PER_SUBMIT, Device, Gpu, LARGE_WRITE, Stream};
+use super::{Device, Gpu, LARGE_WRITE, Stream};
 use crate::{
     error::Result,
     gpu::{
         buffer::Buffer,
         download::{self, Download},
+        pace,
         staging::{SLOT_BYTES, Staging},
     },
 };
@@ -39,7 +40,7 @@ impl Gpu {
         staging.unmap();
         let stream = &mut *self.stream();
         self.record_copy(device, stream, (&staging, 0), (buffer.raw(), offset), bytes.len() as u64);
-        if stream.recorded >= DISPATCHES_PER_SUBMIT {
+        if stream.recorded >= pace::DISPATCHES {
             self.submit(stream);
         }
     }
