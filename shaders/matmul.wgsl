@@ -17,8 +17,8 @@ struct Params {
     alpha: f32,
     bias_offset: u32,
     window: u32, // rows in one uniform; columns of A staged at a time
-    before_low: u32, // a byte for each uniform (by_column: of A), how many elements precede its first row
-    before_high: u32, // more of them (by_column: those of B)
+    before_low: u32, // how many elements precede the first row in each uniform of A, a byte for each; by_lane: in the first of W
+    before_high: u32, // the same of B
     // rows: rows of W_1 and W_2, and where these begin.
     n1: u32,
     n2: u32,
@@ -169,8 +169,12 @@ fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     let in_window = group.x * #{THREADS}u + local;
     let col = group.z * params.window + in_window;
     let last = min(params.window, params.n - group.z * params.window) - 1u;
-    let shift = 8u * (group.z & 3u);
-    let before = (select(params.before_low, params.before_high, group.z >= 4u) >> shift) & 0xffu;
+    // Uniforms begin at multiples of 256 bytes.
+#ifdef PACKED
+    let before = (params.before_low + group.z * params.window * params.ldb) % 128u;
+#else
+    let before = (params.before_low + group.z * params.window * params.ldb) % 64u;
+#endif
     let bj = before + min(in_window, last) * params.ldb;
 #unroll i in 0..ROWS
     let ai#{i} = params.a_offset + min(row + #{i}u, params.m - 1u) * params.lda;
