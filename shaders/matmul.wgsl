@@ -17,8 +17,13 @@ struct Params {
     alpha: f32,
     bias_offset: u32,
     window: u32, // rows in one uniform; columns of A staged at a time; tiled: what a part of K has
-    before_low: u32, // a byte for each uniform (by_column: of A), how many elements precede its first row
-    before_high: u32, // more of them (by_column: those of B)
+    before_low: u32, // how many elements precede the first row in each uniform of A, a byte for each; by_lane: in the first of W
+    before_high: u32, // the same of B
+    // rows: rows of W_1 and W_2, and where these begin.
+    n1: u32,
+    n2: u32,
+    b_offset1: u32,
+    b_offset2: u32,
 }
 #params
 
@@ -164,8 +169,12 @@ fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     let in_window = group.x * #{THREADS}u + local;
     let col = group.z * params.window + in_window;
     let last = min(params.window, params.n - group.z * params.window) - 1u;
-    let shift = 8u * (group.z & 3u);
-    let before = (select(params.before_low, params.before_high, group.z >= 4u) >> shift) & 0xffu;
+    // Uniforms begin at multiples of 256 bytes.
+#ifdef PACKED
+    let before = (params.before_low + group.z * params.window * params.ldb) % 128u;
+#else
+    let before = (params.before_low + group.z * params.window * params.ldb) % 64u;
+#endif
     let bj = before + min(in_window, last) * params.ldb;
 #unroll i in 0..ROWS
     let ai#{i} = params.a_offset + min(row + #{i}u, params.m - 1u) * params.lda;
@@ -349,62 +358,119 @@ fn sum_parts(@builtin(global_invocation_id) id: vec3<u32>) {
 #kernel rows
 // NT with few rows of A: a workgroup owns one row of W [N, K], its threads run along K, ROWS rows of A are served
 // by one pass over W. The sums meet in workgroup memory, always in the same order.
-#import storage_operands
+// Of several WEIGHTS, a workgroup owns a row of one, counted through them all, and each has its C; with two SUMS the same
+// row of both, and C = silu(A W_0^T) * (A W_1^T). Such operands are whole, and their C is written as it is.
+@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K]
+#unroll w in 0..WEIGHTS
+#ifdef PACKED
+#import packed
+@group(0) @binding(#{1 + w}) var<storage, read_write> b#{w}: array<u32>; // [N_w, K], packed
+#else
+@group(0) @binding(#{1 + w}) var<storage, read_write> b#{w}: array<f32>; // [N_w, K]
+#endif
+#end
+#if WEIGHTS == 1
+@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
+@group(0) @binding(3) var<storage, read_write> c0: array<f32>; // [M, N]
+#else
+#unroll w in 0..WEIGHTS - SUMS + 1
+@group(0) @binding(#{1 + WEIGHTS + w}) var<storage, read_write> c#{w}: array<f32>; // [M, N_w]
+#end
+#endif
 
-var<workgroup> partial: array<vec4<f32>, #{THREADS}>;
+var<workgroup> partial: array<vec4<f32>, #{SUMS * THREADS}>;
 
 @compute @workgroup_size(#{THREADS})
 fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{ROWS}u;
-    let col = group.x + group.z * 32768u;
     let last_row = params.m - 1u;
-    let weight = params.b_offset + min(col, params.n - 1u) * params.ldb;
-    var sum = vec4<f32>(0.0);
-#ifdef PACKED
-    // Word by word, of which the first and the last may be half a neighbour's.
-    let skipped = weight & 1u;
-    let words = (params.k + skipped + 1u) / 2u;
-    for (var at = local; at < words; at += #{THREADS}u) {
-        let w = widen(b[weight / 2u + at]);
-        let k = 2u * at - skipped; // wraps where the first half is a neighbour's
-        if (k < params.k) {
-#unroll i in 0..ROWS
-            sum[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], w.x, sum[#{i}]);
-#end
-        }
-        if (k + 1u < params.k) {
-#unroll i in 0..ROWS
-            sum[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k + 1u], w.y, sum[#{i}]);
-#end
-        }
-    }
+    let n0 = params.n;
+    let offset0 = params.b_offset;
+    let col0 = group.x + group.z * 32768u;
+#unroll w in 1..WEIGHTS
+    let n#{w} = params.n#{w};
+    let offset#{w} = params.b_offset#{w};
+#if SUMS == 1
+    let col#{w} = col#{w - 1} - n#{w - 1}; // wraps, beyond all columns, where the row is of an earlier weight
 #else
-    for (var k = local; k < params.k; k += #{THREADS}u) {
-        let w = b[weight + k];
-#unroll i in 0..ROWS
-        sum[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], w, sum[#{i}]);
-#end
-    }
+    let col#{w} = col0;
 #endif
-    partial[local] = sum;
+#end
+#unroll s in 0..SUMS
+    var sum#{s} = vec4<f32>(0.0);
+#end
+#unroll w in 0..WEIGHTS
+    if (col#{w} < n#{w}) {
+        let weight = offset#{w} + col#{w} * params.ldb;
+#ifdef PACKED
+        // Word by word, of which the first and the last may be half a neighbour's.
+        let skipped = weight & 1u;
+        let words = (params.k + skipped + 1u) / 2u;
+        for (var at = local; at < words; at += #{THREADS}u) {
+            let y = widen(b#{w}[weight / 2u + at]);
+            let k = 2u * at - skipped; // wraps where the first half is a neighbour's
+            if (k < params.k) {
+#unroll i in 0..ROWS
+                sum#{w % SUMS}[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], y.x, sum#{w % SUMS}[#{i}]);
+#end
+            }
+            if (k + 1u < params.k) {
+#unroll i in 0..ROWS
+                sum#{w % SUMS}[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k + 1u], y.y, sum#{w % SUMS}[#{i}]);
+#end
+            }
+        }
+#else
+        for (var k = local; k < params.k; k += #{THREADS}u) {
+            let y = b#{w}[weight + k];
+#unroll i in 0..ROWS
+            sum#{w % SUMS}[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], y, sum#{w % SUMS}[#{i}]);
+#end
+        }
+#endif
+    }
+#end
+#unroll s in 0..SUMS
+    partial[#{s * THREADS}u + local] = sum#{s};
+#end
     workgroupBarrier();
     for (var width = #{THREADS / 2}u; width > 0u; width /= 2u) {
         if (local < width) {
-            partial[local] += partial[local + width];
+#unroll s in 0..SUMS
+            partial[#{s * THREADS}u + local] += partial[#{s * THREADS}u + local + width];
+#end
         }
         workgroupBarrier();
     }
-    if (local < #{ROWS}u && row + local < params.m && col < params.n) {
-        let at = params.c_offset + (row + local) * params.ldc + col;
+    if (local >= #{ROWS}u || row + local >= params.m) {
+        return;
+    }
+#if WEIGHTS == 1
+    if (col0 < n0) {
+        let at = params.c_offset + (row + local) * params.ldc + col0;
         var value = params.alpha * partial[0][local];
         if ((params.flags & ADD_BIAS) != 0u) {
-            value += bias[col];
+            value += bias[col0];
         }
         if ((params.flags & ACCUMULATE) != 0u) {
-            value += c[at];
+            value += c0[at];
         }
-        c[at] = value;
+        c0[at] = value;
     }
+#else
+#if SUMS == 1
+#unroll w in 0..WEIGHTS
+    if (col#{w} < n#{w}) {
+        c#{w}[(row + local) * n#{w} + col#{w}] = partial[0][local];
+    }
+#end
+#else
+    if (col0 < n0) {
+        let gate = partial[0][local];
+        c0[(row + local) * n0 + col0] = gate * (1.0 / (1.0 + exp(-gate))) * partial[#{THREADS}][local];
+    }
+#endif
+#endif
 }
 
 #kernel block

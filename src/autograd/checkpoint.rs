@@ -69,7 +69,7 @@ pub fn checkpoint(
     }
     let selective = checkpoints.mode == Checkpointing::Selective;
     let dear = if selective { Dear::PutDown(Vec::new()) } else { Dear::None };
-    let mut first = Tape { dear, dear_dtype, ..Tape::silent() };
+    let mut first = Tape { dear, dear_dtype, ..Tape::default() };
     let input = first.constant(value);
     let kept = match checkpoints.mode {
         Checkpointing::Offload => Kept::Host(narrow.offload()),

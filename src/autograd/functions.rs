@@ -7,7 +7,7 @@ use crate::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
         cross_entropy, dora, dropout, elementwise, embedding, layer_norm,
-        matmul::{Epilogue, Layout, product, product_into, product_with},
+        matmul::{self, Epilogue, Layout, product, product_into, product_with},
         patch_embed, rms_norm, rope,
     },
     tensor::Tensor,
@@ -34,6 +34,26 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
             gradients.add(node, product(Layout::Nn, dy, &weight.value));
         }
     })
+}
+
+/// y_w = x W_w^T of several weights, where nothing is recorded.
+pub fn linears<const N: usize>(tape: &Tape, x: &Var, weights: [&Weight; N]) -> [Var; N] {
+    assert!(tape.infers(), "joint products have no backward");
+    matmul::joint(&x.value, weights.map(|weight| &weight.value)).map(|y| tape.constant(y))
+}
+
+/// silu(x G^T) * (x U^T), where nothing is recorded.
+pub fn linear_swiglu(tape: &Tape, x: &Var, gate: &Weight, up: &Weight) -> Var {
+    assert!(tape.infers(), "a joint product has no backward");
+    tape.constant(matmul::gated(&x.value, &gate.value, &up.value))
+}
+
+/// residual + x W^T + b in the memory of the residual, where nothing is recorded and nobody else holds that.
+pub fn linear_onto(tape: &Tape, x: &Var, weight: &Weight, bias: Option<&Weight>, residual: Var) -> Var {
+    assert!(tape.infers() && !residual.value.is_shared(), "a sum in place has no backward");
+    let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), accumulate: true, ..Default::default() };
+    product_into(Layout::Nt, &x.value, &weight.value, &residual.value, epilogue);
+    residual
 }
 
 /// dW += dY^T X.

@@ -97,6 +97,7 @@ pub struct Tape {
     runs_again: bool,
     /// Whether nobody will read the values that are computed now.
     unread: bool,
+    infers: bool,
 }
 
 /// Results that are kept because they are dear, when the rest of a layer is computed again.
@@ -119,7 +120,13 @@ impl Tape {
 
     /// A tape that remembers nothing, for inference.
     pub fn silent() -> Self {
-        Self::default()
+        Self { infers: true, ..Self::default() }
+    }
+
+    /// Whether values are computed for their own sake: nothing is recorded, and nothing will be computed again, so that
+    /// functions may be joined as is fastest.
+    pub fn infers(&self) -> bool {
+        self.infers
     }
 
     pub fn is_recording(&self) -> bool {

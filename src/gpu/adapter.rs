@@ -67,6 +67,7 @@ pub struct AdapterLimits {
     pub min_storage_buffer_offset_alignment: u32,
     pub max_compute_workgroup_storage_size: u32,
     pub max_compute_invocations_per_workgroup: u32,
+    pub max_uniform_buffers_per_shader_stage: u32,
     pub subgroup_min_size: u32,
     pub subgroup_max_size: u32,
 }
@@ -186,6 +187,7 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
             min_storage_buffer_offset_alignment: limits.min_storage_buffer_offset_alignment,
             max_compute_workgroup_storage_size: limits.max_compute_workgroup_storage_size,
             max_compute_invocations_per_workgroup: limits.max_compute_invocations_per_workgroup,
+            max_uniform_buffers_per_shader_stage: limits.max_uniform_buffers_per_shader_stage,
             subgroup_min_size: info.subgroup_min_size,
             subgroup_max_size: info.subgroup_max_size,
         },
@@ -254,6 +256,7 @@ impl AdapterFacts {
                 min_storage_buffer_offset_alignment: 32,
                 max_compute_workgroup_storage_size: 32 << 10,
                 max_compute_invocations_per_workgroup: 1024,
+                max_uniform_buffers_per_shader_stage: 12,
                 subgroup_min_size: 32,
                 subgroup_max_size: 32,
             },

@@ -75,23 +75,19 @@ impl Layer {
     fn forward(&self, forward: &mut Forward<'_>, shape: Shape, x: Var, places: &Places<'_>, cached: Cached<'_>) -> Var {
         let h = norm(forward, self.input_layernorm, &x, shape);
         let attended = self.self_attn(forward, shape, h, places, cached);
-        let x = functions::residual(forward.tape, &x, attended);
+        let x = self.o_proj.forward_onto(forward, attended, x);
 
         let h = norm(forward, self.post_attention_layernorm, &x, shape);
-        let gate = self.gate_proj.forward(forward, &h);
-        let up = self.up_proj.forward(forward, &h);
-        drop(h);
-        let product = functions::swiglu(forward.tape, gate, up);
+        let product = Linear::forward_gated(&self.gate_proj, &self.up_proj, forward, h);
         // A layer that runs again does so for its inner values alone. DoRA reads what it scales.
         let unread = forward.tape.runs_again() && self.down_proj.lora.as_ref().is_none_or(|lora| lora.dora.is_none());
         forward.tape.unread(unread);
-        let h = self.down_proj.forward(forward, &product);
-        drop(product);
-        let y = functions::residual(forward.tape, &x, h);
+        let y = self.down_proj.forward_onto(forward, product, x);
         forward.tape.unread(false);
         y
     }
 
+    /// Up to the projection of what was attended.
     fn self_attn(
         &self,
         forward: &mut Forward<'_>,
@@ -102,9 +98,7 @@ impl Layer {
     ) -> Var {
         let heads = shape.heads;
         forward.tape.dear_products(true);
-        let q = self.q_proj.forward(forward, &x);
-        let k = self.k_proj.forward(forward, &x);
-        let mut v = self.v_proj.forward(forward, &x);
+        let [q, k, mut v] = Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], forward, &x);
         forward.tape.dear_products(false);
         drop(x);
         let Rotary { table, rows } = &places.rotary;
@@ -115,8 +109,7 @@ impl Layer {
             embedding::scatter(&v.value, rows, values);
             (k, v) = (forward.tape.constant(keys.clone()), forward.tape.constant(values.clone()));
         }
-        let attended = functions::attention(forward.tape, q, k, v, &places.ranges, heads);
-        self.o_proj.forward(forward, &attended)
+        functions::attention(forward.tape, q, k, v, &places.ranges, heads)
     }
 }
 

@@ -71,4 +71,39 @@ impl Linear {
         let dora = DoraWeights { magnitude: parameters.weight(dora.magnitude), norm: dora.norm.clone() };
         functions::linear_dora(forward.tape, x, &weight, bias.as_ref(), &weights, &dora)
     }
+    /// residual + what [`Linear::forward`] gives: in one product where nothing is recorded and nobody else holds the residual.
+    pub fn forward_onto(&self, forward: &mut Forward<'_>, x: Var, residual: Var) -> Var {
+        if self.lora.is_some() || !forward.tape.infers() || residual.value.is_shared() {
+            let y = self.forward(forward, &x);
+            drop(x);
+            return functions::residual(forward.tape, &residual, y);
+        }
+        let bias = self.bias.map(|bias| forward.parameters.weight(bias));
+        functions::linear_onto(forward.tape, &x, &forward.parameters.weight(self.weight), bias.as_ref(), residual)
+    }
+
+    /// Several layers of the same x: in one dispatch where nothing is recorded and each is its weight alone.
+    pub fn forward_all<const N: usize>(layers: [&Self; N], forward: &mut Forward<'_>, x: &Var) -> [Var; N] {
+        if !forward.tape.infers() || !layers.iter().all(|layer| layer.is_weight_alone()) {
+            return layers.map(|layer| layer.forward(forward, x));
+        }
+        let weights = layers.map(|layer| forward.parameters.weight(layer.weight));
+        functions::linears(forward.tape, x, weights.each_ref())
+    }
+
+    /// silu(gate(x)) * up(x), likewise.
+    pub fn forward_gated(gate: &Self, up: &Self, forward: &mut Forward<'_>, x: Var) -> Var {
+        if forward.tape.infers() && gate.is_weight_alone() && up.is_weight_alone() {
+            let [gate, up] = [gate, up].map(|layer| forward.parameters.weight(layer.weight));
+            return functions::linear_swiglu(forward.tape, &x, &gate, &up);
+        }
+        let gate = gate.forward(forward, &x);
+        let up = up.forward(forward, &x);
+        drop(x);
+        functions::swiglu(forward.tape, gate, up)
+    }
+
+    fn is_weight_alone(&self) -> bool {
+        self.bias.is_none() && self.lora.is_none()
+    }
 }

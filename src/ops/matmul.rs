@@ -16,11 +16,13 @@
 pub(super) mod bench;
 mod blocks;
 mod host;
+mod joint;
 pub(super) mod split;
 
 use host::choose_staged;
 
 pub(super) use blocks::block;
+pub use joint::{JOINT, gated, joint};
 
 use super::{Case, Comparison, Cost, Op, Random, Shapes, cooperative, nf4_matmul, testing::wide};
 use crate::{

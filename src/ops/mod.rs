@@ -78,6 +78,7 @@ pub const OPS: &[Op] = &[
     matmul::NT_F16,
     matmul::NN_BF16,
     matmul::NN_F16,
+    matmul::JOINT,
     cooperative::NT,
     cooperative::NN,
     cooperative::TN,

@@ -21,7 +21,12 @@ if (!adapter) {
   process.exit(77);
 }
 if (!captures) process.exit(0);
-const wanted = ['maxStorageBufferBindingSize', 'maxBufferSize', 'maxUniformBufferBindingSize'];
+const wanted = [
+  'maxStorageBufferBindingSize',
+  'maxBufferSize',
+  'maxUniformBufferBindingSize',
+  'maxUniformBuffersPerShaderStage',
+];
 const device = await adapter.requestDevice({
   requiredFeatures: adapter.features.has('subgroups') ? ['subgroups'] : [],
   requiredLimits: Object.fromEntries(wanted.map((limit) => [limit, adapter.limits[limit]])),

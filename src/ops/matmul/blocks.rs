@@ -3,7 +3,7 @@
 
 use super::{
     Call, Layout, Region,
-    host::{ByK, FEW, reads_rows},
+    host::{ByK, FEW, lanes_fit, reads_rows},
     length, typed,
 };
 use crate::{
@@ -31,7 +31,7 @@ impl Call<'_> {
     pub(super) fn by_blocks(&self, region: Region) {
         let Self { layout, a, a_first, b, b_first, c, epilogue, .. } = *self;
         let whole_k = region.k == (0, a.cols()) && a_first == [0, 0] && uniform_rows(a.cols(), Dtype::F32) > 0;
-        if layout == Layout::Nn && whole_k && length(region.n) <= FEW {
+        if layout == Layout::Nn && whole_k && length(region.n) <= FEW && lanes_fit(a.gpu()) {
             // To copy A would cost more than the product: lanes take it as it is.
             let size = [length(region.n), length(region.k)];
             let b = block(b, moved(region.k, b_first[0]), moved(region.n, b_first[1]), size, true);

@@ -4,7 +4,7 @@
 
 use super::{Call, Layout, Region, length, typed};
 use crate::{
-    gpu::{Binding, UNIFORM_BYTES},
+    gpu::{Binding, Gpu, UNIFORM_BYTES},
     ops::uniform_rows,
     tensor::{ALIGNMENT, Dtype, Tensor},
 };
@@ -138,7 +138,7 @@ impl Call<'_> {
         let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
         let few = length(region.m).min(length(region.n)) <= FEW;
         let packed = self.b.dtype().is_packed() && self.c.gpu().wants_uniforms();
-        fit_a > 0 && fit_b > 0 && (few || (packed && fit_a >= 8))
+        lanes_fit(self.c.gpu()) && fit_a > 0 && fit_b > 0 && (few || (packed && fit_a >= 8))
     }
 
     /// NT: rows of W are spread over lanes, as many as fit into LANE_WINDOWS uniforms a dispatch.
@@ -164,10 +164,6 @@ impl Call<'_> {
         // Windows past the last are bound, and not read.
         let b_bindings: [_; LANE_WINDOWS] =
             std::array::from_fn(|w| uniform(b, (region.n.0 - b_first[0] + w.min(windows - 1) * window) * b.cols()));
-        let mut before = [0u32; LANE_WINDOWS / 4];
-        for (w, (_, elements)) in b_bindings.iter().enumerate() {
-            before[w / 4] |= (*elements as u32) << (8 * (w % 4));
-        }
         let (a_binding, a_before) = a.uniform(region.m.0 * a.cols());
         let bias = epilogue.bias.map(|bias| bias.uniform(region.n.0));
         let (bias_binding, bias_before) = bias.unwrap_or((a_binding, 0));
@@ -201,8 +197,7 @@ impl Call<'_> {
             epilogue.alpha.unwrap_or(1.0).to_bits(),
             bias_before as u32,
             window as u32,
-            before[0],
-            before[1],
+            b_bindings[0].1 as u32,
         ];
         let groups = [window.min(n).div_ceil(LANES) as u32, m.div_ceil(rows) as u32, windows as u32];
         let bindings: Vec<_> =
@@ -214,7 +209,13 @@ impl Call<'_> {
 /// Threads of a workgroup of `matmul.by_lane`, and uniforms of W in one dispatch (THREADS and WINDOWS in
 /// shaders/variants).
 const LANES: usize = 8;
-const LANE_WINDOWS: usize = 8;
+const LANE_WINDOWS: usize = 12;
+
+/// Whether a kernel may have so many uniforms: those, bias, A, and parameters where there is no immediate data. All software
+/// Vulkan that is known has them.
+pub(super) fn lanes_fit(gpu: &Gpu) -> bool {
+    gpu.facts().limits.max_uniform_buffers_per_shader_stage as usize >= LANE_WINDOWS + 3
+}
 
 /// Uniforms of each operand in a dispatch of `matmul.by_column` (WINDOWS in shaders/variants).
 const WINDOWS: usize = 4;
