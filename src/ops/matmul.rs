@@ -280,6 +280,9 @@ pub(super) fn reference_at(
     (0..k).map(|l| of_a(l) * of_b(l)).sum()
 }
 
+/// Products with longer sides are checked in the chosen way alone.
+const EACH_WAY: usize = 72;
+
 fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
     // Square, a few rows, a narrow result, sides that fill whole vectors, one row; and each side longer than a block.
@@ -292,16 +295,24 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
         let b = dtype.widen(&b);
         let (bias, tbias) = random.tensor(gpu, &[n]);
-        let c = product_with(layout, &ta, &tb, Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false });
-        product_into(layout, &ta, &tb, &c, Epilogue { alpha: Some(0.25), bias: None, accumulate: true });
+        let first = Epilogue { alpha: Some(0.5), bias: Some(&tbias), accumulate: false };
+        let second = Epilogue { alpha: Some(0.25), bias: None, accumulate: true };
         let plain = reference(layout, &wide(&a), &wide(&b), [m, n, k]);
-        let want = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % n])).collect();
-        out.push(Comparison::new(
-            "alpha A B + bias, then + alpha A B",
-            c.to_vec()?,
-            want,
-            2e-6 * (k as f64).sqrt().max(2.0),
-        ));
+        let want: Vec<f64> = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % n])).collect();
+        // As chosen; and of small ones, every way that there is.
+        let c = Tensor::empty(gpu, &[m, n]);
+        let call = |epilogue| Call { rounded: dtype == Dtype::F16, ..Call::new(layout, &ta, &tb, &c, epilogue) };
+        let ways = if m.max(n).max(k) <= EACH_WAY { call(first).ways() } else { Vec::new() };
+        for way in [None].into_iter().chain(ways.into_iter().map(Some)) {
+            for epilogue in [first, second] {
+                match way {
+                    None => product_into(layout, &ta, &tb, &c, epilogue),
+                    way => Call { way, ..call(epilogue) }.run(call(epilogue).whole()),
+                }
+            }
+            let what = way.map_or("alpha A B + bias, then + alpha A B", Way::name);
+            out.push(Comparison::new(what, c.to_vec()?, want.clone(), 2e-6 * (k as f64).sqrt().max(2.0)));
+        }
     }
     Ok(out)
 }

@@ -142,6 +142,20 @@ impl Call<'_> {
         Way::Tiles { large: m > 32 && n > 32 && m.div_ceil(64) * n.div_ceil(64) >= 32 }
     }
 
+    /// All of C.
+    pub(super) fn whole(&self) -> Region {
+        let k = if self.layout == Layout::Tn { self.a.rows() } else { self.a.cols() };
+        Region { m: (0, self.c.rows()), n: (0, self.c.cols()), k: (0, k) }
+    }
+
+    /// Every way that serves for all of C, the rule's first.
+    pub(super) fn ways(&self) -> Vec<Way> {
+        let whole = self.whole();
+        let by_rule = self.by_rule(whole);
+        let others = WAYS.iter().map(|&(_, way)| way).filter(|&way| way != by_rule && self.serves(way, whole));
+        [by_rule].into_iter().chain(others).collect()
+    }
+
     /// Whether a region can go this way at all.
     fn serves(&self, way: Way, region: Region) -> bool {
         let gpu = self.c.gpu();
@@ -178,11 +192,8 @@ fn trial(gpu: &Gpu, question: &Question, [m, n, k]: [usize; 3]) -> Trial {
         [exact(gpu, Dtype::F32, &a, 0), exact(gpu, dtype, &b, 1)]
     });
     let c = Tensor::empty(gpu, &[m, n]);
-    let whole = Region { m: (0, m), n: (0, n), k: (0, k) };
     let plain = Call { rounded, ..Call::new(layout, &sets[0][0], &sets[0][1], &c, Epilogue::default()) };
-    let by_rule = plain.by_rule(whole);
-    let others = WAYS.iter().map(|&(_, way)| way).filter(|&way| way != by_rule && plain.serves(way, whole));
-    let ways = [by_rule].into_iter().chain(others).map(Way::name).collect();
+    let ways = plain.ways().into_iter().map(Way::name).collect();
     let of_operands: [&dyn Fn(usize) -> f64; 2] = [&|at| exact_value(at, 0), &|at| exact_value(at, 1)];
     let want = positions(m, n)
         .map(|[row, column]| (row * n + column, reference_at(layout, of_operands, [m, n, k], [row, column])))
@@ -190,7 +201,8 @@ fn trial(gpu: &Gpu, question: &Question, [m, n, k]: [usize; 3]) -> Trial {
     let out = Some(c.clone());
     let run = Box::new(move |way: &str, turn: usize| {
         let [a, b] = &sets[turn % sets.len()];
-        Call { rounded, way: Way::named(way), ..Call::new(layout, a, b, &c, Epilogue::default()) }.run(whole);
+        let call = Call { rounded, way: Way::named(way), ..Call::new(layout, a, b, &c, Epilogue::default()) };
+        call.run(call.whole());
         c.clone()
     });
     Trial { ways, run, out, want, tolerance: 2e-6 * (k as f64).sqrt().max(2.0) }
