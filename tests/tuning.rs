@@ -109,7 +109,9 @@ fn use_ops(gpu: &Gpu) {
     }
     product(Layout::Tn, &a(70), &Tensor::empty(gpu, &[70, 40]));
     let quantized = Tensor::empty_quantized(gpu, QuantType::Nf4, false, &[128, 128]);
-    [Layout::Nt, Layout::Nn].map(|layout| product(layout, &a(9), &quantized));
+    for layout in [Layout::Nt, Layout::Nn] {
+        product(layout, &a(9), &quantized);
+    }
     let heads = Heads { heads: 4, kv_heads: 2, head_size: MAX_HEAD_SIZE / 4 };
     let keys = Tensor::empty(gpu, &[300, 2 * heads.head_size]);
     let query = Tensor::empty(gpu, &[1, 4 * heads.head_size]);

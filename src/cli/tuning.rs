@@ -6,6 +6,7 @@ use std::{
     fs,
     io::IsTerminal,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use super::{
@@ -57,7 +58,7 @@ pub fn take_known(gpu: &Gpu, ui: &mut Ui) {
             facts.choices.set(table.choices());
         }
         Found::Outdated(what) => {
-            ui.line(&format!("  what --tune found is dropped: {what}"));
+            ui.line(&format!("  what --tune found before is dropped: {what}"));
             // Where it cannot be removed it is told again.
             let _ = fs::remove_file(path);
         }
@@ -83,6 +84,7 @@ fn tune(gpu: &Gpu, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> 
             .hint("set XDG_CACHE_HOME to a folder, or leave --tune out")
     })?;
     let launches = rehearse()?;
+    let begun = Instant::now();
     let what = "shapes tuned";
     let outcomes = tune::tune(gpu, &launches, &Options::default(), &mut |done, total| {
         ui.event(Event::Progress { what, done, total });
@@ -96,8 +98,9 @@ fn tune(gpu: &Gpu, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> 
     table.add(&outcomes);
     table.write(&folder, facts)?;
     facts.choices.set(table.choices());
+    let seconds = begun.elapsed().as_secs_f64();
     ui.line(&text(&outcomes));
-    ui.line(&format!("  kept in {}", shown(&table::path(&folder, facts))));
+    ui.line(&format!("  measured in {seconds:.1} s, kept in {}", shown(&table::path(&folder, facts))));
     Ok(())
 }
 
