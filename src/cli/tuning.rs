@@ -75,7 +75,14 @@ pub fn take_known(gpu: &Gpu, ui: &mut Ui) {
 /// # Errors
 /// As `rehearse`; whatever fails on the device; `Failed`: there is no place for the results.
 pub fn prepare(gpu: &Gpu, asked: bool, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> Result<()> {
-    if asked { tune(gpu, ui, rehearse) } else { offer(gpu, ui, rehearse) }
+    if asked {
+        return tune(gpu, ui, rehearse);
+    }
+    let seen = std::io::stderr().is_terminal() && !ui.is_quiet();
+    match folder().filter(|_| is_offered(gpu.facts(), seen)) {
+        Some(folder) => offer(gpu, &folder, ui, rehearse),
+        None => Ok(()),
+    }
 }
 
 fn tune(gpu: &Gpu, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> Result<()> {
@@ -136,13 +143,11 @@ fn text(outcomes: &[Outcome]) -> String {
 /// Of a question, about.
 const SECONDS: f64 = 0.5;
 
-fn offer(gpu: &Gpu, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> Result<()> {
+/// Tells of `--tune`, unless that was done before, or it cannot be noted that it was.
+fn offer(gpu: &Gpu, folder: &Path, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> Result<()> {
     let facts = gpu.facts();
-    let Some(folder) = folder().filter(|_| is_offered(facts, std::io::stderr().is_terminal() && !ui.is_quiet())) else {
-        return Ok(());
-    };
-    let told = table::told(&folder, facts);
-    if told.exists() || table::read(&folder, facts) != Found::Nothing || note(&told).is_err() {
+    let told = table::told(folder, facts);
+    if told.exists() || table::read(folder, facts) != Found::Nothing || note(&told).is_err() {
         return Ok(());
     }
     let seconds = (SECONDS * rehearse()?.questions().count() as f64).ceil();
@@ -166,8 +171,54 @@ fn note(path: &Path) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::Write,
+        sync::{Arc, Mutex},
+    };
+
     use super::*;
-    use crate::gpu::Question;
+    use crate::{
+        gpu::Question,
+        ops::matmul::{Layout, product},
+        tensor::Tensor,
+    };
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_card_without_results_is_told_of_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let gpu = Gpu::counting(AdapterFacts::of_a_usual_gpu());
+        let lines = Lines::default();
+        let mut ui = Ui::lines(lines.clone(), false);
+        let rehearse = || {
+            let counting = Gpu::counting(gpu.facts().clone());
+            for n in [3, 70] {
+                product(Layout::Nt, &Tensor::empty(&counting, &[9, 8]), &Tensor::empty(&counting, &[n, 8]));
+            }
+            Ok(counting.launches())
+        };
+        // Where nothing can be noted nothing is said, lest it be said every time.
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        offer(&gpu, &file, &mut ui, || panic!("not told, and rehearsed")).unwrap();
+        offer(&gpu, &dir.path().join("cache"), &mut ui, rehearse).unwrap();
+        offer(&gpu, &dir.path().join("cache"), &mut ui, || panic!("told twice")).unwrap();
+        let told = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert!(told.starts_with("  not tuned for this card") && told.ends_with("takes about 1 s\n"), "{told}");
+        assert_eq!(told.lines().count(), 1);
+    }
 
     #[test]
     fn results_lie_in_the_users_cache() {

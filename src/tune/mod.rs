@@ -62,7 +62,7 @@ const HOPELESS: f64 = 2.0;
 /// Runs before those that count.
 const WARM_UP: usize = 3;
 /// Turns in which a winner and the rule's way are measured again.
-const TURNS: usize = 2;
+const TURNS: usize = 3;
 /// The part of the device's memory that operands and results may take.
 const ROOM: u64 = 2;
 
@@ -178,7 +178,7 @@ fn answer(gpu: &Gpu, clock: Clock, question: Question, trial: &Trial, options: &
     Ok(Outcome { question, rule, winner, seconds, rule_seconds, ways: trial.ways.len(), wrong })
 }
 
-/// The better of the rule's way and the best one, which has to show its gain in every turn. With both their times.
+/// The better of the rule's way and the best one, which has to show its gain after every turn. With both their times.
 fn contest(
     gpu: &Gpu,
     clock: Clock,
@@ -193,8 +193,8 @@ fn contest(
         if rule.0 == best.0 || !gains(of_rule, of_best) {
             return Ok((rule.0, of_rule, of_rule));
         }
-        of_rule = measured(gpu, clock, trial, rule.0, options.runs)?;
-        of_best = measured(gpu, clock, trial, best.0, options.runs)?;
+        of_rule = of_rule.min(measured(gpu, clock, trial, rule.0, options.runs)?);
+        of_best = of_best.min(measured(gpu, clock, trial, best.0, options.runs)?);
     }
     Ok(if gains(of_rule, of_best) { (best.0, of_best, of_rule) } else { (rule.0, of_rule, of_rule) })
 }
