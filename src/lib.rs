@@ -1,7 +1,7 @@
 //! Train and run LLaVA multimodal language models on any GPU: hand-written WGSL on wgpu, an autograd tape, no Python.
 //!
 //! The layers, each knowing only those before it:
-//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub` → `models` → `train`, `generate`, `eval` → `bench` → `cli`.
+//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub` → `models` → `train`, `generate`, `eval` → `bench`, `tune` → `cli`.
 //! `error`, `rng` and `quant` (weights in four bits, as bytes) are below all of them. ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
@@ -22,3 +22,4 @@ pub mod quant;
 pub mod rng;
 pub mod tensor;
 pub mod train;
+pub mod tune;

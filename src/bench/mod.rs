@@ -155,7 +155,7 @@ pub fn head(bench: &str, gpu: &Gpu, date: &str) -> Map<String, Value> {
         "device",
         json!({
             "name": facts.name, "backend": facts.backend, "driver": facts.driver, "type": facts.kind,
-            "features": facts.features,
+            "features": facts.features, "tuned": facts.choices.len(),
         }),
     );
     head

@@ -118,10 +118,20 @@ pub struct RunArgs {
     pub set: Vec<String>,
 }
 
+/// Whether a command measures before it begins.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct TuneArgs {
+    /// First measure which kernels are the fastest for this run, and keep that for later runs on this adapter
+    #[arg(long)]
+    pub tune: bool,
+}
+
 #[derive(Clone, Debug, Default, Args)]
 pub struct TrainArgs {
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub tune: TuneArgs,
     /// The run folder [default: runs/<date>]
     #[arg(long, short, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
@@ -207,6 +217,8 @@ pub struct EvalArgs {
     /// Only so many questions
     #[arg(long, value_name = "N", value_parser = at_least_one())]
     pub limit: Option<usize>,
+    #[command(flatten)]
+    pub tune: TuneArgs,
     /// Write every answer there
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,

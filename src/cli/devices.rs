@@ -4,12 +4,13 @@ use std::fmt::Write;
 
 use super::{
     args::{DevicesArgs, GlobalArgs},
-    backend, report,
+    backend, report, tuning,
 };
 use crate::{
     error::{Error, Result},
     gpu::{AdapterFacts, AdapterOptions, Gpu, list_adapters},
 };
+use serde_json::json;
 
 pub fn run(args: &DevicesArgs, global: &GlobalArgs) -> Result<()> {
     let adapters = list_adapters(backend(global))?;
@@ -19,8 +20,12 @@ pub fn run(args: &DevicesArgs, global: &GlobalArgs) -> Result<()> {
         return Gpu::open(&options).map(|_| ());
     }
     if args.json {
-        let line = |adapter| serde_json::to_string(adapter).map(|line| line + "\n");
-        let lines = adapters.iter().map(line).collect::<Result<String, _>>();
+        let line = |adapter: &AdapterFacts| {
+            let mut line = serde_json::to_value(adapter)?;
+            line["tuned"] = json!(tuning::known(adapter).map(|(date, shapes)| json!({"date": date, "shapes": shapes})));
+            Ok(format!("{line}\n"))
+        };
+        let lines = adapters.iter().map(line).collect::<Result<String, serde_json::Error>>();
         let lines = lines.map_err(|error| Error::failed("cannot write the adapters as JSON").caused_by(error))?;
         return report::print_data(&lines);
     }
@@ -36,6 +41,8 @@ fn describe(adapter: &AdapterFacts) -> String {
         (least, most) if least == most => most.to_string(),
         (least, most) => format!("{least} to {most}"),
     };
+    let tuned = tuning::known(adapter)
+        .map_or("no (see --tune)".into(), |(date, shapes)| format!("on {date}, for {shapes} shapes"));
     let rows = [
         ("type", adapter.kind.clone()),
         ("backend", adapter.backend.clone()),
@@ -47,6 +54,7 @@ fn describe(adapter: &AdapterFacts) -> String {
         ("workgroup memory", bytes(limits.max_compute_workgroup_storage_size.into())),
         ("workgroup size", limits.max_compute_invocations_per_workgroup.to_string()),
         ("subgroup size", subgroups),
+        ("tuned", tuned),
     ];
     for (name, value) in rows {
         // Writing to a string does not fail.

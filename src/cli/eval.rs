@@ -4,14 +4,19 @@ use std::path::Path;
 
 use super::{
     args::{EvalArgs, GlobalArgs},
-    hub, open_device, report,
+    hub, open_device, report, tuning,
     ui::Ui,
 };
 use crate::{
     error::{Error, Result},
     eval::{self, Request},
+    gpu::Gpu,
     hub::Wanted,
+    train::events::Silent,
 };
+
+/// Questions that tell what there is to tune: a batch.
+const REHEARSED: usize = 64;
 
 pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
     let request = Request {
@@ -32,6 +37,12 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
     let adapter = request.adapter.map(|path| hub::local_path(path, Wanted::Adapter, &mut ui)).transpose()?;
     let request = Request { model: &model, adapter: adapter.as_deref(), ..request };
     let gpu = open_device(global, None, &mut ui)?;
+    tuning::prepare(&gpu, args.tune.tune, &mut ui, || {
+        let counting = Gpu::counting(gpu.facts().clone());
+        let few = Request { limit: Some(args.limit.unwrap_or(REHEARSED).min(REHEARSED)), out: None, ..request };
+        eval::run(&counting, &few, &mut Silent)?;
+        Ok(counting.launches())
+    })?;
     let outcome = eval::run(&gpu, &request, &mut ui)?;
     if args.json {
         return report::print_data(&format!("{}\n", outcome.json()));

@@ -20,6 +20,7 @@ mod report;
 mod score;
 mod shaders;
 mod train;
+mod tuning;
 pub mod ui;
 
 use std::{env, process::ExitCode};
@@ -104,11 +105,18 @@ fn open_device(global: &GlobalArgs, device: Option<String>, ui: &mut Ui) -> Resu
         let why = if chosen { "as asked" } else { "no GPU was found" };
         ui.line(&format!("  this adapter is the processor itself ({why}): it works, but slowly"));
     }
+    tuning::take_known(&gpu, ui);
     Ok(gpu)
 }
 
-/// Opens a device and a model for inference.
-fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Opened> {
+/// Something like what a command will do with a model, for a device that only counts.
+struct Rehearsal<'a> {
+    tune: bool,
+    run: &'a dyn Fn(&Opened) -> Result<()>,
+}
+
+/// Opens a device and a model for inference; what is rehearsed may be tuned first.
+fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Option<Rehearsal<'_>>, ui: &mut Ui) -> Result<Opened> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
     let source = hub::local(args.source(&working_dir), Wanted::Model, ui)?;
@@ -123,8 +131,17 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, ui: &mut Ui) -> Result<Open
     let folder = place.folder()?;
     let adapter = adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
     let gpu = open_device(global, None, ui)?;
+    let precision = global.precision.map(Precision::dtype);
+    if let Some(Rehearsal { tune, run }) = rehearsal {
+        tuning::prepare(&gpu, tune, ui, || {
+            let counting = Gpu::counting(gpu.facts().clone());
+            let mut loading = Loading { precision, quantization: None, trains: &|_| false, progress: &mut |_, _| () };
+            run(&load(&counting, place.folder()?, adapter.as_ref(), &mut loading)?)?;
+            Ok(counting.launches())
+        })?;
+    }
     let mut loading = Loading {
-        precision: global.precision.map(Precision::dtype),
+        precision,
         quantization: None,
         trains: &|_| false,
         progress: &mut |done, total| ui.event(Event::loaded(done, total)),

@@ -40,7 +40,7 @@ pub fn run(args: &ScoreArgs, global: &GlobalArgs) -> Result<()> {
     let records = read_records(&args.data, folder, None)?;
     check_images(&records)?;
     let mut ui = Ui::new(global.quiet, global.verbose);
-    let opened = open_model(&args.model, global, &mut ui)?;
+    let opened = open_model(&args.model, global, None, &mut ui)?;
     let encoder = opened.encoder(&args.version, None)?;
     let samples = records.iter().map(|record| encoder.encode(record)).collect::<Result<Vec<Sample>>>()?;
     let cut = samples.iter().filter(|sample| sample.truncated > 0).count();

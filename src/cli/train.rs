@@ -4,17 +4,18 @@ use std::{env, time::SystemTime};
 
 use super::{
     args::{GlobalArgs, TrainArgs},
-    config as resolve, hub, interrupt, report as errors,
+    config as resolve, hub, interrupt, report as errors, tuning,
     ui::{Ui, shown},
 };
 use crate::{
     data::{Template, Version},
     error::{Error, Result},
     eval,
-    gpu::Gpu,
+    gpu::{Gpu, Launches},
     train::{
         check,
         config::{RunConfig, Source},
+        estimate::estimate,
         metrics, plot,
         report::{self, ReportData, StageReport},
         run::{self, RunOutcome},
@@ -36,6 +37,13 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     if args.resume && !config.output_dir.join(CONFIG_FILE).exists() {
         ui.line(&format!("  nothing to go on with in {}: starting from the beginning", shown(&config.output_dir)));
     }
+    tuning::prepare(&gpu, args.tune.tune, &mut ui, || {
+        let mut launches = Launches::default();
+        for stage in estimate(&config.stages, gpu.facts())? {
+            launches.add_questions(&stage.launches);
+        }
+        Ok(launches)
+    })?;
     let stop = interrupt::install()?;
     let memory = if args.force { None } else { gpu.available_memory() };
     let outcome = run::train(&config, args.resume, &gpu, memory, stop, &mut ui)?;

@@ -78,6 +78,10 @@ impl Ui {
         Self { output: Output::Lines(Box::new(writer)), verbose, stage: None, progress: None, bytes: None }
     }
 
+    pub fn is_quiet(&self) -> bool {
+        matches!(self.output, Output::Nothing)
+    }
+
     /// One line, above the bar where there is one. That nobody can read it any more is no reason to stop training.
     pub fn line(&mut self, text: &str) {
         match &mut self.output {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::choices::Choices;
 use crate::error::{Error, Result};
 
 /// What a user may ask for; everything unset means the best adapter, a real GPU before a CPU.
@@ -23,6 +24,8 @@ pub struct AdapterOptions {
     pub treat_as_gpu: bool,
     /// Take storage for fast even where it is not (tests use it).
     pub fast_storage: bool,
+    /// What was measured to be better than the rules of ops; others may be set later.
+    pub choices: Choices,
     /// Wait for every dispatch and keep its time ([`Gpu::profile`](super::Gpu::profile)); slow.
     pub profile: bool,
     /// Keep the first launch of every kernel in this folder, with all it read and wrote (tests use it); slow.
@@ -49,6 +52,9 @@ pub struct AdapterFacts {
     /// Whether loads of storage are far slower than loads of uniforms there: in Mesa before 26.
     #[serde(skip)]
     pub slow_storage: bool,
+    /// What was measured to be better than the rules of ops; nothing, unless somebody sets it.
+    #[serde(skip)]
+    pub choices: Choices,
 }
 
 /// Cooperative matrices of side x side, multiplied by the lanes of a subgroup together and summed in f32.
@@ -193,6 +199,7 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
         },
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
         slow_storage: mesa_version(&info.driver_info).is_some_and(|version| version < 26),
+        choices: Choices::default(),
     }
 }
 
@@ -262,6 +269,7 @@ impl AdapterFacts {
             },
             is_cpu: false,
             slow_storage: false,
+            choices: Choices::default(),
         }
     }
 }
@@ -308,6 +316,7 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let mut facts = facts(index, &adapter);
     facts.is_cpu &= !options.treat_as_gpu;
     facts.slow_storage &= !options.fast_storage;
+    facts.choices = options.choices.clone();
     if options.without_cooperative || options.without_subgroups {
         facts.cooperative.clear();
     }

@@ -2,7 +2,7 @@
 //! runs it compiles these in threads of its own, while weights are still on their way.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -10,17 +10,19 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use super::kernel::Kernels;
+use super::{choices::Question, kernel::Kernels};
 
 /// Threads that compile: drivers gain little from more, and each may hold a compiler's memory.
 const MAX_THREADS: usize = 8;
 
-/// Kernels by the order of their first launches ([`Gpu::launches`](super::Gpu::launches)).
+/// Kernels by the order of their first launches, and what was asked about them ([`Gpu::launches`](super::Gpu::launches)).
 #[derive(Clone, Debug, Default)]
 pub struct Launches {
     names: HashSet<String>,
     /// With which of the bindings are uniforms.
     order: Vec<(String, Vec<bool>)>,
+    /// With the largest sizes that each stands for.
+    questions: BTreeMap<Question, [usize; 3]>,
 }
 
 impl Launches {
@@ -29,6 +31,21 @@ impl Launches {
             self.names.insert(name.to_owned());
             self.order.push((name.to_owned(), uniforms.collect()));
         }
+    }
+
+    pub(super) fn ask(&mut self, question: Question, sizes: [usize; 3]) {
+        let most = self.questions.entry(question).or_insert(sizes);
+        *most = (*most).max(sizes);
+    }
+
+    /// What ops asked, and the largest sizes that each question stands for.
+    pub fn questions(&self) -> impl Iterator<Item = (Question, [usize; 3])> {
+        self.questions.iter().map(|(&question, &sizes)| (question, sizes))
+    }
+
+    /// Adds what others asked.
+    pub fn add_questions(&mut self, others: &Self) {
+        others.questions().for_each(|(question, sizes)| self.ask(question, sizes));
     }
 
     /// The variants' names.

@@ -17,6 +17,7 @@ use super::{
     ahead::{Ahead, Launches},
     buffer::{Buffer, Pool, UNIT, USAGE},
     capture::Capture,
+    choices::Question,
     download::Downloads,
     in_place::{self, Arriving},
     kernel::{Kernels, MAX_PARAMS},
@@ -198,6 +199,14 @@ impl Gpu {
     /// The kernels launched so far on a device that only counts.
     pub fn launches(&self) -> Launches {
         self.inner.launches.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The way that was measured to be the best for a question, if any was; `sizes` are those that it stands for here.
+    pub fn chosen(&self, question: Question, sizes: [usize; 3]) -> Option<&'static str> {
+        if self.only_counts() {
+            self.inner.launches.lock().unwrap_or_else(PoisonError::into_inner).ask(question, sizes);
+        }
+        self.inner.facts.choices.get(&question)
     }
 
     /// Begins to compile these kernels, in threads of their own; one that is launched before it is ready is waited for.

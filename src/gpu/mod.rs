@@ -5,14 +5,15 @@
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
 //! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `ahead.rs` (the same, early), `staging.rs` (large writes),
-//! `in_place.rs` (writes without it), `pace.rs` (how much at a time),
-//! `download.rs` (what goes to the host and comes back), `timing.rs` (how long it takes), `wgsl.rs` (the preprocessor).
+//! `in_place.rs` (writes without it), `pace.rs` (how much at a time), `download.rs` (what goes to the host and comes back),
+//! `timing.rs` (how long it takes), `choices.rs` (which kernels won), `wgsl.rs` (the preprocessor).
 
 mod account;
 mod adapter;
 mod ahead;
 mod buffer;
 mod capture;
+mod choices;
 mod context;
 mod download;
 mod in_place;
@@ -26,6 +27,7 @@ pub use account::{Account, Holdings};
 pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, Cooperative, list_adapters};
 pub use ahead::Launches;
 pub use buffer::{Buffer, UNIT};
+pub use choices::{Choices, Question, bucket};
 pub use context::{Accounting, Binding, Gpu, UNIFORM_BYTES};
 pub use download::Download;
 pub use in_place::Arriving;

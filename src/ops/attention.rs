@@ -214,11 +214,24 @@ fn forward_by(
     let gpu = q.gpu();
     let width = heads.heads * heads.head_size;
     gpu.add_flops(4 * ranges.pairs * width as u64);
-    let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
+    let queries = q.len() / width;
     let alone = queries < 8 || ranges.apart;
     if alone && decode_attention::serves(gpu, queries, ranges.longest, heads) {
         return decode_attention::forward([q, k, v], &ranges.of_queries, ranges.longest, heads);
     }
+    whole(tiled, [q, k, v], ranges, heads)
+}
+
+/// As [`forward`], never with the keys in parts.
+pub(super) fn forward_whole([q, k, v]: [&Tensor; 3], ranges: &Ranges, heads: Heads) -> (Tensor, Tensor) {
+    whole(flash_attention::variant(q.gpu(), heads), [q, k, v], ranges, heads)
+}
+
+fn whole(tiled: Option<&'static str>, [q, k, v]: [&Tensor; 3], ranges: &Ranges, heads: Heads) -> (Tensor, Tensor) {
+    let gpu = q.gpu();
+    let width = heads.heads * heads.head_size;
+    let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
+    let alone = queries < 8 || ranges.apart;
     let out = Tensor::empty(gpu, &[queries, width]);
     let stats = Tensor::empty(gpu, &[queries, heads.heads, 2]);
     if let Some((windows, suffix)) = heads.lanes(gpu, ranges).filter(|_| tiled.is_none()) {

@@ -157,8 +157,13 @@ static BLOCK_OF_VALUES: LazyLock<Vec<f32>> = LazyLock::new(|| Random::new(7).val
 
 /// Values in [-1, 1), the same block again and again.
 pub fn random(gpu: &Gpu, dtype: Dtype, shape: &[usize]) -> Tensor {
+    repeated(gpu, dtype, shape, &BLOCK_OF_VALUES)
+}
+
+/// These values, again and again.
+pub fn repeated(gpu: &Gpu, dtype: Dtype, shape: &[usize], values: &[f32]) -> Tensor {
     let elements: usize = shape.iter().product();
-    let block = dtype.narrow(&BLOCK_OF_VALUES[..elements.min(BLOCK)]);
+    let block = dtype.narrow(&values[..elements.min(values.len())]);
     let mut upload = Tensor::upload(gpu, dtype, shape);
     while upload.missing() > 0 {
         upload.push(&block[..block.len().min(upload.missing())]);

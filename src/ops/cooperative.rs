@@ -66,33 +66,48 @@ pub(super) fn roof_in_f16(gpu: &Gpu) -> &'static str {
     if serves(gpu) { roof::COOPERATIVE } else { roof::FMA }
 }
 
+/// Whether products of these sizes run here: no side is shorter than a matrix. Host processors have no such units; what
+/// they offer under this name (lavapipe does) is slower than `matmul`'s.
+pub(super) fn fits(gpu: &Gpu, [m, n, k]: [usize; 3]) -> bool {
+    serves(gpu) && gpu.cooperative_side().is_some_and(|side| m.min(n) >= side as usize) && k > 0
+}
+
+/// Whether a device can run the large tile, on operands that lie as vectors.
+pub(super) fn has_large(gpu: &Gpu) -> bool {
+    let limits = &gpu.facts().limits;
+    gpu.cooperative_side() == Some(16)
+        && limits.max_compute_workgroup_storage_size >= LARGE_BYTES
+        && limits.max_compute_invocations_per_workgroup >= LARGE_THREADS
+}
+
+/// Whether a product of m x n has so many large tiles that they are worth it.
+pub(super) fn wants_large(m: usize, n: usize) -> bool {
+    m.div_ceil(128) * n.div_ceil(128) >= LARGE_TILES
+}
+
 impl Product<'_> {
     fn sizes(&self) -> [usize; 3] {
         [self.params[0], self.params[1], self.params[2]].map(|size| size as usize)
     }
 
-    /// Runs the product, where a kernel here is the one for it: on GPUs, where no side is shorter than a matrix.
-    /// Host processors have no such units; what they offer under this name (lavapipe does) is slower than `matmul`'s.
-    pub fn launched(&self) -> bool {
-        let Some(side) = self.gpu.cooperative_side().filter(|_| serves(self.gpu)) else { return false };
-        let [m, n, k] = self.sizes();
-        let fits = m.min(n) >= side as usize && k > 0;
-        if fits {
-            self.launch(self.kernel(side));
+    /// Runs the product, which [`fits`]; by the large tile if that is wanted, and can be had.
+    pub fn run(&self, large: bool) {
+        if let Some(side) = self.gpu.cooperative_side() {
+            self.launch(self.kernel(side, large));
         }
-        fits
     }
 
-    fn kernel(&self, side: u32) -> Kernel {
+    /// As [`Product::run`], by the tile that suits the sizes.
+    fn run_as_suits(&self) {
         let [m, n, _] = self.sizes();
+        self.run(wants_large(m, n));
+    }
+
+    fn kernel(&self, side: u32, large: bool) -> Kernel {
         let (facts, vectors) = (self.gpu.facts(), self.vectors());
-        let limits = &facts.limits;
-        let fits = limits.max_compute_workgroup_storage_size >= LARGE_BYTES
-            && limits.max_compute_invocations_per_workgroup >= LARGE_THREADS;
-        let many = m.div_ceil(128) * n.div_ceil(128) >= LARGE_TILES;
         // Metal tells the largest size that there might be; it is 32.
-        let wide = side == 16 && limits.subgroup_max_size >= 64 && facts.backend != "metal";
-        Kernel { side, wide, large: side == 16 && vectors && fits && many, vectors }
+        let wide = side == 16 && facts.limits.subgroup_max_size >= 64 && facts.backend != "metal";
+        Kernel { side, wide, large: large && vectors && has_large(self.gpu), vectors }
     }
 
     /// Whether four neighbours in a row of an operand lie as a vector, from the first on.
@@ -221,26 +236,26 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
             out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
         }
         // As products come here.
-        if serves(gpu) && gpu.cooperative_side().is_some_and(|side| m.min(n) >= side as usize) {
+        if fits(gpu, [m, n, k]) {
             matmul::product_into(layout, &ta, &tb, &c, first);
             matmul::product_into(layout, &ta, &tb, &c, second);
             out.push(Comparison::new("the same as chosen", c.to_vec()?, want, tolerance));
         }
     }
-    if let Some(side) = gpu.cooperative_side() {
-        out.push(overflow(layout, dtype, gpu, side)?);
+    if gpu.cooperative_side().is_some() {
+        out.push(overflow(layout, dtype, gpu)?);
     }
     Ok(out)
 }
 
 /// What is beyond f16 (in NT), or beyond f32 (in gradients), is seen in its own row of C, and nowhere else.
-fn overflow(layout: Layout, dtype: Dtype, gpu: &Gpu, side: u32) -> Result<Comparison> {
+fn overflow(layout: Layout, dtype: Dtype, gpu: &Gpu) -> Result<Comparison> {
     let n = 40;
     let (mut a, b) = (vec![1.0; n * n], dtype.narrow(&vec![0.5; n * n]));
     a[0] = if layout == Layout::Nt { 70_000.0 } else { f32::INFINITY };
     let (a, b) = (Tensor::from_f32(gpu, &a, &[n, n]), Tensor::from_bytes(gpu, dtype, &b, &[n, n]));
     let c = Tensor::empty(gpu, &[n, n]);
-    whole(layout, (&a, &b, &c), Epilogue::default(), |product| product.launch(product.kernel(side)));
+    whole(layout, (&a, &b, &c), Epilogue::default(), |product| product.run_as_suits());
     let finite = c.to_vec()?.iter().map(|x| f32::from(u8::from(x.is_finite()))).collect();
     let want = (0..n * n).map(|at| f64::from(u8::from(at >= n))).collect();
     Ok(Comparison::new("what is finite", finite, want, 0.0))
@@ -252,11 +267,7 @@ fn cases(layout: Layout, dtype: Dtype, shapes: &Shapes) -> Vec<Case> {
     let run = move |a: &Tensor, b: &Tensor| {
         let (m, n, _) = matmul::sizes(layout, a, b);
         let c = Tensor::empty(a.gpu(), &[m, n]);
-        whole(layout, (a, b, &c), Epilogue::default(), |product| {
-            if let Some(side) = product.gpu.cooperative_side() {
-                product.launch(product.kernel(side));
-            }
-        });
+        whole(layout, (a, b, &c), Epilogue::default(), |product| product.run_as_suits());
         c
     };
     [("q_proj", hidden, hidden), ("up_proj", intermediate, hidden), ("down_proj", hidden, intermediate)]

@@ -4,11 +4,16 @@
 
 use super::{
     Case, Comparison, Cost, Op, Random,
-    attention::{Heads, Ranges},
+    attention::{self, Heads, Ranges},
     case::floats,
     testing::wide,
+    tuning::{Family, Trial, exact, exact_value, operand_sets},
 };
-use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+use crate::{
+    error::Result,
+    gpu::{Gpu, Question},
+    tensor::{Dtype, Tensor},
+};
 
 /// Keys of a part.
 const PART: usize = 128;
@@ -20,8 +25,59 @@ pub(super) const CACHED: usize = 2048;
 pub(super) fn serves(gpu: &Gpu, queries: usize, longest: usize, heads: Heads) -> bool {
     let Heads { heads: count, kv_heads, head_size } = heads;
     let scratch = 4 * queries * count * head_size * longest.div_ceil(PART);
-    let wanted = !gpu.is_cpu() || head_size > 32 && (count >= 4 * kv_heads || gpu.wants_uniforms());
-    wanted && head_size.is_multiple_of(4) && scratch as u64 <= gpu.max_binding()
+    // Not by queries or keys: a result must not depend on what else is in a batch.
+    let sizes = [count, kv_heads, head_size];
+    let wanted = match gpu.chosen(Question { op: OP.name, sizes }, sizes) {
+        Some(way) => way == BY_PARTS,
+        None => wanted(gpu, heads),
+    };
+    wanted && can_serve(head_size) && scratch as u64 <= gpu.max_binding()
+}
+
+fn wanted(gpu: &Gpu, Heads { heads, kv_heads, head_size }: Heads) -> bool {
+    !gpu.is_cpu() || head_size > 32 && (heads >= 4 * kv_heads || gpu.wants_uniforms())
+}
+
+fn can_serve(head_size: usize) -> bool {
+    head_size.is_multiple_of(4)
+}
+
+/// The names of these kernels and of `attention`'s to the tuner.
+const BY_PARTS: &str = "parts";
+const WHOLE: &str = "whole";
+
+/// What the tuner runs: one query over [`CACHED`] keys.
+pub(super) const FAMILY: Family = Family {
+    ops: || vec![OP.name],
+    ways: || vec![BY_PARTS, WHOLE],
+    trial: |gpu, _, [count, kv_heads, head_size]| Ok(tuned(gpu, Heads { heads: count, kv_heads, head_size })),
+};
+
+fn tuned(gpu: &Gpu, heads: Heads) -> Trial {
+    let (width, kv_width) = (heads.heads * heads.head_size, heads.kv_heads * heads.head_size);
+    let q = exact(gpu, Dtype::F32, &[1, width], 0);
+    let keys = [CACHED, kv_width];
+    let sets = operand_sets(gpu, 8 * CACHED * kv_width, || [0, 1].map(|side| exact(gpu, Dtype::F32, &keys, side)));
+    let values = |count, side| (0..count).map(|at| exact_value(at, side)).collect::<Vec<_>>();
+    let [of_q, k, v] = [values(width, 0), values(CACHED * kv_width, 0), values(CACHED * kv_width, 1)];
+    let range = [0, CACHED as u32];
+    let want = reference([&of_q, &k, &v], &[range], heads).0.into_iter().enumerate().collect();
+    let ranges = Ranges::cached(gpu, &range);
+    let mut ways = vec![WHOLE];
+    if can_serve(heads.head_size) {
+        ways.insert(if wanted(gpu, heads) { 0 } else { 1 }, BY_PARTS);
+    }
+    let run = Box::new(move |way: &str, turn: usize| {
+        let [k, v] = &sets[turn % sets.len()];
+        let by_parts = way == BY_PARTS;
+        let done = if by_parts {
+            forward([&q, k, v], &ranges.of_queries, CACHED, heads)
+        } else {
+            attention::forward_whole([&q, k, v], &ranges, heads)
+        };
+        done.0
+    });
+    Trial { ways, run, out: None, want, tolerance: 1e-5 }
 }
 
 /// q [T, H, E] over k, v [S, K, E], with E a multiple of 4 and ranges u32 [T, 2] of which none is longer than `longest`:

@@ -9,7 +9,7 @@
 //! B may be a weight in 16 bits in NT and NN; kernels widen what they load of it. Weights in four bits have kernels of
 //! their own (`nf4_matmul.rs`).
 //!
-//! Which kernel runs is chosen per adapter and shape: GPUs stage tiles of both operands in workgroup memory, host processors
+//! Which kernel runs is chosen per adapter and shape (`ways.rs`): GPUs stage tiles of both operands in workgroup memory, host processors
 //! take A by uniforms or staged (`host.rs`, copied beforehand: `blocks.rs`), and a few rows of A go to a kernel that
 //! reads W once. Few tiles with much to sum are split (`split.rs`).
 
@@ -18,8 +18,9 @@ mod blocks;
 mod host;
 mod joint;
 pub(super) mod split;
+pub(super) mod ways;
 
-use host::choose_staged;
+use ways::Way;
 
 pub(super) use blocks::block;
 pub use joint::{JOINT, gated, joint};
@@ -87,14 +88,14 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     if m == 0 || n == 0 {
         return;
     }
-    Call::new(layout, a, b, c, epilogue).run(Region { m: (0, m), n: (0, n), k: (0, k) });
+    Call::new(layout, a, b, c, epilogue).run_as_chosen(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
 /// Writes or adds the product of A [M, K] and B [K, n] to columns of C [M, ..], from `first` on.
 pub(super) fn product_of_columns(a: &Tensor, b: &Tensor, first: usize, c: &Tensor, epilogue: Epilogue<'_>) {
     let (n, k) = ((first, first + b.cols()), (0, b.rows()));
     let call = Call { b_first: [0, first], ..Call::new(Layout::Nn, a, b, c, epilogue) };
-    call.run(Region { m: (0, c.rows()), n, k });
+    call.run_as_chosen(Region { m: (0, c.rows()), n, k });
 }
 
 /// The part of a product that the rows of B from `first` on have in it, which are all of `b`: NT columns of C, an NN
@@ -113,7 +114,7 @@ pub(super) fn product_of_rows(
         Layout::Nn | Layout::Tn => ((0, b.cols()), rows),
     };
     let call = Call { b_first: [first, 0], ..Call::new(layout, a, b, c, epilogue) };
-    call.run(Region { m: (0, c.rows()), n, k });
+    call.run_as_chosen(Region { m: (0, c.rows()), n, k });
 }
 
 /// A block of the product: half-open ranges of M, N, K.
@@ -137,6 +138,8 @@ struct Call<'a> {
     epilogue: Epilogue<'a>,
     /// Whether operands may be rounded to f16.
     rounded: bool,
+    /// The way to go wherever it serves; else what the rule says.
+    way: Option<Way>,
 }
 
 impl Region {
@@ -166,27 +169,26 @@ fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
 impl<'a> Call<'a> {
     fn new(layout: Layout, a: &'a Tensor, b: &'a Tensor, c: &'a Tensor, epilogue: Epilogue<'a>) -> Self {
         let rounded = (epilogue.in_f16 || b.may_round()) && b.dtype() != Dtype::Bf16;
-        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounded }
+        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounded, way: None }
     }
 
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
     fn run(&self, region: Region) {
-        let gpu = self.c.gpu();
-        let most = gpu.max_binding();
+        let (way, most) = (self.way(region), self.c.gpu().max_binding());
         let bytes = |rows, tensor: &Tensor| (length(rows) * tensor.cols() * tensor.dtype().bytes()) as u64;
         let (a_rows, b_rows) = self.operand_rows(region);
         let cut = if bytes(region.m, self.c) > most && length(region.m) > 64 {
             region.cut_m(halved(region.m))
         } else if bytes(a_rows, self.a) > most && length(a_rows) > 64 {
             if self.layout == Layout::Tn { region.cut_k(halved(a_rows)) } else { region.cut_m(halved(a_rows)) }
-        } else if gpu.is_cpu() && self.layout == Layout::Nt && self.wants_lanes(region) {
+        } else if way == Way::Lanes {
             return self.by_lanes(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
-        } else if gpu.wants_uniforms() {
+        } else if way == Way::Columns {
             return self.by_blocks(region);
         } else {
-            return self.launch(region);
+            return self.launch(region, way);
         };
         cut.into_iter().for_each(|part| self.run(part));
     }
@@ -199,7 +201,7 @@ impl<'a> Call<'a> {
         )
     }
 
-    fn launch(&self, region: Region) {
+    fn launch(&self, region: Region, way: Way) {
         let Self { layout, a, b, b_first, c, epilogue, .. } = *self;
         let (m, n, k) = (length(region.m), length(region.n), length(region.k));
         // Row ranges are bound; column ranges are offsets inside the binding.
@@ -230,24 +232,17 @@ impl<'a> Call<'a> {
             host::STAGED_DEPTH as u32,
         ];
         let bindings = [a_binding, b_binding, bias_binding, c_binding];
-        let product = cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params };
-        if self.rounded && product.launched() {
-            return;
+        if let Way::Cooperative { large } = way {
+            let product = cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params };
+            return product.run(large);
         }
-        if c.gpu().is_cpu() {
-            let (kernel, groups) = choose_staged(layout, b.dtype(), m, n);
-            return c.gpu().dispatch(&kernel, &bindings, &params, groups);
+        let (kernel, groups) = way.kernel(layout, b.dtype(), [m, n]);
+        match way {
+            Way::Tiles { .. } => split::launch(c.gpu(), &kernel, &bindings, &params, groups),
+            _ => c.gpu().dispatch(&kernel, &bindings, &params, groups),
         }
-        let (kernel, groups) = choose(layout, b.dtype(), m, n);
-        if kernel.starts_with("matmul.rows") {
-            return c.gpu().dispatch(kernel, &bindings, &params, groups);
-        }
-        split::launch(c.gpu(), kernel, &bindings, &params, groups);
     }
 }
-
-/// Up to this many rows of A, W is read once by `matmul.rows`.
-const ROWS_KERNEL_MOST: usize = 4;
 
 /// A kernel's name by B's type: f32, bf16, f16.
 fn typed(dtype: Dtype, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
@@ -256,30 +251,6 @@ fn typed(dtype: Dtype, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
         Dtype::F16 => f16,
         Dtype::F32 | Dtype::U32 | Dtype::Quantized(_) => f32,
     }
-}
-
-/// The kernel and its workgroups for a product on bound storage.
-fn choose(layout: Layout, b: Dtype, m: usize, n: usize) -> (&'static str, [u32; 3]) {
-    let typed = |names| typed(b, names);
-    if layout == Layout::Nt && m <= ROWS_KERNEL_MOST {
-        let kernel = typed(["matmul.rows.nt", "matmul.rows.nt_bf16", "matmul.rows.nt_f16"]);
-        return (kernel, [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32]);
-    }
-    let small = m <= 32 || n <= 32 || m.div_ceil(64) * n.div_ceil(64) < 32;
-    let kernel = match (layout, small) {
-        (Layout::Nt, false) => typed(["matmul.tiled.nt", "matmul.tiled.nt_bf16", "matmul.tiled.nt_f16"]),
-        (Layout::Nn, false) => typed(["matmul.tiled.nn", "matmul.tiled.nn_bf16", "matmul.tiled.nn_f16"]),
-        (Layout::Tn, false) => "matmul.tiled.tn",
-        (Layout::Nt, true) => {
-            typed(["matmul.tiled.nt_small", "matmul.tiled.nt_small_bf16", "matmul.tiled.nt_small_f16"])
-        }
-        (Layout::Nn, true) => {
-            typed(["matmul.tiled.nn_small", "matmul.tiled.nn_small_bf16", "matmul.tiled.nn_small_f16"])
-        }
-        (Layout::Tn, true) => "matmul.tiled.tn_small",
-    };
-    let side = if small { 32 } else { 64 };
-    (kernel, [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1])
 }
 
 /// The same product on the host, in f64.
@@ -296,6 +267,21 @@ pub fn reference(layout: Layout, a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) ->
     c
 }
 
+/// One element of the same, of operands whose elements are told by their places.
+pub(super) fn reference_at(
+    layout: Layout,
+    [a, b]: [&dyn Fn(usize) -> f64; 2],
+    [m, n, k]: [usize; 3],
+    [row, column]: [usize; 2],
+) -> f64 {
+    let of_a = |l| a(if layout == Layout::Tn { l * m + row } else { row * k + l });
+    let of_b = |l| b(if layout == Layout::Nt { column * k + l } else { l * n + column });
+    (0..k).map(|l| of_a(l) * of_b(l)).sum()
+}
+
+/// Products with longer sides are checked in the chosen way alone.
+const EACH_WAY: usize = 72;
+
 fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
     // Square, a few rows, a narrow result, sides that fill whole vectors, one row; and each side longer than a block.
@@ -308,16 +294,24 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
         let b = dtype.widen(&b);
         let (bias, tbias) = random.tensor(gpu, &[n]);
-        let c = product_with(layout, &ta, &tb, Epilogue { alpha: Some(0.5), bias: Some(&tbias), ..Default::default() });
-        product_into(layout, &ta, &tb, &c, Epilogue { alpha: Some(0.25), accumulate: true, ..Default::default() });
+        let first = Epilogue { alpha: Some(0.5), bias: Some(&tbias), ..Default::default() };
+        let second = Epilogue { alpha: Some(0.25), accumulate: true, ..Default::default() };
         let plain = reference(layout, &wide(&a), &wide(&b), [m, n, k]);
-        let want = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % n])).collect();
-        out.push(Comparison::new(
-            "alpha A B + bias, then + alpha A B",
-            c.to_vec()?,
-            want,
-            2e-6 * (k as f64).sqrt().max(2.0),
-        ));
+        let want: Vec<f64> = plain.iter().enumerate().map(|(at, x)| 0.75 * x + f64::from(bias[at % n])).collect();
+        // As chosen; and of small ones, every way that there is.
+        let c = Tensor::empty(gpu, &[m, n]);
+        let call = |epilogue| Call::new(layout, &ta, &tb, &c, epilogue);
+        let ways = if m.max(n).max(k) <= EACH_WAY { call(first).ways() } else { Vec::new() };
+        for way in [None].into_iter().chain(ways.into_iter().map(Some)) {
+            for epilogue in [first, second] {
+                match way {
+                    None => product_into(layout, &ta, &tb, &c, epilogue),
+                    way => Call { way, ..call(epilogue) }.run(call(epilogue).whole()),
+                }
+            }
+            let what = way.map_or("alpha A B + bias, then + alpha A B", Way::name);
+            out.push(Comparison::new(what, c.to_vec()?, want.clone(), 2e-6 * (k as f64).sqrt().max(2.0)));
+        }
     }
     Ok(out)
 }

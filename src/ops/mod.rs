@@ -27,6 +27,7 @@ pub mod reduce;
 pub mod rms_norm;
 pub mod roof;
 pub mod rope;
+pub mod tuning;
 
 mod testing;
 

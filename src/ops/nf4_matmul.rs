@@ -17,11 +17,12 @@ use super::{
     nf4::{self, ALIGNED, awkward, kind_of, of},
     roof,
     testing::wide,
+    tuning::{Family, Trial, exact, exact_value, operand_sets, positions},
     uniform_rows,
 };
 use crate::{
     error::Result,
-    gpu::Gpu,
+    gpu::{Gpu, Question, bucket},
     quant::{BLOCK, QuantType},
     tensor::{ALIGNMENT, Dtype, Tensor},
 };
@@ -47,12 +48,56 @@ pub(super) fn product_into(layout: Layout, a: &Tensor, w: &Tensor, c: &Tensor, e
     assert!(layout != Layout::Tn, "TN product of {a:?} and {w:?}");
     assert!(a.dtype() == Dtype::F32 && c.dtype() == Dtype::F32, "{layout:?} product of {a:?} and {w:?} into {c:?}");
     let call = Call { layout, a, w, c, factors: nf4::factors(w), epilogue };
-    let rows = c.rows();
-    match call.fused() {
-        Some(Fused::Lanes) if rows <= FUSED_ROWS_CPU => call.by_lanes(),
-        Some(Fused::Tiles) if rows <= if call.in_f16() { FUSED_ROWS_IN_F16 } else { FUSED_ROWS_GPU } => call.by_tiles(),
-        _ => call.by_scratch(SCRATCH, TILE),
+    let sizes = [c.rows(), w.rows(), w.cols()];
+    let op = QUESTIONS[usize::from(layout == Layout::Nn) + 2 * usize::from(call.in_f16())];
+    let question = Question { op, sizes: [bucket(sizes[0]), sizes[1], sizes[2]] };
+    let fuses = match w.gpu().chosen(question, sizes) {
+        Some(way) => way == FUSED,
+        None => call.fuses_by_rule(),
+    };
+    (if fuses { Way::Fused } else { Way::Scratch }).run(call);
+}
+
+/// The products' names to the tuner, and those of their ways.
+const QUESTIONS: [&str; 4] = ["nf4_matmul.nt", "nf4_matmul.nn", "nf4_matmul.nt_in_f16", "nf4_matmul.nn_in_f16"];
+const FUSED: &str = "fused";
+const BY_SCRATCH: &str = "scratch";
+
+/// What the tuner runs of these products.
+pub(super) const FAMILY: Family = Family { ops: || QUESTIONS.to_vec(), ways: || vec![FUSED, BY_SCRATCH], trial };
+
+fn trial(gpu: &Gpu, question: &Question, [m, n, k]: [usize; 3]) -> Result<Trial> {
+    let asked = QUESTIONS.iter().position(|op| *op == question.op).unwrap_or(0);
+    let (layout, in_f16) = (if asked % 2 == 0 { Layout::Nt } else { Layout::Nn }, asked >= 2);
+    let [columns, sum] = if layout == Layout::Nt { [n, k] } else { [k, n] };
+    let sets = operand_sets(gpu, 4 * m * sum + n * k / 2, || {
+        let w = nf4::random_quantized(gpu, QuantType::Nf4, &[n, k]);
+        [exact(gpu, Dtype::F32, &[m, sum], 0), if in_f16 { w.multiplied_in_f16() } else { w }]
+    });
+    let c = Tensor::empty(gpu, &[m, columns]);
+    let [a, w] = &sets[0];
+    let first = Call { layout, a, w, c: &c, factors: nf4::factors(w), epilogue: Epilogue::default() };
+    let by_rule = first.fuses_by_rule();
+    let mut ways = vec![if by_rule { FUSED } else { BY_SCRATCH }];
+    if first.fused().is_some() {
+        ways.push(if by_rule { BY_SCRATCH } else { FUSED });
     }
+    let values = w.to_vec()?;
+    let operands: [&dyn Fn(usize) -> f64; 2] = [&|at| exact_value(at, 0), &|at| f64::from(values[at])];
+    let at = |[row, column]: [usize; 2]| {
+        (row * columns + column, matmul::reference_at(layout, operands, [m, columns, sum], [row, column]))
+    };
+    let want = positions(m, columns).map(at).collect();
+    let out = Some(c.clone());
+    let run = Box::new(move |way: &str, turn: usize| {
+        let [a, w] = &sets[turn % sets.len()];
+        let call = Call { layout, a, w, c: &c, factors: nf4::factors(w), epilogue: Epilogue::default() };
+        (if way == FUSED { Way::Fused } else { Way::Scratch }).run(call);
+        c.clone()
+    });
+    // Of a sum's terms each has what rounding W to f16 leaves.
+    let of_rounding = if in_f16 { 1e-3 } else { 0.0 };
+    Ok(Trial { ways, run, out, want, tolerance: of_rounding + 2e-6 * (sum as f64).sqrt().max(2.0) })
 }
 
 /// Which kernels decode as they go.
@@ -86,6 +131,16 @@ impl Call<'_> {
     /// Whether W is dequantised to f16.
     fn in_f16(&self) -> bool {
         self.w.may_round() && cooperative::serves(self.w.gpu()) && self.w.cols().is_multiple_of(8)
+    }
+
+    fn fuses_by_rule(&self) -> bool {
+        let rows = self.c.rows();
+        match self.fused() {
+            Some(Fused::Lanes) => rows <= FUSED_ROWS_CPU,
+            Some(Fused::Tiles) if self.in_f16() => rows <= FUSED_ROWS_IN_F16,
+            Some(Fused::Tiles) => rows <= FUSED_ROWS_GPU,
+            None => false,
+        }
     }
 
     /// Dequantises W in parts of about `bytes` bytes, for dense products; in tiles, where these have to be smaller.

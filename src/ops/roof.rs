@@ -136,7 +136,7 @@ fn large(gpu: &Gpu) -> Tensor {
 }
 
 /// Whose clock can be believed: the device's, unless it has none, or tells much less of a long run than the host waits.
-fn clock(gpu: &Gpu) -> Result<Clock> {
+pub fn clock(gpu: &Gpu) -> Result<Clock> {
     let out = Tensor::empty(gpu, &[threads(gpu)]);
     let mut rounds = 64;
     chain(gpu, F32[0].0, &out, rounds);

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{
     config::StageConfig,
-    estimate::{self, Steps, no_picture},
+    estimate::{self, Estimate, Steps, no_picture},
     events::{Event, Observer},
     optimizer::Updates,
     pictures::PictureStore,
@@ -15,7 +15,7 @@ use crate::{
     data::ImageSource,
     error::Result,
     formats::{model_folder::ModelFolder, safetensors::Dtype},
-    gpu::{Gpu, Holdings},
+    gpu::{Gpu, Holdings, Launches},
     models::config::ModelConfig,
     tensor::Dtype as Kept,
 };
@@ -66,6 +66,26 @@ pub struct Sizes {
     pub steps: usize,
 }
 
+/// What such steps launch.
+///
+/// # Errors
+/// A config with which nothing trains.
+pub fn launches(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, gpu: &Gpu) -> Result<Launches> {
+    Ok(rehearse(stage, config, sizes, gpu)?.2.launches)
+}
+
+fn rehearse(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, gpu: &Gpu) -> Result<(Prepared, Steps, Estimate)> {
+    let stored = match stage.precision.map(|precision| precision.dtype()) {
+        Some(Kept::Bf16) | None => Dtype::BF16,
+        Some(Kept::F16) => Dtype::F16,
+        Some(_) => Dtype::F32,
+    };
+    let prepared = Prepared::of(stage, ModelFolder::random(config, stored, stage.seed)?)?;
+    let made_up = Steps::of_length(sizes.sequences, sizes.length, config);
+    let estimate = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts())?;
+    Ok((prepared, made_up, estimate))
+}
+
 /// Runs steps of `stage` on a model of this config.
 ///
 /// # Errors
@@ -77,14 +97,7 @@ pub fn steps(
     gpu: &Gpu,
     observer: &mut dyn Observer,
 ) -> Result<StepTimes> {
-    let stored = match stage.precision.map(|precision| precision.dtype()) {
-        Some(Kept::Bf16) | None => Dtype::BF16,
-        Some(Kept::F16) => Dtype::F16,
-        Some(_) => Dtype::F32,
-    };
-    let prepared = Prepared::of(stage, ModelFolder::random(config, stored, stage.seed)?)?;
-    let made_up = Steps::of_length(sizes.sequences, sizes.length, config);
-    let estimate = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts())?;
+    let (prepared, made_up, estimate) = rehearse(stage, config, sizes, gpu)?;
     let estimated = estimate.peak.held;
     gpu.compile_ahead(estimate.launches);
     observer.event(Event::Note(&format!("expected: {:.2} GB of device memory", estimated as f64 / 1e9)));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ModelArgs, at_least_one, number};
+use super::{ModelArgs, TuneArgs, at_least_one, number};
 use crate::generate::Options;
 
 /// How the tokens of an answer are chosen.
@@ -49,6 +49,8 @@ impl SamplingArgs {
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub tune: TuneArgs,
     /// A picture, put before the prompt; may be given several times
     #[arg(long, value_name = "FILE")]
     pub image: Vec<PathBuf>,
@@ -81,6 +83,8 @@ pub struct GenerateArgs {
 pub struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub tune: TuneArgs,
     /// A picture for the first message; may be given several times
     #[arg(long, value_name = "FILE")]
     pub image: Vec<PathBuf>,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::at_least_one;
+use super::{TuneArgs, at_least_one};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Bench {
@@ -71,6 +71,8 @@ pub struct BenchArgs {
     /// Of a step, tell the kernels that take its time, from one more step that waits for each dispatch
     #[arg(long)]
     pub kernels: bool,
+    #[command(flatten)]
+    pub tune: TuneArgs,
     /// Write the JSON there too
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,

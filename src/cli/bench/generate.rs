@@ -17,10 +17,11 @@ use crate::{
     cli::{
         args::{BenchArgs, GlobalArgs},
         estimate::gigabytes,
-        open_device,
+        open_device, tuning,
         ui::Ui,
     },
     error::{Error, Result},
+    gpu::Gpu,
     models::loading::Quantization,
     ops::roof::{self, Roofs},
     quant::QuantType,
@@ -44,8 +45,13 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
     let sizes = Sizes { sequences: args.batch.unwrap_or(1), prompt: args.seq, tokens, runs: args.steps };
     sizes.check(&config)?;
     let gpu = open_device(global, None, ui)?;
-    let roofs = Roofs::measure(&gpu, &[roof::COPY])?;
     let precision = global.precision.map(|precision| precision.dtype());
+    tuning::prepare(&gpu, args.tune.tune, ui, || {
+        let counting = Gpu::counting(gpu.facts().clone());
+        measure(&counting, &config, precision, quantization, Sizes { tokens: 2.min(tokens), runs: 0, ..sizes })?;
+        Ok(counting.launches())
+    })?;
+    let roofs = Roofs::measure(&gpu, &[roof::COPY])?;
     let times = measure(&gpu, &config, precision, quantization, sizes)?;
     let median = |seconds: &[f64]| seconds.get(seconds.len() / 2).copied();
     let positions = (sizes.sequences * sizes.prompt) as f64;

@@ -46,6 +46,11 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs) -> Result<()> {
         )
         .hint("wgpu-llava bench step, or bench generate, with these options"));
     }
+    if args.tune.tune && matches!(args.what, Bench::Ops | Bench::Table) {
+        return Err(
+            Error::usage("--tune is for the shapes of a model").hint("wgpu-llava bench step --tune, or bench generate")
+        );
+    }
     let mut ui = Ui::new(global.quiet, global.verbose);
     let result = match args.what {
         Bench::Ops => ops::run(args, global, before.as_ref(), &mut ui)?,
@@ -98,7 +103,7 @@ fn read(path: &Path) -> Result<Value> {
 }
 
 /// A day, UTC.
-fn today() -> String {
+pub fn today() -> String {
     dated_name(SystemTime::now()).split('_').next().unwrap_or_default().to_owned()
 }
 

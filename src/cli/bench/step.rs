@@ -10,7 +10,7 @@ use crate::{
     cli::{
         args::{BenchArgs, GlobalArgs},
         estimate::gigabytes,
-        open_device, recipes,
+        open_device, recipes, tuning,
         ui::Ui,
     },
     error::{Error, Result},
@@ -19,7 +19,7 @@ use crate::{
     ops::roof::{self, Roofs},
     train::{
         config::{Request, RunConfig, Source, StageConfig},
-        measure::{Sizes, StepTimes, steps},
+        measure::{Sizes, StepTimes, launches, steps},
         report::grouped,
     },
 };
@@ -40,9 +40,10 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
     };
     let config = model(args, named, args.seq)?;
     let gpu = open_device(global, None, ui)?;
-    let roofs = Roofs::measure(&gpu, &[roof::FMA])?;
     let batch = args.batch.unwrap_or(4);
     let sizes = Sizes { sequences: batch, length: args.seq, warm_up: args.warm_up, steps: args.steps };
+    tuning::prepare(&gpu, args.tune.tune, ui, || launches(&stage, &config, sizes, &gpu))?;
+    let roofs = Roofs::measure(&gpu, &[roof::FMA])?;
     let times = steps(&stage, &config, sizes, &gpu, ui)?;
     let mut data = data(&stage, &config, sizes, &times, &gpu, &roofs);
     if args.kernels {
@@ -122,6 +123,7 @@ fn kernels(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, gpu: &Gpu, u
         device: Some(facts.index.to_string()),
         backend: Some(facts.backend.clone()),
         profile: true,
+        choices: facts.choices.clone(),
         ..AdapterOptions::default()
     };
     let gpu = Gpu::open(&options)?;

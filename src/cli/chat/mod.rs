@@ -13,16 +13,20 @@ use std::{
 };
 
 use super::{
+    Rehearsal,
     answer::{Answer, picture_files},
     args::{ChatArgs, GlobalArgs},
     interrupt, open_model, report,
     ui::{Ui, shown},
 };
 use crate::{
-    data::{Encoder, IMAGE_PLACEHOLDER, ImageSource, Template, Turn, Version, version::CHAT},
+    data::{Encoder, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ImageSource, Template, Turn, Version, version::CHAT},
     error::{Error, ErrorKind, Result},
-    generate::{Options, Session, session::Pixels},
-    models::open::{Opened, open_version},
+    generate::{Options, Session, generate, session::Pixels},
+    models::{
+        llava::Pictures,
+        open::{Opened, open_version},
+    },
 };
 use command::Command;
 use input::{Entry, Input};
@@ -38,7 +42,8 @@ pub fn run(args: &ChatArgs, global: &GlobalArgs) -> Result<()> {
     }
     picture_files(&args.image)?;
     let mut ui = Ui::new(global.quiet, global.verbose);
-    let opened = open_model(&args.model, global, &mut ui)?;
+    let rehearsal = Rehearsal { tune: args.tune.tune, run: &rehearse };
+    let opened = open_model(&args.model, global, Some(rehearsal), &mut ui)?;
     let mut chat = Chat::new(args, &opened)?;
     for path in &args.image {
         chat.show(path)?;
@@ -67,6 +72,25 @@ pub fn run(args: &ChatArgs, global: &GlobalArgs) -> Result<()> {
             Err(error) => report::print_error(&error),
             Ok(()) => {}
         }
+    }
+    Ok(())
+}
+
+/// Positions of messages that stand for all: a few words, a question, a text.
+const MESSAGES: [usize; 3] = [32, 128, 512];
+
+/// Answers to such messages, with a picture where the model sees.
+fn rehearse(opened: &Opened) -> Result<()> {
+    let config = &opened.model.config;
+    let side = config.llava().filter(|_| opened.model.projector.is_some()).map(|llava| llava.vision_config.image_size);
+    let picture = side.map(|side| vec![0.0; 3 * side * side]);
+    let views: Vec<&[f32]> = picture.iter().map(Vec::as_slice).collect();
+    let room = config.text().positions().saturating_sub(views.len() * opened.model.image_tokens());
+    for length in MESSAGES.into_iter().filter(|length| length + 2 <= room) {
+        let mut prompt = vec![0; length];
+        prompt.splice(..0, views.iter().map(|_| IMAGE_TOKEN_INDEX));
+        let options = Options::greedy(2, Vec::new());
+        generate(&opened.model, &[prompt], Pictures::Pixels(&views), &options, &mut |_, _| ControlFlow::Continue(()))?;
     }
     Ok(())
 }

@@ -33,19 +33,24 @@ pub(super) const FEW: usize = 32;
 pub(super) const STAGED_DEPTH: usize = 64;
 
 /// The one of three blocks for a product of m x n.
-fn fitting([wide, narrow, few]: [Block; 3], m: usize, n: usize) -> Block {
+fn fitting([wide, narrow, _]: &[Block; 3], m: usize, n: usize) -> usize {
     if m < wide.rows {
-        few
+        2
     } else if n <= 2 * narrow.cols {
-        narrow
+        1
     } else {
-        wide
+        0
     }
 }
 
-/// The kernel and its workgroups for a product with A staged.
-pub(super) fn choose_staged(layout: Layout, b: Dtype, m: usize, n: usize) -> (String, [u32; 3]) {
-    let block = fitting(STAGED_BLOCKS, m, n);
+/// The same of a product with A staged.
+pub(super) fn fitting_staged(m: usize, n: usize) -> usize {
+    fitting(&STAGED_BLOCKS, m, n)
+}
+
+/// The kernel and its workgroups for a product with A staged, by one of three blocks.
+pub(super) fn staged(layout: Layout, b: Dtype, [m, n]: [usize; 2], block: usize) -> (String, [u32; 3]) {
+    let block = STAGED_BLOCKS[block];
     let layout = match layout {
         Layout::Nt => "nt",
         Layout::Nn => "nn",
@@ -81,7 +86,7 @@ impl<'a> ByK<'a> {
 /// Whether an operand's rows can be read as they are: whole vec4s from where a region begins, and a block wide.
 pub(super) fn reads_rows(a: ByK<'_>, m: usize, n: usize) -> bool {
     let whole = [a.tensor.cols(), a.col, m].iter().all(|x| x.is_multiple_of(4));
-    whole && m >= fitting(BLOCKS, m, n).rows
+    whole && m >= BLOCKS[fitting(&BLOCKS, m, n)].rows
 }
 
 impl Call<'_> {
@@ -92,7 +97,7 @@ impl Call<'_> {
             return;
         }
         let (m, n) = (length(region.m), length(region.n));
-        let block = fitting(BLOCKS, m, n);
+        let block = BLOCKS[fitting(&BLOCKS, m, n)];
         // What is read in vain beyond a short row lies in the uniform too.
         let fit = |cols: usize, block: usize| {
             let slack = block.saturating_sub(cols) + ALIGNMENT;

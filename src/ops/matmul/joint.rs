@@ -4,7 +4,7 @@
 //! One dispatch serves a few rows of X on GPUs, and weights of one type in 16 or 32 bits. Elsewhere each weight has a
 //! product of its own. Either way sums run in the same order.
 
-use super::{Layout, ROWS_KERNEL_MOST, product, reference, typed};
+use super::{Layout, product, reference, typed, ways::ROWS_KERNEL_MOST};
 use crate::{
     error::Result,
     gpu::Gpu,

@@ -1,0 +1,209 @@
+//! The ways of one product: which there are, which one the rule takes, which one was measured to be the best.
+
+use std::borrow::Cow;
+
+use super::{Call, Epilogue, Layout, Region, host, length, reference_at, typed};
+use crate::{
+    gpu::{Gpu, Question, bucket},
+    ops::{
+        cooperative,
+        tuning::{Family, Trial, exact, exact_value, operand_sets, positions},
+        uniform_rows,
+    },
+    tensor::{Dtype, Tensor},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::ops) enum Way {
+    /// Host processors: a row of W in each lane.
+    Lanes,
+    /// Host processors: both operands from uniforms, with K along rows.
+    Columns,
+    /// Host processors: A staged, by one of three blocks of C.
+    Staged(usize),
+    /// GPUs: W read once for a few rows of A.
+    Rows,
+    /// GPUs: tiles of 32 or of 64.
+    Tiles { large: bool },
+    /// GPUs, operands rounded to f16: tiles of 64 or of 128.
+    Cooperative { large: bool },
+}
+
+/// Every way, by the name that it has in files.
+const WAYS: [(&str, Way); 10] = [
+    ("lanes", Way::Lanes),
+    ("columns", Way::Columns),
+    ("staged_wide", Way::Staged(0)),
+    ("staged_narrow", Way::Staged(1)),
+    ("staged_few", Way::Staged(2)),
+    ("rows", Way::Rows),
+    ("tiles_32", Way::Tiles { large: false }),
+    ("tiles_64", Way::Tiles { large: true }),
+    ("cooperative_64", Way::Cooperative { large: false }),
+    ("cooperative_128", Way::Cooperative { large: true }),
+];
+
+/// Products by the names of their questions: layout, B's type, and whether operands may be rounded to f16.
+const QUESTIONS: [(&str, Layout, Dtype, bool); 10] = [
+    ("matmul.nt", Layout::Nt, Dtype::F32, false),
+    ("matmul.nn", Layout::Nn, Dtype::F32, false),
+    ("matmul.tn", Layout::Tn, Dtype::F32, false),
+    ("matmul.nt_bf16", Layout::Nt, Dtype::Bf16, false),
+    ("matmul.nn_bf16", Layout::Nn, Dtype::Bf16, false),
+    ("matmul.nt_f16", Layout::Nt, Dtype::F16, true),
+    ("matmul.nn_f16", Layout::Nn, Dtype::F16, true),
+    ("matmul.nt_in_f16", Layout::Nt, Dtype::F32, true),
+    ("matmul.nn_in_f16", Layout::Nn, Dtype::F32, true),
+    ("matmul.tn_in_f16", Layout::Tn, Dtype::F32, true),
+];
+
+/// Up to this many rows of A, W is read once by `matmul.rows`.
+pub(super) const ROWS_KERNEL_MOST: usize = 4;
+
+impl Way {
+    pub fn name(self) -> &'static str {
+        WAYS.iter().find(|(_, way)| *way == self).map_or("", |(name, _)| name)
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        WAYS.iter().find(|(known, _)| *known == name).map(|(_, way)| *way)
+    }
+
+    /// The kernel and its workgroups for a product [m, n] on bound storage: not of lanes, columns or cooperative
+    /// matrices, which launch theirs themselves.
+    pub fn kernel(self, layout: Layout, b: Dtype, [m, n]: [usize; 2]) -> (Cow<'static, str>, [u32; 3]) {
+        let typed = |names| Cow::Borrowed(typed(b, names));
+        let tiles = |name, side| (name, [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1]);
+        match (self, layout) {
+            (Self::Staged(block), _) => {
+                let (name, groups) = host::staged(layout, b, [m, n], block);
+                (Cow::Owned(name), groups)
+            }
+            (Self::Rows, _) => {
+                let name = typed(["matmul.rows.nt", "matmul.rows.nt_bf16", "matmul.rows.nt_f16"]);
+                (name, [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32])
+            }
+            (Self::Tiles { large: false }, Layout::Nt) => {
+                tiles(typed(["matmul.tiled.nt_small", "matmul.tiled.nt_small_bf16", "matmul.tiled.nt_small_f16"]), 32)
+            }
+            (Self::Tiles { large: false }, Layout::Nn) => {
+                tiles(typed(["matmul.tiled.nn_small", "matmul.tiled.nn_small_bf16", "matmul.tiled.nn_small_f16"]), 32)
+            }
+            (Self::Tiles { large: false }, Layout::Tn) => tiles("matmul.tiled.tn_small".into(), 32),
+            (_, Layout::Nt) => tiles(typed(["matmul.tiled.nt", "matmul.tiled.nt_bf16", "matmul.tiled.nt_f16"]), 64),
+            (_, Layout::Nn) => tiles(typed(["matmul.tiled.nn", "matmul.tiled.nn_bf16", "matmul.tiled.nn_f16"]), 64),
+            (_, Layout::Tn) => tiles("matmul.tiled.tn".into(), 64),
+        }
+    }
+}
+
+fn region_sizes(region: Region) -> [usize; 3] {
+    [length(region.m), length(region.n), length(region.k)]
+}
+
+/// M, N and K, the one of them that a step's positions are in a bucket.
+fn sizes_asked(layout: Layout, [m, n, k]: [usize; 3]) -> [usize; 3] {
+    if layout == Layout::Tn { [m, n, bucket(k)] } else { [bucket(m), n, k] }
+}
+
+impl Call<'_> {
+    /// Runs a region by the way that was measured to be the best for it, where one was.
+    pub(super) fn run_as_chosen(&self, region: Region) {
+        let asked = (self.layout, self.b.dtype(), self.rounded);
+        let sizes = region_sizes(region);
+        let chosen = QUESTIONS.iter().find(|&&(_, layout, b, rounded)| (layout, b, rounded) == asked).and_then(
+            |&(op, layout, ..)| self.c.gpu().chosen(Question { op, sizes: sizes_asked(layout, sizes) }, sizes),
+        );
+        Self { way: chosen.and_then(Way::named), ..*self }.run(region);
+    }
+
+    /// The way of a region: the call's, if it serves there.
+    pub(super) fn way(&self, region: Region) -> Way {
+        self.way.filter(|&way| self.serves(way, region)).unwrap_or_else(|| self.by_rule(region))
+    }
+
+    fn by_rule(&self, region: Region) -> Way {
+        let gpu = self.c.gpu();
+        let [m, n, k] = region_sizes(region);
+        let nt = self.layout == Layout::Nt;
+        if gpu.is_cpu() {
+            return match (nt && self.wants_lanes(region), gpu.wants_uniforms()) {
+                (true, _) => Way::Lanes,
+                (false, true) => Way::Columns,
+                (false, false) => Way::Staged(host::fitting_staged(m, n)),
+            };
+        }
+        if self.rounded && cooperative::fits(gpu, [m, n, k]) {
+            return Way::Cooperative { large: cooperative::has_large(gpu) && cooperative::wants_large(m, n) };
+        }
+        if nt && m <= ROWS_KERNEL_MOST {
+            return Way::Rows;
+        }
+        Way::Tiles { large: m > 32 && n > 32 && m.div_ceil(64) * n.div_ceil(64) >= 32 }
+    }
+
+    /// All of C.
+    pub(super) fn whole(&self) -> Region {
+        let k = if self.layout == Layout::Tn { self.a.rows() } else { self.a.cols() };
+        Region { m: (0, self.c.rows()), n: (0, self.c.cols()), k: (0, k) }
+    }
+
+    /// Every way that serves for all of C, the rule's first.
+    pub(super) fn ways(&self) -> Vec<Way> {
+        let whole = self.whole();
+        let by_rule = self.by_rule(whole);
+        let others = WAYS.iter().map(|&(_, way)| way).filter(|&way| way != by_rule && self.serves(way, whole));
+        [by_rule].into_iter().chain(others).collect()
+    }
+
+    /// Whether a region can go this way at all.
+    fn serves(&self, way: Way, region: Region) -> bool {
+        let gpu = self.c.gpu();
+        let sizes = region_sizes(region);
+        let on_host = matches!(way, Way::Lanes | Way::Columns | Way::Staged(_));
+        let can = match way {
+            Way::Lanes => {
+                let fits = |x: &Tensor| uniform_rows(x.cols(), x.dtype()) > 0;
+                self.layout == Layout::Nt && fits(self.a) && fits(self.b)
+            }
+            Way::Rows => self.layout == Layout::Nt && sizes[0] <= ROWS_KERNEL_MOST,
+            Way::Cooperative { large } => {
+                self.rounded && cooperative::fits(gpu, sizes) && (!large || cooperative::has_large(gpu))
+            }
+            Way::Columns | Way::Staged(_) | Way::Tiles { .. } => true,
+        };
+        can && on_host == gpu.is_cpu()
+    }
+}
+
+/// What the tuner runs of products.
+pub(in crate::ops) const FAMILY: Family = Family {
+    ops: || QUESTIONS.iter().map(|(op, ..)| *op).collect(),
+    ways: || WAYS.iter().map(|(way, _)| *way).collect(),
+    trial: |gpu, question, sizes| Ok(trial(gpu, question, sizes)),
+};
+
+fn trial(gpu: &Gpu, question: &Question, [m, n, k]: [usize; 3]) -> Trial {
+    let found = QUESTIONS.iter().find(|(op, ..)| *op == question.op);
+    let (layout, dtype, rounded) = found.map_or((Layout::Nt, Dtype::F32, false), |&(_, l, b, r)| (l, b, r));
+    let a = if layout == Layout::Tn { [k, m] } else { [m, k] };
+    let b = if layout == Layout::Nt { [n, k] } else { [k, n] };
+    let sets = operand_sets(gpu, 4 * m * k + dtype.bytes() * n * k, || {
+        [exact(gpu, Dtype::F32, &a, 0), exact(gpu, dtype, &b, 1)]
+    });
+    let c = Tensor::empty(gpu, &[m, n]);
+    let plain = Call { rounded, ..Call::new(layout, &sets[0][0], &sets[0][1], &c, Epilogue::default()) };
+    let ways = plain.ways().into_iter().map(Way::name).collect();
+    let of_operands: [&dyn Fn(usize) -> f64; 2] = [&|at| exact_value(at, 0), &|at| exact_value(at, 1)];
+    let want = positions(m, n)
+        .map(|[row, column]| (row * n + column, reference_at(layout, of_operands, [m, n, k], [row, column])))
+        .collect();
+    let out = Some(c.clone());
+    let run = Box::new(move |way: &str, turn: usize| {
+        let [a, b] = &sets[turn % sets.len()];
+        let call = Call { rounded, way: Way::named(way), ..Call::new(layout, a, b, &c, Epilogue::default()) };
+        call.run(call.whole());
+        c.clone()
+    });
+    Trial { ways, run, out, want, tolerance: 2e-6 * (k as f64).sqrt().max(2.0) }
+}
