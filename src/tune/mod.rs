@@ -108,13 +108,16 @@ fn measured(gpu: &Gpu, clock: Clock, trial: &Trial, way: &'static str, runs: usi
     Ok(samples.best())
 }
 
-/// The better of two runs.
-fn glimpsed(gpu: &Gpu, clock: Clock, trial: &Trial, way: &'static str) -> Result<f64> {
+/// The better of two runs, or one that is far too slow.
+fn glimpsed(gpu: &Gpu, clock: Clock, trial: &Trial, way: &'static str, hopeless: f64) -> Result<f64> {
     let mut least = f64::INFINITY;
     for turn in 1..3 {
         let elapsed = gpu.time(&mut || drop((trial.run)(way, turn)))?;
         let device = elapsed.device.filter(|_| clock == Clock::Device);
         least = least.min(device.unwrap_or(elapsed.host));
+        if least > 2.0 * hopeless {
+            break;
+        }
     }
     Ok(least)
 }
@@ -159,7 +162,8 @@ fn answer(gpu: &Gpu, clock: Clock, question: Question, trial: &Trial, options: &
             continue;
         }
         right.get_or_insert(values);
-        if glimpsed(gpu, clock, trial, way)? > HOPELESS * best.1 {
+        let hopeless = HOPELESS * best.1;
+        if glimpsed(gpu, clock, trial, way, hopeless)? > hopeless {
             continue;
         }
         let seconds = measured(gpu, clock, trial, way, options.runs)?;
