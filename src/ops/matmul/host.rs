@@ -137,12 +137,12 @@ impl Call<'_> {
         }
     }
 
-    /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A or of W, or W is in
-    /// 16 bits where operands are best taken as uniforms.
+    /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A or of W; or
+    /// hardly more, of W in 16 bits where operands are best taken as uniforms.
     pub(super) fn wants_lanes(&self, region: Region) -> bool {
         let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
         let few = length(region.m).min(length(region.n)) <= FEW;
-        let packed = self.b.dtype().is_packed() && self.c.gpu().wants_uniforms();
+        let packed = self.b.dtype().is_packed() && self.c.gpu().wants_uniforms() && length(region.m) <= 2 * FEW;
         lanes_fit(self.c.gpu()) && fit_a > 0 && fit_b > 0 && (few || (packed && fit_a >= 8))
     }
 

@@ -164,7 +164,7 @@ impl Call<'_> {
         let can = match way {
             Way::Lanes => {
                 let fits = |x: &Tensor| uniform_rows(x.cols(), x.dtype()) > 0;
-                self.layout == Layout::Nt && fits(self.a) && fits(self.b)
+                self.layout == Layout::Nt && host::lanes_fit(gpu) && fits(self.a) && fits(self.b)
             }
             Way::Rows => self.layout == Layout::Nt && sizes[0] <= ROWS_KERNEL_MOST,
             Way::Cooperative { large } => {
