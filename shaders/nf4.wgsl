@@ -46,7 +46,7 @@ fn factors(
 @group(0) @binding(2) var<storage, read_write> y: array<vec4<u32>>; // [count], packed f16
 
 fn halves(low: f32, high: f32) -> u32 {
-    return narrow(bitcast<u32>(low)) | narrow(bitcast<u32>(high)) << 16u;
+    return narrow(bitcast<u32>(low)) | (narrow(bitcast<u32>(high)) << 16u);
 }
 #else
 #ifdef VEC

@@ -34,6 +34,9 @@ const COOPERATIVE: &str = "wgpu_cooperative_matrix";
 /// Part of the names of kernels that are launched only where there is as much workgroup memory.
 const LARGE: (&str, u32) = ("_large", 30 << 10);
 
+/// The same of those that are launched only where there are as many uniform buffers, parameters among them.
+const BY_LANE: (&str, u32) = (".by_lane.", 15);
+
 const NO_CHECKS: BoundsCheckPolicies = BoundsCheckPolicies {
     index: BoundsCheckPolicy::Unchecked,
     buffer: BoundsCheckPolicy::Unchecked,
@@ -191,10 +194,11 @@ impl<'t> Kernel<'t> {
         let uniforms = globals().filter(|global| matches!(global.space, AddressSpace::Uniform));
         let params = globals().filter(|global| global.name.as_deref() == Some("params"));
         let memory = if name.contains(LARGE.0) { LARGE.1 } else { 16 << 10 };
+        let uniform_buffers = if name.contains(BY_LANE.0) { BY_LANE.1 } else { 12 };
         let mut over = Vec::new();
         for (what, found, most) in [
             ("storage buffers", storage, 8),
-            ("uniform buffers", bindings.len() as u32 - storage, 12),
+            ("uniform buffers", bindings.len() as u32 - storage, uniform_buffers),
             ("bytes of the largest uniform", uniforms.map(size).max().unwrap_or(0), 1 << 16),
             ("bytes of workgroup memory", in_groups.map(|global| size(global).next_multiple_of(16)).sum(), memory),
             ("invocations", x * y * z, 256),

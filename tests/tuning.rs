@@ -210,6 +210,18 @@ fn results_are_kept_for_the_driver_and_dropped_with_it() {
 }
 
 #[test]
+fn a_place_for_the_results_is_looked_for_before_anything_is_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let arguments = ["generate", "--model", "embedded:tiny", "--prompt", "what color?", "--tune"];
+    let output = program(arguments).env("XDG_CACHE_HOME", &file).output().unwrap();
+    let told = stderr(&output);
+    assert!(output.status.code() == Some(1) && told.contains("set XDG_CACHE_HOME"), "{told}");
+    assert!(!told.contains("shapes tuned"), "{told}");
+}
+
+#[test]
 fn what_has_no_shapes_of_a_model_cannot_be_tuned() {
     let output = program(["bench", "ops", "--tune"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));

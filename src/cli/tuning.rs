@@ -90,6 +90,11 @@ fn tune(gpu: &Gpu, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> 
         Error::failed("--tune has no place for its results: no cache folder is known")
             .hint("set XDG_CACHE_HOME to a folder, or leave --tune out")
     })?;
+    // What is measured shall not be lost for want of a place.
+    fs::create_dir_all(&folder).map_err(|source| {
+        Error::writing(&folder, source)
+            .hint("set XDG_CACHE_HOME to a folder that can be written to, or leave --tune out")
+    })?;
     let launches = rehearse()?;
     let begun = Instant::now();
     let what = "shapes tuned";
