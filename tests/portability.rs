@@ -35,7 +35,7 @@ const COOPERATIVE: &str = "wgpu_cooperative_matrix";
 const LARGE: (&str, u32) = ("_large", 30 << 10);
 
 /// The same of those that are launched only where there are as many uniform buffers, parameters among them.
-const BY_LANE: (&str, u32) = (".by_lane.", 15);
+const BY_LANE: (&str, u32) = ("matmul.by_lane.", 15);
 
 const NO_CHECKS: BoundsCheckPolicies = BoundsCheckPolicies {
     index: BoundsCheckPolicy::Unchecked,
@@ -194,7 +194,7 @@ impl<'t> Kernel<'t> {
         let uniforms = globals().filter(|global| matches!(global.space, AddressSpace::Uniform));
         let params = globals().filter(|global| global.name.as_deref() == Some("params"));
         let memory = if name.contains(LARGE.0) { LARGE.1 } else { 16 << 10 };
-        let uniform_buffers = if name.contains(BY_LANE.0) { BY_LANE.1 } else { 12 };
+        let uniform_buffers = if name.starts_with(BY_LANE.0) { BY_LANE.1 } else { 12 };
         let mut over = Vec::new();
         for (what, found, most) in [
             ("storage buffers", storage, 8),
