@@ -9,19 +9,7 @@ enable wgpu_cooperative_matrix;
 #endif
 
 struct Params {
-    m: u32, // `largest`: elements
-    n: u32,
-    k: u32,
-    lda: u32,
-    ldb: u32,
-    ldc: u32,
-    a_offset: u32,
-    b_offset: u32,
-    c_offset: u32,
-    flags: u32, // ADD_BIAS, ACCUMULATE
-    alpha: f32,
-    bias_offset: u32, // unused
-    window: u32, // what a part of K has
+#import product_params
 }
 #params
 

@@ -4,19 +4,7 @@
 // PACKED: B is a weight in 16 bits, two elements to a word; a row may begin inside a word.
 
 struct Params {
-    m: u32,
-    n: u32,
-    k: u32,
-    lda: u32,
-    ldb: u32,
-    ldc: u32,
-    a_offset: u32,
-    b_offset: u32,
-    c_offset: u32,
-    flags: u32, // ADD_BIAS, ACCUMULATE
-    alpha: f32,
-    bias_offset: u32,
-    window: u32, // rows in one uniform; columns of A staged at a time; tiled: what a part of K has
+#import product_params
     before_low: u32, // how many elements precede the first row in each uniform of A, a byte for each; by_lane: in the first of W
     before_high: u32, // the same of B
     // rows: rows of W_1 and W_2, and where these begin.

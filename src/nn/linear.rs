@@ -71,6 +71,7 @@ impl Linear {
         let dora = DoraWeights { magnitude: parameters.weight(dora.magnitude), norm: dora.norm.clone() };
         functions::linear_dora(forward.tape, x, &weight, bias.as_ref(), &weights, &dora)
     }
+
     /// residual + what [`Linear::forward`] gives: in one product where nothing is recorded and nobody else holds the residual.
     pub fn forward_onto(&self, forward: &mut Forward<'_>, x: Var, residual: Var) -> Var {
         if self.lora.is_some() || !forward.tape.infers() || residual.value.is_shared() {

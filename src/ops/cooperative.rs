@@ -39,8 +39,6 @@ struct Kernel {
 /// Bytes of workgroup memory of the large tile, and threads.
 const LARGE_BYTES: u32 = 30 << 10;
 const LARGE_THREADS: u32 = 256;
-/// So many large tiles keep a GPU busy. Reasoned: the largest have about as many cores.
-const LARGE_TILES: usize = 128;
 /// Workgroups of `cooperative.largest` (PARTS in the shader).
 const PARTS: usize = 256;
 
@@ -82,7 +80,7 @@ pub(super) fn has_large(gpu: &Gpu) -> bool {
 
 /// Whether a product of m x n has so many large tiles that they are worth it.
 pub(super) fn wants_large(m: usize, n: usize) -> bool {
-    m.div_ceil(128) * n.div_ceil(128) >= LARGE_TILES
+    m.div_ceil(128) * n.div_ceil(128) >= split::ENOUGH
 }
 
 impl Product<'_> {

@@ -318,7 +318,7 @@ fn choose(layout: Layout, kind: QuantType, m: usize, n: usize) -> (&'static str,
         let kernel = of(kind, ["nf4_matmul.rows.nt", "nf4_matmul.rows.nt_fp4"]);
         return (kernel, [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32]);
     }
-    let small = m <= 32 || n <= 32 || m.div_ceil(64) * n.div_ceil(64) < 32;
+    let small = !matmul::ways::wants_large_tiles(m, n);
     let names = match (layout, small) {
         (Layout::Nt, false) => ["nf4_matmul.tiled.nt", "nf4_matmul.tiled.nt_fp4"],
         (Layout::Nt, true) => ["nf4_matmul.tiled.nt_small", "nf4_matmul.tiled.nt_small_fp4"],

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// So many workgroups keep a GPU busy. Reasoned: the largest have about as many cores.
-const ENOUGH: usize = 128;
+pub const ENOUGH: usize = 128;
 /// K from which it may pay, what a part has at least, in multiples of which it comes, and the most parts.
 const LEAST_K: usize = 2048;
 const GRAIN: usize = 256;
@@ -26,10 +26,10 @@ fn parts(tiles: usize, k: usize) -> (usize, usize) {
 pub fn launch(gpu: &Gpu, kernel: &str, bindings: &[Binding<'_>], params: &[u32], groups: [u32; 3]) {
     let [m, n, k] = [params[0], params[1], params[2]].map(|size| size as usize);
     let (part, count) = parts(groups[0] as usize * groups[1] as usize, k);
+    let whole = count < 2 || (count * m * n * 4) as u64 > gpu.max_binding();
     let mut of_part = params.to_vec();
-    of_part[12] = part as u32;
-    if count < 2 || (count * m * n * 4) as u64 > gpu.max_binding() {
-        of_part[12] = k.next_multiple_of(GRAIN) as u32;
+    of_part[12] = if whole { k } else { part } as u32;
+    if whole {
         return gpu.dispatch(kernel, bindings, &of_part, groups);
     }
     let sums = Tensor::empty(gpu, &[count, m, n]);

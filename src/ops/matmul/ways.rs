@@ -97,6 +97,11 @@ impl Way {
     }
 }
 
+/// Whether a product of m x n on GPUs has sides and tiles enough for those of 64.
+pub(in crate::ops) fn wants_large_tiles(m: usize, n: usize) -> bool {
+    m > 32 && n > 32 && m.div_ceil(64) * n.div_ceil(64) >= 32
+}
+
 fn region_sizes(region: Region) -> [usize; 3] {
     [length(region.m), length(region.n), length(region.k)]
 }
@@ -139,7 +144,7 @@ impl Call<'_> {
         if nt && m <= ROWS_KERNEL_MOST {
             return Way::Rows;
         }
-        Way::Tiles { large: m > 32 && n > 32 && m.div_ceil(64) * n.div_ceil(64) >= 32 }
+        Way::Tiles { large: wants_large_tiles(m, n) }
     }
 
     /// All of C.
