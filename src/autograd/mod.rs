@@ -82,10 +82,17 @@ impl Weight {
 
 type Backward = Box<dyn FnOnce(&mut Gradients, Tensor)>;
 
+enum Entry {
+    /// A value whose gradient the caller will ask for.
+    Leaf,
+    Function(Backward),
+    Milestone(usize),
+}
+
 /// Records functions in the order of their calls.
 #[derive(Default)]
 pub struct Tape {
-    nodes: Vec<Option<Backward>>,
+    nodes: Vec<Entry>,
     recording: bool,
     /// Whether something that trains was met, on a silent tape too.
     trains: bool,
@@ -140,8 +147,15 @@ impl Tape {
 
     /// A value whose gradient the caller will ask for.
     pub fn leaf(&mut self, value: Tensor) -> Var {
-        self.nodes.push(None);
+        self.nodes.push(Entry::Leaf);
         Var { value, node: Node(Some(self.nodes.len() - 1)) }
+    }
+
+    /// Marks this place: when the backward comes back to it, whatever was computed behind it has its gradients.
+    pub fn milestone(&mut self, number: usize) {
+        if self.recording {
+            self.nodes.push(Entry::Milestone(number));
+        }
     }
 
     /// Puts `value` on the tape, with the function that passes its gradient on. When nothing that trains lies
@@ -161,7 +175,7 @@ impl Tape {
         if !self.recording || !needed {
             return Var { value, node: Node(None) };
         }
-        self.nodes.push(Some(Box::new(backward)));
+        self.nodes.push(Entry::Function(Box::new(backward)));
         Var { value, node: Node(Some(self.nodes.len() - 1)) }
     }
 
@@ -212,15 +226,23 @@ impl Tape {
 
     /// Walks back from `root`, whose gradient is `seed`. Weights receive theirs where they asked; the result holds
     /// those of the leaves. What a node held is freed as soon as it has run.
-    pub fn backward(mut self, root: impl Into<Node>, seed: Tensor) -> Gradients {
+    pub fn backward(self, root: impl Into<Node>, seed: Tensor) -> Gradients {
+        self.backward_passing(root, seed, &mut |_| ())
+    }
+
+    /// As [`Tape::backward`]; `passed` is told the number of each milestone when it is come back to.
+    pub fn backward_passing(mut self, root: impl Into<Node>, seed: Tensor, passed: &mut dyn FnMut(usize)) -> Gradients {
         let mut gradients = Gradients { slots: vec![None; self.nodes.len()] };
         gradients.add(root, seed);
-        while let Some(node) = self.nodes.pop() {
-            let index = self.nodes.len();
-            if let Some(backward) = node
-                && let Some(gradient) = gradients.slots[index].take()
-            {
-                backward(&mut gradients, gradient);
+        while let Some(entry) = self.nodes.pop() {
+            match entry {
+                Entry::Leaf => {}
+                Entry::Milestone(number) => passed(number),
+                Entry::Function(backward) => {
+                    if let Some(gradient) = gradients.slots[self.nodes.len()].take() {
+                        backward(&mut gradients, gradient);
+                    }
+                }
             }
         }
         gradients

@@ -53,7 +53,7 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
 /// # Errors
 /// An adapter that was asked for and is not there.
 fn open_quietly(config: &RunConfig, global: &GlobalArgs) -> Result<Option<Gpu>> {
-    let device = global.device.clone().or(config.device.as_ref().map(ToString::to_string));
+    let device = global.device.clone().or(config.devices.first().map(ToString::to_string));
     let asked = device.is_some() || global.backend.is_some();
     let options = AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
     match Gpu::open(&options) {

@@ -36,7 +36,7 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
     let model = hub::local_path(Path::new(request.model), Wanted::Model, &mut ui)?.display().to_string();
     let adapter = request.adapter.map(|path| hub::local_path(path, Wanted::Adapter, &mut ui)).transpose()?;
     let request = Request { model: &model, adapter: adapter.as_deref(), ..request };
-    let gpu = open_device(global, None, &mut ui)?;
+    let gpu = open_device(global, &mut ui)?;
     tuning::prepare(&gpu, args.tune.tune, &mut ui, || {
         let counting = Gpu::counting(gpu.facts().clone());
         let few = Request { limit: Some(args.limit.unwrap_or(REHEARSED).min(REHEARSED)), out: None, ..request };

@@ -35,7 +35,7 @@ use crate::{
         open::{Opened, Place, load, no_folder},
     },
     train::{
-        config::{Precision, Source},
+        config::{DeviceChoice, Precision, Source},
         events::{Event, Observer},
     },
 };
@@ -93,20 +93,45 @@ fn backend(global: &GlobalArgs) -> Option<&'static str> {
     })
 }
 
-/// Opens the adapter of `--device`, else `device` (a config's), else the best one, and says which it is.
-fn open_device(global: &GlobalArgs, device: Option<String>, ui: &mut Ui) -> Result<Gpu> {
-    let device = global.device.clone().or(device);
-    let chosen = device.is_some();
-    let options = AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
-    let gpu = Gpu::open(&options)?;
+/// Opens the adapter of `--device`, or the best one, and says which it is.
+fn open_device(global: &GlobalArgs, ui: &mut Ui) -> Result<Gpu> {
+    let gpu = open_adapter(global, global.device.clone())?;
+    say_device(&gpu, 1, global.device.is_some(), ui);
+    tuning::take_known(&gpu, ui);
+    Ok(gpu)
+}
+
+/// Opens every device of a config, or the best one; the same adapter may be named several times, and is another device
+/// each time.
+fn open_devices(global: &GlobalArgs, devices: &[DeviceChoice], ui: &mut Ui) -> Result<Vec<Gpu>> {
+    let Some(last) = devices.len().checked_sub(1) else { return Ok(vec![open_device(global, ui)?]) };
+    let mut gpus: Vec<Gpu> = Vec::new();
+    for choice in devices {
+        gpus.push(open_adapter(global, Some(choice.to_string()))?);
+    }
+    let mut first = 0;
+    for at in 0..=last {
+        if at == last || gpus[at + 1].facts().index != gpus[first].facts().index {
+            say_device(&gpus[first], at + 1 - first, true, ui);
+            first = at + 1;
+        }
+    }
+    gpus.iter().for_each(|gpu| tuning::take_known(gpu, ui));
+    Ok(gpus)
+}
+
+fn open_adapter(global: &GlobalArgs, device: Option<String>) -> Result<Gpu> {
+    Gpu::open(&AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() })
+}
+
+fn say_device(gpu: &Gpu, times: usize, chosen: bool, ui: &mut Ui) {
     let facts = gpu.facts();
-    ui.line(&format!("on {}: {} ({}, {})", facts.index, facts.name, facts.backend, facts.driver));
+    let times = if times > 1 { format!("{times} times ") } else { String::new() };
+    ui.line(&format!("on {times}{}: {} ({}, {})", facts.index, facts.name, facts.backend, facts.driver));
     if facts.is_cpu {
         let why = if chosen { "as asked" } else { "no GPU was found" };
         ui.line(&format!("  this adapter is the processor itself ({why}): it works, but slowly"));
     }
-    tuning::take_known(&gpu, ui);
-    Ok(gpu)
 }
 
 /// Something like what a command will do with a model, for a device that only counts.
@@ -130,7 +155,7 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Option<Rehearsal
     // Files that are wrong are told before a device is opened.
     let folder = place.folder()?;
     let adapter = adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
-    let gpu = open_device(global, None, ui)?;
+    let gpu = open_device(global, ui)?;
     let precision = global.precision.map(Precision::dtype);
     if let Some(Rehearsal { tune, run }) = rehearsal {
         tuning::prepare(&gpu, tune, ui, || {

@@ -21,6 +21,7 @@ use crate::{
         run::{self, RunOutcome},
         run_folder::CONFIG_FILE,
         start::open_folder,
+        team::Devices,
     },
 };
 
@@ -33,7 +34,8 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         return dry_run(config, &mut ui);
     }
     hub::localize(&mut config, &mut ui)?;
-    let gpu = super::open_device(global, config.device.as_ref().map(ToString::to_string), &mut ui)?;
+    let gpus = super::open_devices(global, &config.devices, &mut ui)?;
+    let gpu = gpus[0].clone();
     if args.resume && !config.output_dir.join(CONFIG_FILE).exists() {
         ui.line(&format!("  nothing to go on with in {}: starting from the beginning", shown(&config.output_dir)));
     }
@@ -45,8 +47,9 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
         Ok(launches)
     })?;
     let stop = interrupt::install()?;
-    let memory = if args.force { None } else { gpu.available_memory() };
-    let outcome = run::train(&config, args.resume, &gpu, memory, stop, &mut ui)?;
+    let devices = Devices { gpus, checked: !args.force, slow: None };
+    let outcome = run::train(&config, args.resume, &devices, stop, &mut ui)?;
+    drop(devices);
     let results = evaluate(&config, &outcome, &gpu, &mut ui)?;
     let path = config.output_dir.join("report.html");
     report::write_report(&path, &report_data(&config, &outcome, &gpu, results)?)?;

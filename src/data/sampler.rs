@@ -93,6 +93,11 @@ impl Plan {
         self.micro_batch * self.micro_batches
     }
 
+    /// Micro-batches that a whole step takes.
+    pub fn micro_batches(&self) -> usize {
+        self.micro_batches
+    }
+
     /// The micro-batches of step `step` (from 0), as indices of entries. Only the last step of an epoch, under
     /// [`Duration::Epochs`], may hold fewer or shorter ones; none is empty.
     pub fn step(&self, step: u64) -> Vec<Vec<usize>> {

@@ -243,6 +243,11 @@ impl Gpu {
         self.inner.pool.ledger().start_again(held);
     }
 
+    /// Whether both are handles of one device.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     pub fn facts(&self) -> &AdapterFacts {
         &self.inner.facts
     }
@@ -515,12 +520,18 @@ impl Gpu {
         self.wait()
     }
 
+    /// What has failed on the device so far, as far as it is known without waiting.
+    ///
+    /// # Errors
+    /// As [`Gpu::read`].
+    pub fn check(&self) -> Result<()> {
+        self.failure().clone().map_or(Ok(()), |text| Err(self.device_error(text)))
+    }
+
     fn wait(&self) -> Result<()> {
         let poll = |device: &Device| device.device.poll(wgpu::PollType::wait_indefinitely());
         let polled = self.inner.device.as_ref().map(poll);
-        if let Some(text) = self.failure().clone() {
-            return Err(self.device_error(text));
-        }
+        self.check()?;
         match polled {
             Some(Err(error)) => Err(self.device_error(error.to_string())),
             _ => Ok(()),

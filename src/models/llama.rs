@@ -246,12 +246,15 @@ impl Llama {
         Places { rotary: self.rotary(gpu, &spans), ranges: Ranges::packed(gpu, lengths, self.mask()), cache: None }
     }
 
-    /// Embeddings [T, D] to the last hidden states [T, D], normalised.
+    /// Embeddings [T, D] to the last hidden states [T, D], normalised. Before each layer, and before the norm, stands a
+    /// milestone with the number of layers before it.
     pub fn forward(&self, forward: &mut Forward<'_>, embeddings: Var, places: &Places<'_>) -> Var {
         let mut x = embeddings;
         for index in 0..self.layers.len() {
+            forward.tape.milestone(index);
             x = self.decoder_layer(forward, index, x, places);
         }
+        forward.tape.milestone(self.layers.len());
         norm(forward, self.norm, &x, self.shape())
     }
 

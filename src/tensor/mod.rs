@@ -15,7 +15,7 @@ mod upload;
 use std::{fmt, sync::Arc};
 
 pub use dtype::Dtype;
-pub use offloaded::Offloaded;
+pub use offloaded::{Downloading, Offloaded};
 pub use quantized::Scales;
 pub use upload::Upload;
 

@@ -7,7 +7,7 @@ use super::{
     trainer,
 };
 use crate::{
-    data::{ImageSource, dataset::counted},
+    data::{ImageSource, dataset::counted, sampler::Plan},
     error::Result,
 };
 
@@ -30,14 +30,14 @@ pub fn check(run: &RunConfig, observer: &mut dyn Observer) -> Result<Vec<String>
         // One of them read shows that the format is built.
         let first = (0..dataset.len()).find_map(|index| dataset.record(index).images.first());
         first.map(ImageSource::load).transpose()?;
-        let plan = trainer::plan(stage, &dataset)?;
-        lines.push(line(stage, prepared.folder.name(), dataset.len(), plan.total_steps()));
+        let plan = trainer::plan(stage, &dataset, run.devices.len().max(1))?;
+        lines.push(line(stage, prepared.folder.name(), dataset.len(), &plan));
         before = Some(prepared);
     }
     Ok(lines)
 }
 
-fn line(stage: &StageConfig, model: &str, records: usize, steps: u64) -> String {
-    let (title, method, batch) = (stage.title(), stage.method_line(), stage.global_batch());
+fn line(stage: &StageConfig, model: &str, records: usize, plan: &Plan) -> String {
+    let (title, method, steps, batch) = (stage.title(), stage.method_line(), plan.total_steps(), plan.batch());
     format!("{title}: {method} on {model}, {}, {steps} steps of {batch}", counted(records))
 }

@@ -12,6 +12,7 @@ use super::{
     optimizer::{Optimizer, Updates},
     optimizer_state::State,
     run_folder::CheckpointWriter,
+    team::Shares,
 };
 use crate::{
     error::{Error, Result},
@@ -39,6 +40,12 @@ pub struct TrainerState {
     /// Where losses are scaled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scaler: Option<LossScaler>,
+    /// Micro-batches of a step, on all devices together.
+    #[serde(default)]
+    pub micro_batches: usize,
+    /// What each device computes, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares: Option<Shares>,
 }
 
 /// Writes checkpoint-N and removes the oldest beyond `save_total_limit`. `extra` writes more into the folder.
@@ -66,11 +73,12 @@ pub fn save(
     writer.commit(save_total_limit)
 }
 
-/// Reads a checkpoint back into the optimizer.
+/// Reads a checkpoint back into the optimizer. `fresh` is what the run would begin with.
 ///
 /// # Errors
 /// `Data` when the checkpoint belongs to another run: other tensors, shapes, records or steps.
-pub fn load(folder: &Path, optimizer: &Optimizer, records: usize, total_steps: u64) -> Result<TrainerState> {
+pub fn load(folder: &Path, optimizer: &Optimizer, fresh: &TrainerState) -> Result<TrainerState> {
+    let TrainerState { records, total_steps, micro_batches, .. } = *fresh;
     let path = folder.join(TRAINER_FILE);
     let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
     let state: TrainerState = serde_json::from_slice(&bytes)
@@ -81,6 +89,15 @@ pub fn load(folder: &Path, optimizer: &Optimizer, records: usize, total_steps: u
     };
     if state.records != records {
         return Err(other(format!("it had {} records, the data has {records}", state.records)));
+    }
+    // Those written before there were several devices do not say.
+    if state.micro_batches != 0 && state.micro_batches != micro_batches {
+        return Err(Error::usage(format!(
+            "{} was trained with {} micro-batches a step, and now there are {micro_batches}",
+            folder.display(),
+            state.micro_batches
+        ))
+        .hint("devices times gradient_accumulation_steps must stay as it was: set the latter accordingly"));
     }
     if state.total_steps != total_steps {
         return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));

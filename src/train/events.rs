@@ -3,6 +3,8 @@
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
 
+use super::team::DeviceTimes;
+
 /// The figures of one optimizer step: one line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
@@ -31,6 +33,9 @@ pub struct StepMetrics {
     /// Steps skipped so far because gradients overflowed, where losses are scaled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped_steps: Option<u64>,
+    /// Of each device, where there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceTimes>,
 }
 
 /// JSON has no number that is not finite; serde writes it as null.

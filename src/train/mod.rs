@@ -2,9 +2,8 @@
 //!
 //! Must never know: the terminal. What happens is told to an [`events::Observer`].
 //!
-//! Read first: `run.rs` (stages in order), then `trainer.rs` (one stage), `stepper.rs`
-//! (one step), `trainable.rs` (what trains),
-//! `optimizer.rs`, `checkpoint.rs`.
+//! Read first: `run.rs` (stages in order), then `trainer.rs` (one stage), `step.rs` and `stepper.rs` (one step, on one
+//! device), `team` (on several), `trainable.rs` (what trains), `optimizer.rs`, `checkpoint.rs`.
 
 pub mod check;
 pub mod checkpoint;
@@ -24,6 +23,8 @@ pub mod run_folder;
 pub mod schedule;
 mod shard;
 pub mod start;
+pub mod step;
 pub mod stepper;
+pub mod team;
 pub mod trainable;
 pub mod trainer;

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     error::Result,
     nn::{Id, Parameters},
-    tensor::{Dtype, Tensor},
+    tensor::{Downloading, Dtype, Tensor},
 };
 
 /// Bytes of an arena at most, or of one tensor: devices refuse larger buffers.
@@ -78,6 +78,14 @@ pub struct Update {
     pub step: u64,
 }
 
+/// A run of gradients: `count` elements of the shard's arena, from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    pub shard: usize,
+    pub first: usize,
+    pub count: usize,
+}
+
 /// Parameters, gradients and moments of all that trains.
 pub struct Optimizer {
     shards: Vec<Shard>,
@@ -110,6 +118,32 @@ impl Optimizer {
 
     pub fn zero_gradients(&self) {
         self.shards.iter().for_each(Shard::zero_gradients);
+    }
+
+    /// Every tensor that trains, and where its gradient lies.
+    pub fn gradients(&self) -> impl Iterator<Item = (&str, Span)> {
+        self.shards.iter().enumerate().flat_map(|(shard, of)| {
+            of.gradients().map(move |(name, first, end)| (name, Span { shard, first, count: end - first }))
+        })
+    }
+
+    /// Begins to send gradients to the host.
+    pub fn download(&self, spans: &[Span]) -> Downloading {
+        let parts: Vec<Tensor> = spans.iter().map(|span| self.part(span)).collect();
+        Downloading::of(&parts)
+    }
+
+    /// Replaces gradients, given one span behind the other.
+    pub fn write_gradients(&self, spans: &[Span], mut values: &[f32]) {
+        for span in spans {
+            let (these, rest) = values.split_at(span.count);
+            self.part(span).write(these);
+            values = rest;
+        }
+    }
+
+    fn part(&self, span: &Span) -> Tensor {
+        self.shards[span.shard].gradient_part(span.first, span.count)
     }
 
     /// Adds the gradients' square sum to `out[slot]`.

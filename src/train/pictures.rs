@@ -62,30 +62,36 @@ impl Loaded {
 }
 
 impl PictureStore {
-    /// With `frozen`, computes the features of `images` once, if they fit: those of the whole stage, of which `left`
-    /// are still to come. A run that goes on puts the same pictures through the tower together as one that never
-    /// stopped, because kernels, and with them the last bits, follow from how many there are.
-    pub fn new(
-        model: &Llava,
-        processor: Option<ImageProcessor>,
+    /// One store for each of `models`, which are the same on different devices. With `frozen`, computes the features of
+    /// `images` once, if they fit: those of the whole stage, of which `left` are still to come. A run that goes on puts
+    /// the same pictures through the tower together as one that never stopped, because kernels, and with them the last
+    /// bits, follow from how many there are; for the same reason devices take turns with what goes together.
+    ///
+    /// # Errors
+    /// A picture that cannot be read; whatever fails on a device.
+    pub fn of_all(
+        models: &[&Llava],
+        processor: Option<&ImageProcessor>,
         images: &[ImageSource],
         left: &[ImageSource],
         frozen: bool,
         observer: &mut dyn Observer,
-    ) -> Result<Self> {
-        let mut store = Self { processor, kept: None, made_up: None };
-        let Some(llava) = model.config.llava().filter(|_| frozen && !images.is_empty()) else { return Ok(store) };
+    ) -> Result<Vec<Self>> {
+        let empty = || Self { processor: processor.cloned(), kept: None, made_up: None };
+        let mut stores: Vec<Self> = models.iter().map(|_| empty()).collect();
+        let Some(llava) = models[0].config.llava().filter(|_| frozen && !images.is_empty()) else { return Ok(stores) };
         let mut seen = HashSet::new();
         let unique: Vec<ImageSource> = images.iter().filter(|image| seen.insert(*image)).cloned().collect();
         let left: HashSet<&ImageSource> = left.iter().collect();
         let (per_picture, width) = (llava.image_seq_length(), llava.vision_config.hidden_size);
-        let Some(features) = room(model, llava, unique.len()) else {
+        let rooms: Option<Vec<Tensor>> = models.iter().map(|model| room(model, llava, unique.len())).collect();
+        let Some(rooms) = rooms else {
             observer.event(Event::Note(&format!(
                 "features of {} pictures would take more than {} MiB: the tower runs again for every step",
                 unique.len(),
                 MOST_FEATURE_BYTES >> 20
             )));
-            return Ok(store);
+            return Ok(stores);
         };
         let at_once = at_once(llava);
         let chunks: Vec<(usize, &[ImageSource])> = unique
@@ -95,31 +101,40 @@ impl PictureStore {
             .collect();
         let total = chunks.iter().map(|(_, chunk)| chunk.len()).sum();
         let mut places = HashMap::new();
-        for (number, chunk) in chunks {
-            let pixels = store.pixels(chunk)?;
-            let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
-            let mut tape = Tape::silent();
-            let computed = model.features(&mut model.inference(&mut tape), &views)?;
-            let first = number * at_once;
-            features.copy_rows(first * per_picture, &computed.value, 0, computed.value.rows());
-            places.extend(chunk.iter().cloned().zip(first..));
+        for turn in chunks.chunks(models.len()) {
+            let mut computed = Vec::new();
+            for ((_, chunk), model) in turn.iter().zip(models) {
+                let pixels = stores[0].pixels(chunk)?;
+                let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
+                let mut tape = Tape::silent();
+                computed.push(model.features(&mut model.inference(&mut tape), &views)?.value);
+            }
+            for (computed, &(number, chunk)) in computed.iter().zip(turn) {
+                let first = number * at_once * per_picture;
+                share(computed, first, &rooms)?;
+                places.extend(chunk.iter().cloned().zip(number * at_once..));
+            }
             observer.event(Event::Progress { what: "picture features", done: places.len(), total });
         }
-        model.gpu().sync()?;
-        // What the tower needed on the way.
-        model.gpu().trim();
+        for model in models {
+            model.gpu().sync()?;
+            // What the tower needed on the way.
+            model.gpu().trim();
+        }
         if places.is_empty() {
-            return Ok(store);
+            return Ok(stores);
         }
         observer.event(Event::Note(&format!(
             "computed once: the frozen tower's features of {} pictures ({per_picture} x {width} each)",
             places.len()
         )));
-        store.kept = Some(Kept { features, places, per_picture });
-        Ok(store)
+        for (store, features) in stores.iter_mut().zip(rooms) {
+            store.kept = Some(Kept { features, places: places.clone(), per_picture });
+        }
+        Ok(stores)
     }
 
-    /// As [`PictureStore::new`] for `count` different pictures that are in no file, all of them black.
+    /// As [`PictureStore::of_all`] for `count` different pictures that are in no file, all of them black.
     ///
     /// # Errors
     /// Whatever fails on the device.
@@ -170,6 +185,24 @@ fn room(model: &Llava, llava: &LlavaConfig, count: usize) -> Option<Tensor> {
     let fits = rows.saturating_mul(width * 4) <= MOST_FEATURE_BYTES;
     let _pictures = model.gpu().account(Account::Pictures);
     fits.then(|| Tensor::empty(model.gpu(), &[rows, width]))
+}
+
+/// Puts computed rows into every device's room, at row `first`: those of another device by way of the host.
+fn share(computed: &Tensor, first: usize, rooms: &[Tensor]) -> Result<()> {
+    let mut on_host = None;
+    for room in rooms {
+        if room.gpu().is(computed.gpu()) {
+            room.copy_rows(first, computed, 0, computed.rows());
+            continue;
+        }
+        let values = match &on_host {
+            Some(values) => values,
+            None => on_host.insert(computed.to_vec()?),
+        };
+        let arrived = Tensor::from_f32(room.gpu(), values, computed.shape());
+        room.copy_rows(first, &arrived, 0, computed.rows());
+    }
+    Ok(())
 }
 
 /// Pictures that go through the tower together.

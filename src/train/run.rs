@@ -7,6 +7,7 @@ use super::{
     events::{Event, Observer},
     run_folder::{self, CONFIG_FILE},
     start::Origin,
+    team::Devices,
     trainer::{StageOutcome, Trainer},
 };
 use crate::{
@@ -21,16 +22,15 @@ pub struct RunOutcome {
     pub result: Origin,
 }
 
-/// Trains every stage that is not finished. The run folder is checked before anything is loaded. A stage that needs more
-/// than `memory` bytes of the device is not begun.
+/// Trains every stage that is not finished. The run folder is checked before anything is loaded. A stage that does not
+/// fit into the devices' memory is not begun.
 ///
 /// # Errors
 /// `Memory` for such a stage, with what would make it fit; `Interrupted` when `stop` was set: the hint says how to go on.
 pub fn train(
     run: &RunConfig,
     resume: bool,
-    gpu: &Gpu,
-    memory: Option<u64>,
+    devices: &Devices,
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<RunOutcome> {
@@ -52,14 +52,14 @@ pub fn train(
         if index >= start.stage {
             let checkpoint = start.checkpoint.as_ref().filter(|_| index == start.stage);
             let checkpoint = checkpoint.map(|(_, path)| path.as_path());
-            let trainer = Trainer::new(stage, before.as_ref(), checkpoint, gpu, memory, observer);
+            let trainer = Trainer::new(stage, before.as_ref(), checkpoint, devices, observer);
             let trainer = trainer.inspect_err(|_| remove_if_untouched(run))?;
             // From here on the folder holds a run.
             crate::formats::atomic::write_file(&run.output_dir.join(CONFIG_FILE), run.to_toml().as_bytes())?;
             observer.event(Event::StageStart(&trainer.header()));
             let trained = trainer.run(stop, observer);
             outcome = Some(trained.map_err(|error| how_to_go_on(error, run))?);
-            gpu.trim();
+            devices.gpus.iter().for_each(Gpu::trim);
         } else {
             observer.event(Event::Note(&format!("stage {} was finished before", stage.title())));
             let finished = run_folder::finished(&stage.output_dir)?;

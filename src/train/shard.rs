@@ -193,6 +193,7 @@ pub(super) struct Shard {
     /// 16 bits.
     pub(super) copies: Option<Tensor>,
     gradients: Tensor,
+    gradient_end: usize,
     /// f32, first and second.
     pub(super) moments: [Tensor; 2],
     pub(super) moments_8bit: Option<Moments>,
@@ -210,7 +211,8 @@ impl Shard {
             let value = parameters.get(id).value.clone();
             parameters.place(id, value, Some(gradients.part(entry.places.gradient, &entry.shape)));
         }
-        Self { settings, groups, entries, values, copies, gradients, moments, moments_8bit }
+        let gradient_end = end.gradient;
+        Self { settings, groups, entries, values, copies, gradients, gradient_end, moments, moments_8bit }
     }
 
     /// How many numbers train here.
@@ -220,6 +222,17 @@ impl Shard {
 
     pub fn zero_gradients(&self) {
         elementwise::fill(&self.gradients, 0.0);
+    }
+
+    /// The names of its tensors, and where the gradient of each begins and ends, padding included.
+    pub fn gradients(&self) -> impl Iterator<Item = (&str, usize, usize)> {
+        let ends = self.entries.iter().skip(1).map(|next| next.places.gradient).chain([self.gradient_end]);
+        self.entries.iter().zip(ends).map(|(entry, end)| (entry.name.as_str(), entry.places.gradient, end))
+    }
+
+    /// `count` elements of the gradients, from `first` on.
+    pub fn gradient_part(&self, first: usize, count: usize) -> Tensor {
+        self.gradients.part(first, &[count])
     }
 
     /// Adds the gradients' square sum to `out[slot]`.

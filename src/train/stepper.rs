@@ -1,22 +1,22 @@
-//! One optimizer step: micro-batches through the model, gradients into arenas, the update. Holds all of a stage that
-//! lives on the device, and knows neither data nor files.
+//! One optimizer step on one device: micro-batches through the model, gradients into arenas, the update. Holds all of a
+//! stage that lives on the device, and knows neither data nor files.
 
 use std::time::Instant;
 
 use super::{
-    config::{LossNorm, Method, Optim, Precision, StageConfig},
-    loss_scale::{LossScaler, LossScaling},
+    config::{Method, Optim, Precision, StageConfig},
+    loss_scale::LossScaler,
     optimizer::{AdamW, Keep, Optimizer, Update, Updates},
-    pictures::{Loaded, PictureStore},
+    pictures::PictureStore,
     start::Start,
+    step::{Measured, Step},
     trainable,
 };
 use crate::{
     autograd::Tape,
-    data::image::ImageSource,
     error::Result,
     gpu::Account,
-    models::{batch::PackedBatch, dora, llava::Llava},
+    models::{dora, llava::Llava},
     nn::Forward,
     ops::{elementwise, reduce},
     tensor::Tensor,
@@ -41,46 +41,12 @@ pub struct Stepper {
     sums: Tensor,
 }
 
-/// What a step is made of.
-pub struct Step<'a> {
-    /// Counted from 0; dropout follows from it.
-    pub number: u64,
-    pub batches: &'a [PackedBatch],
-    /// Of each micro-batch, in order.
-    pub images: &'a [Vec<ImageSource>],
-    /// The schedule's.
-    pub factor: f64,
-}
-
-/// What a step has measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Measured {
-    /// Mean over the supervised tokens, or of the micro-batches' means, in nats.
-    pub loss: f64,
-    /// Before clipping.
-    pub grad_norm: f64,
-    pub target_tokens: u64,
-    /// Text and pictures.
-    pub positions: usize,
-    /// What the losses were multiplied with, where they were.
-    pub loss_scale: Option<f64>,
-    /// Where the scaled gradients overflowed, and the step was skipped.
-    pub overflow: Option<Overflow>,
-}
-
-/// A step that was skipped.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Overflow {
-    /// The factor of the next step; none where none is left to try.
-    pub next: Option<f64>,
-}
-
 impl Stepper {
-    /// Moves what trains into the optimizer.
+    /// Moves what trains into the optimizer. A step has at most `micro_batches`, of all devices.
     ///
     /// # Errors
     /// `Usage` when nothing would train.
-    pub fn new(stage: &StageConfig, mut start: Start) -> Result<Self> {
+    pub fn new(stage: &StageConfig, mut start: Start, micro_batches: usize) -> Result<Self> {
         start.model.set_checkpoints(stage.checkpoints());
         let trainables = trainable::select(stage, &start.model)?;
         let settings = AdamW {
@@ -96,7 +62,7 @@ impl Stepper {
         let gpu = start.model.gpu();
         // What was moved into arenas, and what loading needed.
         gpu.trim();
-        let sums = elementwise::zeros(gpu, &[1 + stage.gradient_accumulation_steps]);
+        let sums = elementwise::zeros(gpu, &[1 + micro_batches]);
         gpu.start_peak();
         Ok(Self { start, optimizer, phases: None, sums })
     }
@@ -131,8 +97,8 @@ impl Stepper {
         Ok(())
     }
 
-    /// One step; `updates` counts it. With a `loss_scaler` the losses are scaled, and a step whose gradients overflow is
-    /// skipped, which it notes.
+    /// One step on this device alone; `updates` counts it. With a `loss_scaler` the losses are scaled, and a step whose
+    /// gradients overflow is skipped, which it notes.
     ///
     /// # Errors
     /// A picture that cannot be read; whatever fails on the device.
@@ -144,91 +110,76 @@ impl Stepper {
         updates: &mut Updates,
         loss_scaler: Option<&mut LossScaler>,
     ) -> Result<Measured> {
-        let batches = step.batches;
-        let target_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         let loss_scale = loss_scaler.as_ref().map(|scaler| f64::from(scaler.scale));
-        elementwise::fill(&self.sums, 0.0);
-        self.optimizer.zero_gradients();
-        for (index, (images, batch)) in step.images.iter().zip(batches).enumerate() {
-            let scale = match stage.loss_norm {
-                LossNorm::GlobalTokens => 1.0 / target_tokens.max(1) as f64,
-                LossNorm::MicroMean => 1.0 / (batch.targets.len().max(1) * batches.len()) as f64,
-            };
-            let scale = scale * loss_scale.unwrap_or(1.0);
-            let pass = step.number * stage.gradient_accumulation_steps as u64 + index as u64;
-            let dropout = (stage.seed as u32, pass as u32);
-            self.micro_batch(batch, &pictures.load(images)?, scale as f32, dropout, index)?;
+        self.begin();
+        for index in 0..step.batches.len() {
+            self.micro_batch(stage, step, index, loss_scale, pictures, &mut |_, _| ())?;
         }
         let begun = Instant::now();
         self.optimizer.add_square_sum(&self.sums, 0);
-        let sees = batches.iter().any(|batch| batch.images > 0);
         let before = *updates;
-        updates.language += 1;
-        updates.pictures += u64::from(sees);
-        let update = Update {
-            factor: step.factor,
-            updates: *updates,
-            pictures: sees,
-            loss_scale: loss_scale.unwrap_or(1.0),
-            step: step.number,
-        };
-        self.optimizer.step(&update, &self.sums);
+        self.optimizer.step(&step.update(updates, loss_scale), &self.sums);
         dora::update_norms(&mut self.start.model);
         self.note(begun, |phases| &mut phases.optimizer)?;
-
         let sums = self.sums.to_vec()?;
-        let losses =
-            sums[1..=batches.len()].iter().zip(batches).map(|(&sum, batch)| (f64::from(sum), batch.targets.len()));
-        let loss = match stage.loss_norm {
-            LossNorm::GlobalTokens => losses.map(|(sum, _)| sum).sum::<f64>() / target_tokens.max(1) as f64,
-            LossNorm::MicroMean => {
-                losses.map(|(sum, count)| sum / count.max(1) as f64).sum::<f64>() / batches.len() as f64
-            }
-        };
-        let grad_norm = f64::from(sums[0]).sqrt() / update.loss_scale;
-        let mut overflow = None;
-        if let (Some(scaling), Some(scaler)) = (LossScaling::of(stage), loss_scaler.filter(|_| loss.is_finite())) {
-            if grad_norm.is_finite() {
-                scaler.good(&scaling);
-            } else {
-                *updates = before;
-                let more = scaler.overflow(&scaling);
-                overflow = Some(Overflow { next: more.then_some(f64::from(scaler.scale)) });
-            }
-        }
-        Ok(Measured {
-            loss,
-            grad_norm,
-            target_tokens: target_tokens as u64,
-            positions: batches.iter().map(PackedBatch::tokens).sum(),
-            loss_scale,
-            overflow,
-        })
+        let sums = (&sums[1..=step.batches.len()], f64::from(sums[0]));
+        Ok(step.conclude(stage, sums, (updates, before), loss_scaler))
     }
 
-    /// Forward and backward of one micro-batch; its loss goes to its slot of `sums`.
-    fn micro_batch(
+    /// Makes ready for the micro-batches of a step.
+    pub fn begin(&self) {
+        elementwise::fill(&self.sums, 0.0);
+        self.optimizer.zero_gradients();
+    }
+
+    /// Forward and backward of one micro-batch of a step; its loss goes to its slot of the sums. `passed` is told the
+    /// decoder's milestones as the backward comes back to them.
+    ///
+    /// # Errors
+    /// As [`Stepper::step`].
+    pub fn micro_batch(
         &mut self,
-        batch: &PackedBatch,
-        pictures: &Loaded,
-        scale: f32,
-        dropout: (u32, u32),
+        stage: &StageConfig,
+        step: &Step<'_>,
         index: usize,
+        loss_scale: Option<f64>,
+        pictures: &PictureStore,
+        passed: &mut dyn FnMut(&Optimizer, usize),
     ) -> Result<()> {
+        let scale = step.factor_of(stage, index) * loss_scale.unwrap_or(1.0);
+        let pass = step.number * (self.sums.len() - 1) as u64 + index as u64;
+        let dropout = (stage.seed as u32, pass as u32);
+        let pictures = pictures.load(&step.images[index])?;
         let model = &self.start.model;
         let _activations = model.gpu().account(Account::Activations);
         let (begun, views) = (Instant::now(), pictures.views());
         let mut tape = Tape::recording();
         let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
-        let losses = model.losses(&mut forward, batch, pictures.as_pictures(&views), scale)?;
+        let losses = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale as f32)?;
         self.note(begun, |phases| &mut phases.forward)?;
         if let Some(losses) = losses {
             let begun = Instant::now();
             reduce::add_sum(&losses.value, &self.sums, 1 + index);
-            tape.backward(&losses, losses.value.clone());
+            let optimizer = &self.optimizer;
+            tape.backward_passing(&losses, losses.value.clone(), &mut |milestone| passed(optimizer, milestone));
             self.note(begun, |phases| &mut phases.backward)?;
         }
         Ok(())
+    }
+
+    /// The loss sums of the step's micro-batches, waited for; zero where another device has computed one.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn losses(&self) -> Result<Vec<f32>> {
+        Ok(self.sums.to_vec()?.split_off(1))
+    }
+
+    /// The step's update, with gradients that came from elsewhere and their square sum.
+    pub fn update(&mut self, update: &Update, square_sum: f64) {
+        self.sums.part(0, &[1]).write(&[square_sum as f32]);
+        self.optimizer.step(update, &self.sums);
+        dora::update_norms(&mut self.start.model);
     }
 }
 

@@ -19,7 +19,9 @@ use super::{
     run_folder::{self, FinishedStage},
     schedule::Schedule,
     start::{Origin, Prepared},
-    stepper::{Measured, Step, Stepper},
+    step::{Measured, Step},
+    stepper::Stepper,
+    team::{Devices, Member, Team},
 };
 use crate::{
     data::{
@@ -31,9 +33,8 @@ use crate::{
     },
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
-    gpu::Gpu,
     hub::id_or_path,
-    models::{adapter, batch::PackedBatch, dora, names},
+    models::{adapter, batch::PackedBatch, dora, llava::Llava, names},
 };
 
 /// A stage's result, for the report.
@@ -62,34 +63,40 @@ pub struct Trainer<'a> {
     dataset: Dataset,
     plan: Plan,
     schedule: Schedule,
-    stepper: Stepper,
-    pictures: PictureStore,
+    team: Team,
     state: TrainerState,
 }
 
 impl<'a> Trainer<'a> {
     /// Loads model and data, moves what trains into the optimizer, and goes to `resume`'s step where it is given. What
-    /// does not fit into `memory` bytes of the device is refused before it is loaded.
+    /// does not fit into the memory of a device is refused before it is loaded.
     pub fn new(
         stage: &'a StageConfig,
         before: Option<&Origin>,
         resume: Option<&Path>,
-        gpu: &Gpu,
-        memory: Option<u64>,
+        devices: &Devices,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         // All that can be wrong with files is told before weights go to the device.
         let prepared = Prepared::open(stage, before)?;
         let dataset = prepared.dataset(stage, observer)?;
         let processor = prepared.processor(stage)?;
-        let plan = plan(stage, &dataset)?;
+        let plan = plan(stage, &dataset, devices.gpus.len())?;
         let total_steps = plan.total_steps();
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
-        if let Some(memory) = memory {
+        if devices.checked {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
-            gpu.compile_ahead(estimate::check(stage, &prepared, &steps, gpu.facts(), memory)?);
+            for gpu in &devices.gpus {
+                if let Some(memory) = devices.memory_of(gpu) {
+                    gpu.compile_ahead(estimate::check(stage, &prepared, &steps, gpu.facts(), memory)?);
+                }
+            }
         }
-        let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?)?;
+        let micro_batches = plan.micro_batches();
+        let mut steppers = Vec::new();
+        for gpu in &devices.gpus {
+            steppers.push(Stepper::new(stage, prepared.load(stage, gpu, observer)?, micro_batches)?);
+        }
         let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));
         let mut state = TrainerState {
             step: 0,
@@ -98,32 +105,40 @@ impl<'a> Trainer<'a> {
             records: dataset.len(),
             seconds: 0.0,
             loss_scaler,
+            micro_batches,
+            shares: None,
         };
         if let Some(folder) = resume {
-            state = checkpoint::load(folder, &stepper.optimizer, dataset.len(), total_steps)?;
-            dora::update_norms(&mut stepper.start.model);
+            let fresh = state.clone();
+            for stepper in &mut steppers {
+                state = checkpoint::load(folder, &stepper.optimizer, &fresh)?;
+                dora::update_norms(&mut stepper.start.model);
+            }
         }
         let left = match state.step {
             0 => used.clone(),
             step => used_images(&dataset, &plan, step, stage.unfreeze_mm_vision_tower)?,
         };
         let frozen = !stage.unfreeze_mm_vision_tower;
-        let pictures = PictureStore::new(stepper.model(), processor, &used, &left, frozen, observer)?;
+        let models: Vec<&Llava> = steppers.iter().map(Stepper::model).collect();
+        let pictures = PictureStore::of_all(&models, processor.as_ref(), &used, &left, frozen, observer)?;
+        let members = steppers.into_iter().zip(pictures).map(|(stepper, pictures)| Member { stepper, pictures });
+        let team = Team::new(members.collect(), state.shares.take(), devices.slow);
         let schedule = Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);
-        Ok(Self { stage, dataset, plan, schedule, stepper, pictures, state })
+        Ok(Self { stage, dataset, plan, schedule, team, state })
     }
 
     pub fn header(&self) -> StageHeader {
         StageHeader {
             name: self.stage.title().to_string(),
             method: self.stage.method_line(),
-            model: self.stepper.start.folder.name().to_string(),
+            model: self.team.first().start.folder.name().to_string(),
             records: self.dataset.len(),
             total_steps: self.state.total_steps,
             first_step: self.state.step,
-            batch: self.stage.global_batch(),
-            trainable_parameters: self.stepper.optimizer.elements() as u64,
-            total_parameters: self.stepper.start.model.parameters.elements() as u64,
+            batch: self.plan.batch(),
+            trainable_parameters: self.team.first().optimizer.elements() as u64,
+            total_parameters: self.team.first().start.model.parameters.elements() as u64,
             output_dir: self.stage.output_dir.clone(),
         }
     }
@@ -154,9 +169,10 @@ impl<'a> Trainer<'a> {
                 target_tokens: measured.target_tokens,
                 tokens_per_second: measured.positions as f64 / seconds,
                 step_seconds: seconds,
-                device_bytes: self.stepper.model().gpu().peak().held,
+                device_bytes: self.team.gpus().map(|gpu| gpu.peak().held).max().unwrap_or(0),
                 loss_scale: measured.loss_scale,
                 skipped_steps: self.state.loss_scaler.map(|scaler| scaler.skipped_steps),
+                devices: measured.devices,
             };
             if step.is_multiple_of(self.stage.logging_steps) || step == total {
                 writer.write(&metrics)?;
@@ -180,7 +196,7 @@ impl<'a> Trainer<'a> {
         let samples: Vec<Vec<Sample>> = (self.plan.step(self.state.step).iter())
             .map(|indices| indices.iter().map(|&index| self.dataset.sample(index)).collect())
             .collect::<Result<_>>()?;
-        let image_tokens = self.stepper.model().image_tokens();
+        let image_tokens = self.team.first().model().image_tokens();
         let batches: Vec<PackedBatch> = samples.iter().map(|samples| PackedBatch::new(samples, image_tokens)).collect();
         let images: Vec<Vec<ImageSource>> = (samples.iter())
             .map(|samples| samples.iter().flat_map(|sample| sample.images.iter().cloned()).collect())
@@ -188,8 +204,8 @@ impl<'a> Trainer<'a> {
         let (number, factor) = (self.state.step, self.schedule.factor(self.state.step));
         let step = Step { number, batches: &batches, images: &images, factor };
         let TrainerState { updates, loss_scaler, .. } = &mut self.state;
-        let measured = self.stepper.step(self.stage, &step, &self.pictures, updates, loss_scaler.as_mut())?;
-        let (Measured { loss, grad_norm, .. }, t) = (measured, number + 1);
+        let measured = self.team.step(self.stage, &step, updates, loss_scaler.as_mut(), observer)?;
+        let (&Measured { loss, grad_norm, .. }, t) = (&measured, number + 1);
         if let (Some(overflow), Some(scale)) = (measured.overflow, measured.loss_scale) {
             overflowed(t, scale, overflow.next, observer)?;
         } else if !loss.is_finite() || !grad_norm.is_finite() {
@@ -209,20 +225,21 @@ impl<'a> Trainer<'a> {
 
     fn save(&self) -> Result<PathBuf> {
         let limit = self.stage.save_total_limit;
-        checkpoint::save(&self.stage.output_dir, &self.state, &self.stepper.optimizer, limit, |folder| {
+        let state = TrainerState { shares: self.team.shares(), ..self.state.clone() };
+        checkpoint::save(&self.stage.output_dir, &state, &self.team.first().optimizer, limit, |folder| {
             if self.stage.method.trains_adapter() { self.write_adapter(&folder.join("adapter")) } else { Ok(()) }
         })
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
-        let Some(settings) = &self.stepper.start.adapter else { return Ok(()) };
-        let model = &self.stepper.start.model;
+        let Some(settings) = &self.team.first().start.adapter else { return Ok(()) };
+        let model = &self.team.first().start.model;
         let with_projector = model.projector.is_some() && !self.stage.freeze_mm_mlp_adapter;
         let with_projector = with_projector || !settings.saved.is_empty();
-        let base = id_or_path(self.stepper.start.folder.name());
+        let base = id_or_path(self.team.first().start.folder.name());
         let mut adapter = adapter::export(model, settings, with_projector)?;
         if self.stage.unfreeze_mm_vision_tower {
-            adapter::save_tower(model, &self.stepper.start.folder, &mut adapter)?;
+            adapter::save_tower(model, &self.team.first().start.folder, &mut adapter)?;
         }
         for (name, module) in &adapter.modules {
             let parts = [Some(&module.lora_a), Some(&module.lora_b), module.magnitude.as_ref()];
@@ -233,15 +250,15 @@ impl<'a> Trainer<'a> {
     }
 
     fn write_model(&self, folder: &Path) -> Result<()> {
-        let model = &self.stepper.start.model;
+        let model = &self.team.first().start.model;
         let shapes: std::collections::HashMap<String, Vec<usize>> =
             names::expected_tensors(&model.config).into_iter().collect();
-        let source = &self.stepper.start.folder;
+        let source = &self.team.first().start.folder;
         let parameter = |name: &str| model.parameters.find(name).map(|id| model.parameters.get(id));
         // What has not changed is in the source, whatever dtype it has there.
         let is_changed = |name: &str| {
             parameter(name)
-                .is_some_and(|parameter| parameter.grad.is_some() || self.stepper.start.changed.contains(name))
+                .is_some_and(|parameter| parameter.grad.is_some() || self.team.first().start.changed.contains(name))
         };
         let fetch = |name: &str| {
             let missing = || Error::failed(format!("{name} is not in the model"));
@@ -282,8 +299,8 @@ impl<'a> Trainer<'a> {
             seconds: self.state.seconds,
             output: what.to_string(),
             records: self.dataset.len(),
-            trainable_parameters: self.stepper.optimizer.elements() as u64,
-            total_parameters: self.stepper.start.model.parameters.elements() as u64,
+            trainable_parameters: self.team.first().optimizer.elements() as u64,
+            total_parameters: self.team.first().start.model.parameters.elements() as u64,
         };
         run_folder::mark_finished(dir, &finished)?;
         observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
@@ -306,8 +323,8 @@ fn overflowed(t: u64, scale: f64, next: Option<f64>, observer: &mut dyn Observer
     Ok(())
 }
 
-/// Which records each step of the stage takes.
-pub fn plan(stage: &StageConfig, dataset: &Dataset) -> Result<Plan> {
+/// Which records each step of the stage takes on so many devices.
+pub fn plan(stage: &StageConfig, dataset: &Dataset, devices: usize) -> Result<Plan> {
     let duration = match stage.max_steps {
         Some(steps) => Duration::Steps(steps),
         None => Duration::Epochs(stage.num_train_epochs),
@@ -317,8 +334,8 @@ pub fn plan(stage: &StageConfig, dataset: &Dataset) -> Result<Plan> {
         (true, false) => Order::Shuffled,
         (false, false) => Order::File,
     };
-    let (micro_batch, accumulation) = (stage.per_device_train_batch_size, stage.gradient_accumulation_steps);
-    Plan::new(dataset.len(), micro_batch, accumulation, duration, order, stage.seed)
+    let micro_batches = stage.gradient_accumulation_steps.saturating_mul(devices);
+    Plan::new(dataset.len(), stage.per_device_train_batch_size, micro_batches, duration, order, stage.seed)
 }
 
 /// The last step's update has no loss behind it that would show that it went wrong.

@@ -44,7 +44,7 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
     let config = model(args, None, args.seq + tokens)?;
     let sizes = Sizes { sequences: args.batch.unwrap_or(1), prompt: args.seq, tokens, runs: args.steps };
     sizes.check(&config)?;
-    let gpu = open_device(global, None, ui)?;
+    let gpu = open_device(global, ui)?;
     let precision = global.precision.map(|precision| precision.dtype());
     tuning::prepare(&gpu, args.tune.tune, ui, || {
         let counting = Gpu::counting(gpu.facts().clone());

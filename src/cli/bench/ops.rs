@@ -25,7 +25,7 @@ use crate::{
 };
 
 pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &mut Ui) -> Result<Outcome> {
-    let gpu = open_device(global, None, ui)?;
+    let gpu = open_device(global, ui)?;
     let cases = bench::cases(&gpu, args.filter.as_deref());
     if let (true, Some(filter)) = (cases.is_empty(), &args.filter) {
         let known: Vec<&str> = OPS.iter().map(|op| op.name).collect();

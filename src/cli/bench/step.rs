@@ -39,7 +39,7 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
         _ => None,
     };
     let config = model(args, named, args.seq)?;
-    let gpu = open_device(global, None, ui)?;
+    let gpu = open_device(global, ui)?;
     let batch = args.batch.unwrap_or(4);
     let sizes = Sizes { sequences: batch, length: args.seq, warm_up: args.warm_up, steps: args.steps };
     tuning::prepare(&gpu, args.tune.tune, ui, || launches(&stage, &config, sizes, &gpu))?;

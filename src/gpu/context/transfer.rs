@@ -93,14 +93,17 @@ impl Gpu {
         stream.recorded += 1;
     }
 
-    /// Records that `size` bytes of `buffer` go to the host, offset and size multiples of 4, and does not wait for
-    /// them: only where three pieces are on their way already, for the oldest.
-    pub fn download(&self, buffer: &Buffer, offset: u64, size: u64) -> Download {
-        let download = Download::new(size as usize);
+    /// Records that parts of buffers go to the host, one behind the other, and does not wait for them: only where three
+    /// pieces are on their way already, for the oldest. A part is a byte offset and a size, multiples of 4.
+    pub fn download(&self, parts: &[(&Buffer, (u64, u64))]) -> Download {
+        let total = parts.iter().map(|(_, (_, size))| *size as usize).sum();
+        let download = Download::new(total);
         let Some(Device { device, .. }) = &self.inner.device else { return download };
         let downloads = &mut *self.downloads();
-        for start in (0..size as usize).step_by(download::SLOT_BYTES) {
-            let piece = (size as usize - start).min(download::SLOT_BYTES);
+        let mut parts = parts.iter().copied();
+        let mut part = parts.next();
+        for start in (0..total).step_by(download::SLOT_BYTES) {
+            let piece = (total - start).min(download::SLOT_BYTES);
             let slot = match downloads.buffer(device, &|| self.failure().is_some()) {
                 Ok(slot) => slot,
                 Err(error) => {
@@ -109,7 +112,13 @@ impl Gpu {
                 }
             };
             let stream = &mut *self.stream();
-            self.record_copy(device, stream, (buffer.raw(), offset + start as u64), (&slot, 0), piece as u64);
+            let mut filled = 0;
+            while let Some((buffer, (offset, size))) = part.filter(|_| filled < piece as u64) {
+                let count = size.min(piece as u64 - filled);
+                self.record_copy(device, stream, (buffer.raw(), offset), (&slot, filled), count);
+                filled += count;
+                part = if count < size { Some((buffer, (offset + count, size - count))) } else { parts.next() };
+            }
             if let Some(submission) = self.submit(stream) {
                 downloads.send(slot, submission, &download, start, piece);
             }

@@ -185,7 +185,6 @@ pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
         "bits" if value.as_integer() != Some(4) => "use 4",
         "zero_stage" if value.as_integer() != Some(0) => "use 0",
         "offload" if value.as_bool() == Some(true) => "use false",
-        "devices" if value.as_array().is_some_and(|list| list.len() > 1) => "name one device",
         _ => return None,
     };
     Some(instead)

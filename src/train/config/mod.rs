@@ -46,8 +46,8 @@ pub struct Request<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunConfig {
     pub output_dir: PathBuf,
-    /// The first one given; none: the best adapter.
-    pub device: Option<DeviceChoice>,
+    /// Empty: the best adapter. The same one may be there several times.
+    pub devices: Vec<DeviceChoice>,
     /// Evaluations after the last stage.
     pub eval_after: Vec<String>,
     /// Questions of each evaluation; none: all.
@@ -87,10 +87,13 @@ impl RunConfig {
         }
         sort(&mut values);
         let output_dir = PathBuf::from(get(&values, "output_dir").and_then(Value::as_str).unwrap_or_default());
-        let device = get(&values, "devices").and_then(Value::as_array).and_then(|list| match list.first()? {
+        let choice = |value: &Value| match value {
             Value::Integer(index) => usize::try_from(*index).ok().map(DeviceChoice::Index),
             other => other.as_str().map(|name| DeviceChoice::Name(name.to_string())),
-        });
+        };
+        let devices = get(&values, "devices")
+            .and_then(Value::as_array)
+            .map_or_else(Vec::new, |list| list.iter().filter_map(choice).collect());
         let eval_after = get(&values, "eval_after")
             .and_then(Value::as_array)
             .map_or_else(Vec::new, |list| list.iter().filter_map(Value::as_str).map(str::to_string).collect());
@@ -104,7 +107,7 @@ impl RunConfig {
             let stage = StageConfig::new(name, &output_dir, settings, stages.last(), &source)?;
             stages.push(stage);
         }
-        Ok(Self { output_dir, device, eval_after, eval_limit, stages, values })
+        Ok(Self { output_dir, devices, eval_after, eval_limit, stages, values })
     }
 
     /// The config that a run in `folder` wrote. Its `output_dir` is `folder`, wherever that has been moved to.
@@ -163,7 +166,15 @@ impl RunConfig {
     /// # Errors
     /// [`ErrorKind::Usage`](crate::error::ErrorKind::Usage): a key differs that changes what is computed.
     pub fn check_resumable(&self, saved: &Self) -> Result<()> {
-        const FREE: &[&str] = &["logging_steps", "save_steps", "save_total_limit"];
+        // How many micro-batches a step has is told by the checkpoint, whatever they are computed on.
+        const FREE: &[&str] = &[
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "gradient_accumulation_steps",
+            "zero_stage",
+            "offload",
+        ];
         let refuse = |what: String| {
             Error::usage(format!("{} cannot be gone on with: {what}", self.output_dir.display()))
                 .hint("--resume without a config goes on with the one the run was started with")

@@ -205,7 +205,7 @@ fn every_group_has_the_learning_rate_that_is_not_told_otherwise() {
 
 #[test]
 fn what_is_known_but_not_built_says_so() {
-    for setting in ["bits=8", "bits=5", "zero_stage=2", "offload=true", "devices=[0, 1]"] {
+    for setting in ["bits=8", "bits=5", "zero_stage=2", "offload=true"] {
         let message = message(MINIMAL, &[setting]);
         assert!(message.contains("not built yet"), "{message}");
     }
@@ -216,7 +216,9 @@ fn what_is_known_but_not_built_says_so() {
         resolve(MINIMAL, &[&format!("gradient_checkpointing={mode}")]).unwrap();
     }
     let run = resolve(MINIMAL, &["devices=[1]", "precision=float32"]).unwrap();
-    assert_eq!((run.device, run.stages[0].precision), (Some(DeviceChoice::Index(1)), Some(Precision::Float32)));
+    assert_eq!((run.devices, run.stages[0].precision), (vec![DeviceChoice::Index(1)], Some(Precision::Float32)));
+    let twice = resolve(MINIMAL, &["devices=[0, 0, \"llvm\"]"]).unwrap().devices;
+    assert_eq!(twice, [DeviceChoice::Index(0), DeviceChoice::Index(0), DeviceChoice::Name("llvm".into())]);
 }
 
 #[test]

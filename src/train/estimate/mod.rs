@@ -15,7 +15,8 @@ use super::{
     optimizer::Updates,
     pictures::PictureStore,
     start::{self, Prepared},
-    stepper::{Step, Stepper},
+    step::Step,
+    stepper::Stepper,
 };
 use crate::{
     data::ImageSource,
@@ -171,7 +172,8 @@ pub(super) fn simulate(
     facts: &AdapterFacts,
 ) -> Result<Estimate> {
     let gpu = Gpu::counting(facts.clone());
-    let mut stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?)?;
+    let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(1).max(stage.gradient_accumulation_steps);
+    let mut stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?, micro_batches)?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
     let (mut flops, mut updates) = (0, Updates::default());
     for batches in &steps.steps {
