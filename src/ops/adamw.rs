@@ -16,6 +16,7 @@ use crate::{
     gpu::{Binding, Gpu},
     tensor::{Dtype, Tensor},
 };
+use rayon::prelude::*;
 
 /// The constants of one update, the same for all parameters of a group.
 #[derive(Clone, Copy, Debug)]
@@ -188,6 +189,37 @@ impl Step {
     }
 }
 
+/// Elements that one core updates at once.
+const HOST_CHUNK: usize = 1 << 14;
+
+/// [`step`] on the host, of f32 parameters, in the order of the kernel's operations and on all cores: within a rounding
+/// or two of what a device gives, whose compiler may fuse or approximate.
+pub fn step_on_host(
+    parameter: &mut [f32],
+    gradient: &[f32],
+    first_moment: &mut [f32],
+    second_moment: &mut [f32],
+    square_sum: f32,
+    step: &Step,
+) {
+    if !square_sum.is_finite() {
+        return;
+    }
+    let [learning_rate, beta1, beta2, epsilon, decay, correction1, correction2, max_norm, scale] = step.constants();
+    let clip = if max_norm > 0.0 { (max_norm / (square_sum.sqrt() * scale + 1e-6)).min(1.0) } else { 1.0 };
+    let (factor, rate) = (scale * clip, learning_rate / correction1);
+    let chunks = parameter.par_chunks_mut(HOST_CHUNK).zip(gradient.par_chunks(HOST_CHUNK));
+    let moments = first_moment.par_chunks_mut(HOST_CHUNK).zip(second_moment.par_chunks_mut(HOST_CHUNK));
+    chunks.zip(moments).for_each(|((parameter, gradient), (first, second))| {
+        for (((p, g), m), v) in parameter.iter_mut().zip(gradient).zip(first).zip(second) {
+            let g = g * factor;
+            *m = beta1 * *m + (1.0 - beta1) * g;
+            *v = beta2 * *v + (1.0 - beta2) * g * g;
+            *p = *p * decay - rate * (*m / (v.sqrt() / correction2 + epsilon));
+        }
+    });
+}
+
 /// The state of a parameter on the host.
 #[derive(Clone, Debug)]
 pub struct Reference {
@@ -230,6 +262,7 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         let (p, tp) = random.tensor(gpu, &shape);
         let (m, v) = (super::elementwise::zeros(gpu, &shape), super::elementwise::zeros(gpu, &shape));
         let mut host = Reference::new(super::testing::wide(&p));
+        let (mut hp, mut hm, mut hv) = (p.clone(), vec![0.0; p.len()], vec![0.0; p.len()]);
         let constants = Step {
             learning_rate: 0.01,
             beta1: 0.9,
@@ -241,13 +274,14 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
             t: 0,
         };
         for t in 1..=3 {
-            let (g, tg) = random.tensor(gpu, &shape);
-            let g = super::testing::wide(&g);
+            let (narrow, tg) = random.tensor(gpu, &shape);
+            let g = super::testing::wide(&narrow);
             let constants = Step { t, ..constants };
             let square_sum = g.iter().map(|g| g * g).sum::<f64>();
             let tsum = Tensor::from_f32(gpu, &[square_sum as f32], &[1]);
             step(Weights::Full(&tp), &tg, &m, &v, &tsum, &constants);
             host.step(&g, square_sum, &constants);
+            step_on_host(&mut hp, &narrow, &mut hm, &mut hv, square_sum as f32, &constants);
         }
         let before = [tp.to_vec()?, m.to_vec()?, v.to_vec()?];
         for bad in [f32::INFINITY, f32::NAN] {
@@ -258,6 +292,12 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         let after = [tp.to_vec()?, m.to_vec()?, v.to_vec()?].concat();
         let unchanged = super::testing::wide(&before.concat());
         let [p, m, v] = before;
+        // Both have rounded each operation; neither more than once more than the other.
+        for (what, host, device) in
+            [("host's parameter", &hp, &p), ("host's moment", &hm, &m), ("host's second", &hv, &v)]
+        {
+            out.push(Comparison::new(what, host.clone(), super::testing::wide(device), 5e-7));
+        }
         out.extend([
             Comparison::new(what, p, host.parameter, 1e-6),
             Comparison::new("first moment", m, host.first_moment, 1e-6),

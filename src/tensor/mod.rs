@@ -152,7 +152,8 @@ impl Tensor {
         self.gpu.clear(&self.buffer, self.byte_offset(0), self.dtype.padded_bytes(self.len()));
     }
 
-    fn copy_elements(&self, to: usize, from: &Tensor, start: usize, count: usize) {
+    /// Copies `count` elements of `from`, from element `start` on, to those of `self` from `to` on: whole words.
+    pub fn copy_elements(&self, to: usize, from: &Tensor, start: usize, count: usize) {
         assert_eq!(self.dtype, from.dtype, "a copy does not convert: {self:?} from {from:?}");
         let whole = |elements: usize| (elements * self.dtype.bytes()).is_multiple_of(4);
         // A tensor that ends inside a word has the rest of it for itself (see `part`).

@@ -13,24 +13,29 @@ pub struct Downloading {
 }
 
 impl Downloading {
-    /// Of f32 tensors of one device, at least one.
-    pub fn of(tensors: &[Tensor]) -> Self {
-        assert!(tensors.iter().all(|tensor| tensor.dtype == Dtype::F32), "f32: {tensors:?}");
-        let part = |tensor: &'_ Tensor| (tensor.byte_offset(0), (tensor.len() * 4) as u64);
+    /// Of tensors of one device, whole words each.
+    pub fn of(gpu: &Gpu, tensors: &[Tensor]) -> Self {
+        let part = |tensor: &'_ Tensor| (tensor.byte_offset(0), tensor.dtype.padded_bytes(tensor.len()));
         let parts: Vec<_> = tensors.iter().map(|tensor| (&*tensor.buffer, part(tensor))).collect();
-        let gpu = tensors[0].gpu.clone();
-        let download = gpu.download(&parts);
-        Self { gpu, download }
+        Self { gpu: gpu.clone(), download: gpu.download(&parts) }
     }
 
-    /// Waits for them.
+    /// Waits for their bytes.
     ///
     /// # Errors
     /// Whatever has failed on the device so far.
-    pub fn wait(self) -> Result<Vec<f32>> {
+    pub fn bytes(self) -> Result<Vec<u8>> {
         let bytes = self.gpu.downloaded(self.download);
         self.gpu.check()?;
-        Ok(bytemuck::pod_collect_to_vec(&bytes))
+        Ok(bytes)
+    }
+
+    /// As [`Downloading::bytes`], of tensors in f32.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn floats(self) -> Result<Vec<f32>> {
+        Ok(bytemuck::pod_collect_to_vec(&self.bytes()?))
     }
 }
 

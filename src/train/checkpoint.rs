@@ -1,16 +1,18 @@
 //! Checkpoints: all that an exact resume needs, written so that a kill leaves a whole one.
 //!
-//! `state.safetensors` holds every tensor that trains with both moments (`optimizer_state.rs`);
+//! `state.safetensors` holds every tensor that trains with both moments (`optimizer/state.rs`);
 //! `trainer_state.json` the step and what the run was. Data order, dropout and schedule follow from the step alone.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     loss_scale::LossScaler,
-    optimizer::{Optimizer, Updates},
-    optimizer_state::State,
+    optimizer::{Remembers, State, Updates},
     run_folder::CheckpointWriter,
     team::Shares,
 };
@@ -48,23 +50,37 @@ pub struct TrainerState {
     pub shares: Option<Shares>,
 }
 
-/// Writes checkpoint-N and removes the oldest beyond `save_total_limit`. `extra` writes more into the folder.
+/// Writes checkpoint-N and removes the oldest beyond `save_total_limit`: what `holders` remember, together all of it.
+/// `extra` writes more into the folder.
 pub fn save(
     stage_dir: &Path,
     state: &TrainerState,
-    optimizer: &Optimizer,
+    holders: &[&dyn Remembers],
     save_total_limit: usize,
     extra: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
     let writer = CheckpointWriter::begin(stage_dir, state.step)?;
-    let mut states = optimizer.states();
-    states.sort_by(|a, b| a.name.cmp(&b.name));
-    let head = |state: &State| TensorHead { name: state.name.clone(), dtype: state.dtype, shape: state.shape.clone() };
-    let (heads, absmax) = (states.iter().map(head).collect(), optimizer.absmax()?);
+    // The parts of each tensor, in order, each with its holder.
+    let mut states: BTreeMap<String, Vec<(usize, State)>> = BTreeMap::new();
+    for (holder, states_of) in holders.iter().map(|holder| holder.states()).enumerate() {
+        for state in states_of {
+            states.entry(state.name.clone()).or_default().push((holder, state));
+        }
+    }
+    states.values_mut().for_each(|parts| parts.sort_by_key(|(_, state)| state.part.start));
+    let head = |(name, parts): (&String, &Vec<(usize, State)>)| {
+        let (_, State { dtype, shape, .. }) = &parts[0];
+        TensorHead { name: name.clone(), dtype: *dtype, shape: shape.clone() }
+    };
+    let heads = states.iter().map(head).collect();
+    let readers = holders.iter().map(|holder| holder.reader()).collect::<Result<Vec<_>>>()?;
     write_safetensors(&writer.path().join(STATE_FILE), heads, &mut |head| {
-        let at = states.binary_search_by(|state| state.name.cmp(&head.name));
-        let at = at.map_err(|_| Error::failed(format!("{} has no state", head.name)))?;
-        Ok(TensorData::Raw(optimizer.read(&states[at], &absmax)?.into()))
+        let parts = states.get(&head.name).ok_or_else(|| Error::failed(format!("{} has no state", head.name)))?;
+        let mut bytes = Vec::new();
+        for (holder, state) in parts {
+            bytes.extend(readers[*holder](state)?);
+        }
+        Ok(TensorData::Raw(bytes.into()))
     })?;
     let path = writer.path().join(TRAINER_FILE);
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::failed("trainer state").caused_by(error))?;
@@ -73,11 +89,12 @@ pub fn save(
     writer.commit(save_total_limit)
 }
 
-/// Reads a checkpoint back into the optimizer. `fresh` is what the run would begin with.
+/// Reads a checkpoint back into those who remember it together, however it was divided when it was written. `fresh` is
+/// what the run would begin with.
 ///
 /// # Errors
 /// `Data` when the checkpoint belongs to another run: other tensors, shapes, records or steps.
-pub fn load(folder: &Path, optimizer: &Optimizer, fresh: &TrainerState) -> Result<TrainerState> {
+pub fn load(folder: &Path, holders: &mut [&mut dyn Remembers], fresh: &TrainerState) -> Result<TrainerState> {
     let TrainerState { records, total_steps, micro_batches, .. } = *fresh;
     let path = folder.join(TRAINER_FILE);
     let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
@@ -103,17 +120,20 @@ pub fn load(folder: &Path, optimizer: &Optimizer, fresh: &TrainerState) -> Resul
         return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));
     }
     let checkpoint = Checkpoint::open(&folder.join(STATE_FILE))?;
-    if checkpoint.names().count() != optimizer.states().len() {
+    let names: BTreeSet<String> = holders.iter().flat_map(|holder| holder.states()).map(|state| state.name).collect();
+    if checkpoint.names().count() != names.len() {
         return Err(other("other tensors trained, or the optimizer kept them otherwise".into()));
     }
-    optimizer.restore(|wanted| {
-        let name = &wanted.name;
-        let stored = checkpoint.get(name).ok_or_else(|| other(format!("it holds no {name}")))?;
-        if (stored.dtype, stored.shape) != (wanted.dtype, &wanted.shape[..]) {
-            let (is, now) = ((stored.dtype, stored.shape), (wanted.dtype, &wanted.shape));
-            return Err(other(format!("{name} is {is:?}, now {now:?}")));
-        }
-        Ok(stored.bytes)
-    })?;
+    for holder in holders {
+        holder.restore(&mut |wanted| {
+            let name = &wanted.name;
+            let stored = checkpoint.get(name).ok_or_else(|| other(format!("it holds no {name}")))?;
+            if (stored.dtype, stored.shape) != (wanted.dtype, &wanted.shape[..]) {
+                let (is, now) = ((stored.dtype, stored.shape), (wanted.dtype, &wanted.shape));
+                return Err(other(format!("{name} is {is:?}, now {now:?}")));
+            }
+            Ok(stored.bytes)
+        })?;
+    }
     Ok(state)
 }

@@ -24,6 +24,7 @@ const MOST_FEATURE_BYTES: usize = 512 << 20;
 const ROWS_AT_ONCE: usize = 4096;
 const PICTURES_AT_ONCE: usize = 64;
 
+#[derive(Default)]
 pub struct PictureStore {
     processor: Option<ImageProcessor>,
     kept: Option<Kept>,

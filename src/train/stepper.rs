@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::{
     config::{Method, Optim, Precision, StageConfig},
     loss_scale::LossScaler,
-    optimizer::{AdamW, Keep, Optimizer, Update, Updates},
+    optimizer::{AdamW, Keep, Optimizer, Sharing, Update, Updates},
     pictures::PictureStore,
     start::Start,
     step::{Measured, Step},
@@ -46,19 +46,10 @@ impl Stepper {
     ///
     /// # Errors
     /// `Usage` when nothing would train.
-    pub fn new(stage: &StageConfig, mut start: Start, micro_batches: usize) -> Result<Self> {
+    pub fn new(stage: &StageConfig, mut start: Start, micro_batches: usize, sharing: Sharing) -> Result<Self> {
         start.model.set_checkpoints(stage.checkpoints());
         let trainables = trainable::select(stage, &start.model)?;
-        let settings = AdamW {
-            beta1: stage.adam_beta1,
-            beta2: stage.adam_beta2,
-            epsilon: stage.adam_epsilon,
-            max_grad_norm: stage.max_grad_norm,
-            moments_8bit: stage.optim == Optim::AdamW8bit,
-            keep: kept(stage),
-            seed: stage.seed,
-        };
-        let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings);
+        let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings(stage), sharing)?;
         let gpu = start.model.gpu();
         // What was moved into arenas, and what loading needed.
         gpu.trim();
@@ -119,7 +110,7 @@ impl Stepper {
         self.optimizer.add_square_sum(&self.sums, 0);
         let before = *updates;
         self.optimizer.step(&step.update(updates, loss_scale), &self.sums);
-        dora::update_norms(&mut self.start.model);
+        self.settle();
         self.note(begun, |phases| &mut phases.optimizer)?;
         let sums = self.sums.to_vec()?;
         let sums = (&sums[1..=step.batches.len()], f64::from(sums[0]));
@@ -175,11 +166,28 @@ impl Stepper {
         Ok(self.sums.to_vec()?.split_off(1))
     }
 
-    /// The step's update, with gradients that came from elsewhere and their square sum.
+    /// What of the step's update is made here, with gradients that came from elsewhere and their square sum.
     pub fn update(&mut self, update: &Update, square_sum: f64) {
         self.sums.part(0, &[1]).write(&[square_sum as f32]);
         self.optimizer.step(update, &self.sums);
+    }
+
+    /// Makes again what follows from the weights, once they are all new.
+    pub fn settle(&mut self) {
         dora::update_norms(&mut self.start.model);
+    }
+}
+
+/// The optimizer's settings in a stage.
+pub(super) fn settings(stage: &StageConfig) -> AdamW {
+    AdamW {
+        beta1: stage.adam_beta1,
+        beta2: stage.adam_beta2,
+        epsilon: stage.adam_epsilon,
+        max_grad_norm: stage.max_grad_norm,
+        moments_8bit: stage.optim == Optim::AdamW8bit,
+        keep: kept(stage),
+        seed: stage.seed,
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
     start::{Origin, Prepared},
     step::{Measured, Step},
     stepper::Stepper,
-    team::{Devices, Member, Team},
+    team::{Devices, Team},
 };
 use crate::{
     data::{
@@ -34,7 +34,7 @@ use crate::{
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
     hub::id_or_path,
-    models::{adapter, batch::PackedBatch, dora, llava::Llava, names},
+    models::{adapter, batch::PackedBatch, names},
 };
 
 /// A stage's result, for the report.
@@ -94,9 +94,10 @@ impl<'a> Trainer<'a> {
         }
         let micro_batches = plan.micro_batches();
         let mut steppers = Vec::new();
-        for gpu in &devices.gpus {
-            steppers.push(Stepper::new(stage, prepared.load(stage, gpu, observer)?, micro_batches)?);
+        for (gpu, sharing) in devices.gpus.iter().zip(Team::sharing(stage, prepared.config(), devices.gpus.len())) {
+            steppers.push(Stepper::new(stage, prepared.load(stage, gpu, observer)?, micro_batches, sharing)?);
         }
+        let mut team = Team::new(stage, steppers, devices.slow);
         let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));
         let mut state = TrainerState {
             step: 0,
@@ -109,21 +110,15 @@ impl<'a> Trainer<'a> {
             shares: None,
         };
         if let Some(folder) = resume {
-            let fresh = state.clone();
-            for stepper in &mut steppers {
-                state = checkpoint::load(folder, &stepper.optimizer, &fresh)?;
-                dora::update_norms(&mut stepper.start.model);
-            }
+            state = team.restore(folder, &state)?;
         }
         let left = match state.step {
             0 => used.clone(),
             step => used_images(&dataset, &plan, step, stage.unfreeze_mm_vision_tower)?,
         };
         let frozen = !stage.unfreeze_mm_vision_tower;
-        let models: Vec<&Llava> = steppers.iter().map(Stepper::model).collect();
-        let pictures = PictureStore::of_all(&models, processor.as_ref(), &used, &left, frozen, observer)?;
-        let members = steppers.into_iter().zip(pictures).map(|(stepper, pictures)| Member { stepper, pictures });
-        let team = Team::new(members.collect(), state.shares.take(), devices.slow);
+        let pictures = PictureStore::of_all(&team.models(), processor.as_ref(), &used, &left, frozen, observer)?;
+        team.set_pictures(pictures);
         let schedule = Schedule::new(stage.lr_scheduler_type, total_steps, stage.warmup_steps, stage.warmup_ratio);
         Ok(Self { stage, dataset, plan, schedule, team, state })
     }
@@ -226,7 +221,7 @@ impl<'a> Trainer<'a> {
     fn save(&self) -> Result<PathBuf> {
         let limit = self.stage.save_total_limit;
         let state = TrainerState { shares: self.team.shares(), ..self.state.clone() };
-        checkpoint::save(&self.stage.output_dir, &state, &self.team.first().optimizer, limit, |folder| {
+        checkpoint::save(&self.stage.output_dir, &state, &self.team.holders(), limit, |folder| {
             if self.stage.method.trains_adapter() { self.write_adapter(&folder.join("adapter")) } else { Ok(()) }
         })
     }

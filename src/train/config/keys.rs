@@ -183,8 +183,7 @@ pub fn find(name: &str) -> Option<&'static Key> {
 pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
     let instead = match key.name {
         "bits" if value.as_integer() != Some(4) => "use 4",
-        "zero_stage" if value.as_integer() != Some(0) => "use 0",
-        "offload" if value.as_bool() == Some(true) => "use false",
+        "zero_stage" if value.as_integer() == Some(3) => "use 2",
         _ => return None,
     };
     Some(instead)

@@ -106,6 +106,9 @@ pub struct StageConfig {
     pub hysteresis: u32,
     pub min_loss_scale: f64,
     pub gradient_checkpointing: GradientCheckpointing,
+    /// 0 to 3.
+    pub zero_stage: u8,
+    pub offload: bool,
     pub logging_steps: u64,
     pub save_steps: u64,
     pub save_total_limit: usize,
@@ -232,6 +235,8 @@ impl StageConfig {
             min_loss_scale: read.number("min_loss_scale")?,
             gradient_checkpointing: read
                 .required("gradient_checkpointing", |v| GradientCheckpointing::parse(v.as_str()?))?,
+            zero_stage: read.required("zero_stage", count)?,
+            offload: read.flag("offload")?,
             logging_steps: read.required("logging_steps", count)?,
             save_steps: read.required("save_steps", count)?,
             save_total_limit: read.required("save_total_limit", count)?,
@@ -255,6 +260,14 @@ impl StageConfig {
                 "{place}: stochastic_rounding = true is for method = \"full\" with precision = \"bfloat16\""
             ))
             .hint("set both, or leave stochastic_rounding out"));
+        }
+        if stage.offload && stage.optim == Optim::AdamW8bit {
+            return Err(Error::usage(format!("{place}: offload = true keeps moments in float32, not in eight bits"))
+                .hint("set optim = \"adamw\": under offload moments take no device memory"));
+        }
+        if stage.offload && stage.stochastic_rounding {
+            return Err(Error::usage(format!("{place}: offload = true keeps float32 masters on the host"))
+                .hint("leave stochastic_rounding out: under offload masters take no device memory"));
         }
         // Both the factor and its reciprocal are f32.
         for (key, factor) in [("loss_scale", stage.loss_scale), ("min_loss_scale", stage.min_loss_scale)] {

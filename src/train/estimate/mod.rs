@@ -12,7 +12,7 @@ pub use batches::{Batch, Steps};
 use super::{
     config::{GradientCheckpointing, Method, ProjectorType as WantedProjector, Source, StageConfig},
     events::Silent,
-    optimizer::Updates,
+    optimizer::{Sharing, Updates},
     pictures::PictureStore,
     start::{self, Prepared},
     step::Step,
@@ -173,7 +173,7 @@ pub(super) fn simulate(
 ) -> Result<Estimate> {
     let gpu = Gpu::counting(facts.clone());
     let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(1).max(stage.gradient_accumulation_steps);
-    let mut stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?, micro_batches)?;
+    let mut stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?, micro_batches, Sharing::ALONE)?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
     let (mut flops, mut updates) = (0, Updates::default());
     for batches in &steps.steps {

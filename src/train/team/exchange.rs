@@ -1,7 +1,8 @@
-//! Gradients meet in the host's memory: each bucket is added up in the order of the devices once all have sent it, and
-//! goes back to all of them. The order is fixed, so that the same devices give the same bytes.
+//! Gradients meet in the host's memory: each bucket is added up in the order of the devices once all have sent it. The
+//! order is fixed, so that the same devices give the same bytes. Weights pass through from who has updated them.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc,
         mpsc::{Receiver, Sender},
@@ -12,7 +13,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::buckets::Bucket;
+use crate::train::optimizer::Bucket;
 
 /// Elements that one core adds up at once; also what a square sum's order follows from.
 const CHUNK: usize = 1 << 16;
@@ -20,7 +21,9 @@ const CHUNK: usize = 1 << 16;
 /// What a device sends.
 pub enum Sent {
     /// A bucket's gradients; none from a device that had nothing to compute.
-    Part { device: usize, bucket: usize, values: Vec<f32> },
+    Part { device: usize, round: usize, bucket: usize, values: Vec<f32> },
+    /// The weights that it has updated.
+    Weights { device: usize, bytes: Vec<u8> },
     /// It ends before its time.
     Gone,
 }
@@ -30,8 +33,10 @@ pub enum Sent {
 pub enum Got {
     /// The sum of a bucket, in its order of spans.
     Sum { bucket: usize, values: Arc<Vec<f32>> },
-    /// The square sum of all gradients, the last thing in a step.
+    /// The square sum of all gradients, once there are no more.
     SquareSum(f64),
+    /// What another device has updated, or the host.
+    Weights { owner: Option<usize>, bytes: Arc<Vec<u8>> },
 }
 
 /// A link between devices and host that is slower than the machine's: for tests of what hides behind the backward.
@@ -41,65 +46,109 @@ pub struct SlowLink {
     pub bytes_per_second: f64,
 }
 
-/// Adds up a step's gradients. Buckets go back in their order; `between` adds what other hosts have of each.
-///
-/// None where a device ended before its time: then nobody gets anything more.
-///
-/// # Errors
-/// Those of `between`.
-pub fn add_up<E>(
-    buckets: &[Bucket],
-    arriving: &Receiver<Sent>,
-    leaving: &[Sender<Got>],
+/// A device ended before its time: nobody gets anything more.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Broken;
+
+/// The place where a step's devices meet.
+pub struct Exchange {
+    arriving: Receiver<Sent>,
+    leaving: Vec<Sender<Got>>,
     slow: Option<SlowLink>,
-    mut between: impl FnMut(&mut [f32]) -> Result<(), E>,
-) -> Result<Option<f64>, E> {
-    let mut parts: Vec<Parts> = buckets.iter().map(|_| Parts::default()).collect();
-    let (mut square_sum, mut link_is_free) = (0.0, Instant::now());
-    for (index, bucket) in buckets.iter().enumerate() {
-        while parts[index].0.len() < leaving.len() {
-            match arriving.recv() {
-                Ok(Sent::Part { device, bucket, values }) => parts[bucket].0.push((device, values)),
-                Ok(Sent::Gone) | Err(_) => return Ok(None),
-            }
-        }
-        let mut sum = std::mem::take(&mut parts[index]).sum(bucket.elements());
-        between(&mut sum)?;
-        square_sum += square(&sum);
-        if let Some(SlowLink { bytes_per_second }) = slow {
-            // Down and up again.
-            let seconds = (2 * 4 * sum.len()) as f64 / bytes_per_second;
-            link_is_free = link_is_free.max(Instant::now()) + Duration::from_secs_f64(seconds);
-            thread::sleep(link_is_free - Instant::now());
-        }
-        let values = Arc::new(sum);
-        for to in leaving {
-            // One that is gone says so itself.
-            let _ = to.send(Got::Sum { bucket: index, values: values.clone() });
-        }
-    }
-    for to in leaving {
-        let _ = to.send(Got::SquareSum(square_sum));
-    }
-    Ok(Some(square_sum))
+    link_is_free: Instant,
+    /// What has come before its turn.
+    parts: HashMap<(usize, usize), Vec<(usize, Vec<f32>)>>,
 }
 
-/// A bucket of several devices.
-#[derive(Default)]
-struct Parts(Vec<(usize, Vec<f32>)>);
+impl Exchange {
+    /// `leaving` has a way to each device, in their order.
+    pub fn new(arriving: Receiver<Sent>, leaving: Vec<Sender<Got>>, slow: Option<SlowLink>) -> Self {
+        Self { arriving, leaving, slow, link_is_free: Instant::now(), parts: HashMap::new() }
+    }
 
-impl Parts {
-    fn sum(mut self, elements: usize) -> Vec<f32> {
-        self.0.sort_by_key(|(device, _)| *device);
-        let mut parts = self.0.into_iter().map(|(_, values)| values).filter(|values| !values.is_empty());
-        let mut sum = parts.next().unwrap_or_else(|| vec![0.0; elements]);
-        for part in parts {
+    /// Adds up what leaves the devices in so many rounds: round by round, and in each in the order of the devices. A
+    /// sum is `finished` in the order of the buckets. Gives the square sum of all.
+    pub fn sums(
+        &mut self,
+        buckets: &[Bucket],
+        rounds: usize,
+        mut finished: impl FnMut(&Self, usize, Vec<f32>),
+    ) -> Result<f64, Broken> {
+        let mut sums: Vec<Vec<f32>> = vec![Vec::new(); buckets.len()];
+        let mut square_sum = 0.0;
+        for round in 0..rounds {
+            for (index, bucket) in buckets.iter().enumerate() {
+                let parts = self.wait_for(round, index)?;
+                let moved = parts.iter().map(|(_, values)| values.len()).max().unwrap_or(0);
+                sums[index] = add_up(std::mem::take(&mut sums[index]), parts);
+                self.pass_time(moved * 4);
+                if round + 1 == rounds {
+                    let mut sum = std::mem::take(&mut sums[index]);
+                    sum.resize(bucket.elements(), 0.0);
+                    square_sum += square(&sum);
+                    self.pass_time(sum.len() * 4);
+                    finished(self, index, sum);
+                }
+            }
+        }
+        Ok(square_sum)
+    }
+
+    fn wait_for(&mut self, round: usize, bucket: usize) -> Result<Vec<(usize, Vec<f32>)>, Broken> {
+        loop {
+            if self.parts.get(&(round, bucket)).is_some_and(|parts| parts.len() == self.leaving.len()) {
+                return Ok(self.parts.remove(&(round, bucket)).unwrap_or_default());
+            }
+            match self.arriving.recv() {
+                Ok(Sent::Part { device, round, bucket, values }) => {
+                    self.parts.entry((round, bucket)).or_default().push((device, values));
+                }
+                _ => return Err(Broken),
+            }
+        }
+    }
+
+    /// Passes the weights of each device on to all others.
+    pub fn pass_weights(&mut self) -> Result<(), Broken> {
+        for _ in 0..self.leaving.len() {
+            let Ok(Sent::Weights { device, bytes }) = self.arriving.recv() else { return Err(Broken) };
+            self.pass_time(2 * bytes.len());
+            let got = Got::Weights { owner: Some(device), bytes: Arc::new(bytes) };
+            let others = self.leaving.iter().enumerate().filter(|(other, _)| *other != device);
+            // One that is gone says so itself.
+            others.for_each(|(_, to)| drop(to.send(got.clone())));
+        }
+        Ok(())
+    }
+
+    /// Sends the same to all devices.
+    pub fn tell(&self, got: &Got) {
+        self.leaving.iter().for_each(|to| drop(to.send(got.clone())));
+    }
+
+    /// What so many bytes take on a slow link.
+    pub fn pass_time(&mut self, bytes: usize) {
+        if let Some(SlowLink { bytes_per_second }) = self.slow {
+            let time = Duration::from_secs_f64(bytes as f64 / bytes_per_second);
+            self.link_is_free = self.link_is_free.max(Instant::now()) + time;
+            thread::sleep(self.link_is_free - Instant::now());
+        }
+    }
+}
+
+/// Adds the parts of devices to what is there, in their order.
+fn add_up(mut sum: Vec<f32>, mut parts: Vec<(usize, Vec<f32>)>) -> Vec<f32> {
+    parts.sort_by_key(|(device, _)| *device);
+    for (_, part) in parts {
+        if sum.is_empty() {
+            sum = part;
+        } else if !part.is_empty() {
             sum.par_chunks_mut(CHUNK).zip(part.par_chunks(CHUNK)).for_each(|(sum, part)| {
                 sum.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
             });
         }
-        sum
     }
+    sum
 }
 
 fn square(values: &[f32]) -> f64 {
@@ -110,7 +159,7 @@ fn square(values: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::{convert::Infallible, sync::mpsc};
+    use std::sync::mpsc;
 
     use super::*;
     use crate::train::optimizer::Span;
@@ -126,20 +175,45 @@ mod tests {
         for order in [[0, 1, 2], [2, 0, 1], [1, 2, 0]] {
             let (send, arriving) = mpsc::channel();
             for device in order {
-                send.send(Sent::Part { device, bucket: 1, values: Vec::new() }).unwrap();
-                send.send(Sent::Part { device, bucket: 0, values: given[device].clone() }).unwrap();
+                send.send(Sent::Part { device, round: 0, bucket: 1, values: Vec::new() }).unwrap();
+                send.send(Sent::Part { device, round: 0, bucket: 0, values: given[device].clone() }).unwrap();
             }
-            let (leaving, got): (Vec<_>, Vec<_>) = (0..3).map(|_| mpsc::channel()).unzip();
-            let buckets = [bucket(2), bucket(1)];
-            let total = add_up(&buckets, &arriving, &leaving, None, |_| Ok::<_, Infallible>(())).unwrap();
-            assert_eq!(total, Some(36.0));
-            for got in got {
-                let Got::Sum { bucket: 0, values } = got.recv().unwrap() else { panic!("the first sum") };
-                assert_eq!(*values, [0.0, 6.0]);
-                let Got::Sum { bucket: 1, values } = got.recv().unwrap() else { panic!("the second sum") };
-                assert_eq!(*values, [0.0]);
-                assert!(matches!(got.recv().unwrap(), Got::SquareSum(36.0)));
-            }
+            let (leaving, _got): (Vec<_>, Vec<_>) = (0..3).map(|_| mpsc::channel()).unzip();
+            let mut sums = Vec::new();
+            let mut exchange = Exchange::new(arriving, leaving, None);
+            let total = exchange.sums(&[bucket(2), bucket(1)], 1, |_, index, sum| sums.push((index, sum)));
+            assert_eq!(total, Ok(36.0));
+            assert_eq!(sums, [(0, vec![0.0, 6.0]), (1, vec![0.0])]);
+        }
+    }
+
+    #[test]
+    fn rounds_are_added_one_after_the_other() {
+        let (send, arriving) = mpsc::channel();
+        // The first device is a round ahead of the second, which has nothing in the last.
+        for (device, round, values) in [(0, 0, vec![1e8]), (0, 1, vec![-1e8]), (1, 0, vec![1.0]), (1, 1, Vec::new())] {
+            send.send(Sent::Part { device, round, bucket: 0, values }).unwrap();
+        }
+        let (leaving, _got): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel()).unzip();
+        let mut sums = Vec::new();
+        let total = Exchange::new(arriving, leaving, None).sums(&[bucket(1)], 2, |_, _, sum| sums.push(sum));
+        assert_eq!((total, sums), (Ok(0.0), vec![vec![0.0]]));
+    }
+
+    #[test]
+    fn weights_go_to_all_but_their_owner() {
+        let (send, arriving) = mpsc::channel();
+        for device in [1, 0] {
+            send.send(Sent::Weights { device, bytes: vec![device as u8] }).unwrap();
+        }
+        let (leaving, got): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel()).unzip();
+        let mut exchange = Exchange::new(arriving, leaving, None);
+        assert_eq!(exchange.pass_weights(), Ok(()));
+        drop(exchange);
+        for (device, got) in got.into_iter().enumerate() {
+            let Got::Weights { owner, bytes } = got.recv().unwrap() else { panic!("weights") };
+            assert_eq!((owner, &bytes[..]), (Some(1 - device), &[1 - device as u8][..]));
+            assert!(got.recv().is_err());
         }
     }
 
@@ -147,11 +221,11 @@ mod tests {
     fn a_device_that_is_gone_ends_it_for_all() {
         let (send, arriving) = mpsc::channel();
         let (leaving, got) = mpsc::channel();
-        send.send(Sent::Part { device: 0, bucket: 0, values: vec![1.0] }).unwrap();
+        send.send(Sent::Part { device: 0, round: 0, bucket: 0, values: vec![1.0] }).unwrap();
         send.send(Sent::Gone).unwrap();
-        let leaving = [leaving.clone(), leaving];
-        assert_eq!(add_up(&[bucket(1)], &arriving, &leaving, None, |_| Ok::<_, Infallible>(())), Ok(None));
-        drop(leaving);
+        let mut exchange = Exchange::new(arriving, vec![leaving.clone(), leaving], None);
+        assert_eq!(exchange.sums(&[bucket(1)], 1, |_, _, _| ()), Err(Broken));
+        drop(exchange);
         assert!(got.recv().is_err());
     }
 }

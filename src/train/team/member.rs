@@ -9,16 +9,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    buckets::Bucket,
-    exchange::{Got, Sent},
-};
+use super::exchange::{Got, Sent};
 use crate::{
     error::{Error, Result},
     tensor::Downloading,
     train::{
         config::StageConfig,
-        optimizer::{Optimizer, Update},
+        optimizer::{Bucket, Optimizer, Update},
         pictures::PictureStore,
         step::Step,
         stepper::Stepper,
@@ -52,7 +49,8 @@ pub struct Task<'a> {
     pub update: &'a Update,
     /// Where losses are scaled.
     pub loss_scale: Option<f64>,
-    pub buckets: &'a [Bucket],
+    /// How often gradients leave.
+    pub rounds: usize,
 }
 
 /// Why a member has stopped.
@@ -76,72 +74,72 @@ pub struct Link {
 }
 
 impl Member {
-    /// Computes the micro-batches `mine` and makes the step's update. Gives the loss sums, zero where another device
-    /// has computed one.
+    /// Computes the micro-batches `mine`, and makes the step's update or its part of it. Gives the loss sums, zero where
+    /// another device has computed one.
     pub fn run(&mut self, task: &Task<'_>, mine: &[usize], link: Link) -> Result<(Vec<f32>, DeviceTimes), Stopped> {
         let begun = Instant::now();
-        let mut moving = Moving::new(task.buckets, link, mine.is_empty());
         let Self { stepper, pictures } = self;
+        let mut moving = Moving::new(stepper.optimizer.buckets(), link);
+        let passing = stepper.optimizer.sharing().gradients_pass();
         stepper.begin();
-        for (place, &index) in mine.iter().enumerate() {
-            let last = place + 1 == mine.len();
-            stepper.micro_batch(
-                task.stage,
-                task.step,
-                index,
-                task.loss_scale,
-                pictures,
-                &mut |optimizer, milestone| {
+        for round in 0..task.rounds {
+            // Gradients that do not pass leave once, after the last micro-batch.
+            let these =
+                if passing { mine.get(round..).map_or(&[][..], |left| &left[..left.len().min(1)]) } else { mine };
+            moving.begin(round, these.is_empty());
+            for (place, &index) in these.iter().enumerate() {
+                let last = place + 1 == these.len();
+                let passed = &mut |optimizer: &Optimizer, milestone| {
                     if last {
                         moving.passed(optimizer, Some(milestone));
                     }
-                },
-            )?;
-            stepper.model().gpu().check()?;
+                };
+                stepper.micro_batch(task.stage, task.step, index, task.loss_scale, pictures, passed)?;
+                stepper.model().gpu().check()?;
+            }
+            moving.passed(&stepper.optimizer, None);
         }
-        moving.passed(&stepper.optimizer, None);
         moving.send_all();
         let losses = stepper.losses()?;
         let own = begun.elapsed().as_secs_f64();
-        let square_sum = moving.receive_all(&stepper.optimizer)?;
+        let square_sum = moving.square_sum(&stepper.optimizer)?;
         let waiting_seconds = begun.elapsed().as_secs_f64() - own;
         stepper.update(task.update, square_sum);
+        moving.exchange_weights(&stepper.optimizer)?;
+        stepper.settle();
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
-        let times = DeviceTimes {
-            tokens_per_second: positions as f64 / own,
-            waiting_seconds,
-            bytes_moved: moving.done().bytes,
-        };
+        let times =
+            DeviceTimes { tokens_per_second: positions as f64 / own, waiting_seconds, bytes_moved: moving.done() };
         Ok((losses, times))
     }
 }
 
-/// Buckets on their way between this device and the others.
-struct Moving<'a> {
-    buckets: &'a [Bucket],
+/// What moves between this device and the others.
+struct Moving {
+    buckets: Vec<Bucket>,
     link: Link,
-    /// Nothing was computed here.
+    round: usize,
+    /// Nothing is computed here in this round.
     empty: bool,
-    /// The first bucket that has not left yet.
+    /// The first bucket that has not left yet in this round.
     next: usize,
-    underway: VecDeque<(usize, Downloading)>,
-    /// Sums that came back.
-    back: usize,
+    /// Round and bucket of what is on its way to the host.
+    underway: VecDeque<(usize, usize, Downloading)>,
     square_sum: Option<f64>,
-    failure: Option<Stopped>,
+    failure: Option<Error>,
     bytes: u64,
     finished: bool,
 }
 
-impl<'a> Moving<'a> {
-    fn new(buckets: &'a [Bucket], link: Link, empty: bool) -> Self {
+impl Moving {
+    fn new(buckets: &[Bucket], link: Link) -> Self {
         Self {
-            buckets,
+            buckets: buckets.to_vec(),
             link,
-            empty,
+            round: 0,
+            empty: false,
             next: 0,
             underway: VecDeque::new(),
-            back: 0,
             square_sum: None,
             failure: None,
             bytes: 0,
@@ -149,14 +147,19 @@ impl<'a> Moving<'a> {
         }
     }
 
+    fn begin(&mut self, round: usize, empty: bool) {
+        (self.round, self.empty, self.next) = (round, empty, 0);
+    }
+
     /// The backward has come back to `milestone`, or to its end: what is whole leaves, what has come back is put in
     /// its place.
     fn passed(&mut self, optimizer: &Optimizer, milestone: Option<usize>) {
-        while let Some(bucket) = self.buckets.get(self.next).filter(|bucket| bucket.is_whole(milestone)) {
+        while self.buckets.get(self.next).is_some_and(|bucket| bucket.is_whole(milestone)) {
+            let (round, bucket) = (self.round, self.next);
             if self.empty {
-                let _ = self.link.to.send(Sent::Part { device: self.link.device, bucket: self.next, values: vec![] });
+                self.send(round, bucket, Vec::new());
             } else {
-                self.underway.push_back((self.next, optimizer.download(&bucket.spans)));
+                self.underway.push_back((round, bucket, optimizer.download(bucket)));
             }
             self.next += 1;
         }
@@ -168,17 +171,17 @@ impl<'a> Moving<'a> {
         }
     }
 
+    fn send(&mut self, round: usize, bucket: usize, values: Vec<f32>) {
+        self.bytes += values.len() as u64 * 4;
+        // Where nobody hears, somebody has failed: that is told when nothing comes back.
+        let _ = self.link.to.send(Sent::Part { device: self.link.device, round, bucket, values });
+    }
+
     fn send_oldest(&mut self) {
-        let Some((bucket, downloading)) = self.underway.pop_front() else { return };
-        match downloading.wait() {
-            Ok(values) => {
-                self.bytes += values.len() as u64 * 4;
-                // Where nobody hears, somebody has failed: that is told when nothing comes back.
-                let _ = self.link.to.send(Sent::Part { device: self.link.device, bucket, values });
-            }
-            Err(error) => {
-                self.failure.get_or_insert(Stopped::Failed(error));
-            }
+        let Some((round, bucket, downloading)) = self.underway.pop_front() else { return };
+        match downloading.floats() {
+            Ok(values) => self.send(round, bucket, values),
+            Err(error) => drop(self.failure.get_or_insert(error)),
         }
     }
 
@@ -191,39 +194,60 @@ impl<'a> Moving<'a> {
     fn receive(&mut self, optimizer: &Optimizer, got: Got) {
         match got {
             Got::Sum { bucket, values } => {
-                optimizer.write_gradients(&self.buckets[bucket].spans, &values);
+                optimizer.take_sum(bucket, &values);
                 self.bytes += values.len() as u64 * 4;
-                self.back += 1;
             }
             Got::SquareSum(sum) => self.square_sum = Some(sum),
+            Got::Weights { owner, bytes } => {
+                optimizer.write_weights(owner, &bytes);
+                self.bytes += bytes.len() as u64;
+            }
         }
+    }
+
+    fn wait(&mut self, optimizer: &Optimizer) -> Result<(), Stopped> {
+        if let Some(failure) = self.failure.take() {
+            return Err(failure.into());
+        }
+        let Ok(got) = self.link.from.recv() else { return Err(Stopped::ByOthers) };
+        self.receive(optimizer, got);
+        Ok(())
     }
 
     /// Waits until all sums are back, and gives their square sum.
-    fn receive_all(&mut self, optimizer: &Optimizer) -> Result<f64, Stopped> {
+    fn square_sum(&mut self, optimizer: &Optimizer) -> Result<f64, Stopped> {
         loop {
-            if let Some(failure) = self.failure.take() {
-                return Err(failure);
-            }
             if let Some(square_sum) = self.square_sum {
                 return Ok(square_sum);
             }
-            let Ok(got) = self.link.from.recv() else { return Err(Stopped::ByOthers) };
-            self.receive(optimizer, got);
+            self.wait(optimizer)?;
         }
     }
 
-    fn done(mut self) -> Moved {
+    /// Sends the weights that are updated here, and waits for all others.
+    fn exchange_weights(&mut self, optimizer: &Optimizer) -> Result<(), Stopped> {
+        let sharing = optimizer.sharing();
+        if !sharing.weights_return() {
+            return Ok(());
+        }
+        let mut missing = 1;
+        if !sharing.offload {
+            let bytes = optimizer.download_weights().bytes()?;
+            self.bytes += bytes.len() as u64;
+            let _ = self.link.to.send(Sent::Weights { device: self.link.device, bytes });
+            missing = sharing.devices - 1;
+        }
+        (0..missing).try_for_each(|_| self.wait(optimizer))
+    }
+
+    /// Bytes moved.
+    fn done(mut self) -> u64 {
         self.finished = true;
-        Moved { bytes: self.bytes }
+        self.bytes
     }
 }
 
-struct Moved {
-    bytes: u64,
-}
-
-impl Drop for Moving<'_> {
+impl Drop for Moving {
     /// Whatever ends a member early, a panic too, the others must not wait for it.
     fn drop(&mut self) {
         if !self.finished {

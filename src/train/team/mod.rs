@@ -1,38 +1,43 @@
-//! Several devices that train one model: each has all of it and computes some of a step's micro-batches; gradients are
-//! added up in the host's memory, and every device makes the same update.
+//! Several devices that train one model: each computes some of a step's micro-batches, gradients are added up in the
+//! host's memory, and the update is made by every device, by each for its part (ZeRO), or by the host (`offload`).
 //!
 //! A step's micro-batches are those of all devices, so that one device with four of them and four with one each make the
 //! same step. Where there is but one device it goes its own way, and nothing is exchanged.
 
-mod buckets;
 mod exchange;
 mod member;
 mod shares;
 
 use std::{
-    convert::Infallible,
-    sync::mpsc::{Sender, channel},
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
     thread,
 };
 
 pub use exchange::SlowLink;
-pub use member::{DeviceTimes, Member};
+pub use member::DeviceTimes;
 pub use shares::Shares;
 
-use buckets::{Bucket, buckets};
-use member::{Link, Stopped, Task};
+use exchange::{Broken, Exchange, Got};
+use member::{Link, Member, Stopped, Task};
 
 use super::{
+    checkpoint::{self, TrainerState},
     config::StageConfig,
     events::{Event, Observer},
     loss_scale::LossScaler,
-    optimizer::Updates,
+    optimizer::{HostOptimizer, Optimizer, Remembers, Sharing, Updates},
+    pictures::PictureStore,
     step::{Measured, Step},
-    stepper::Stepper,
+    stepper::{Stepper, settings},
 };
 use crate::{
     error::{Error, Result},
     gpu::Gpu,
+    models::{config::ModelConfig, llava::Llava},
 };
 
 /// What a run trains on.
@@ -61,31 +66,95 @@ impl Devices {
 /// The devices of a stage, at least one.
 pub struct Team {
     members: Vec<Member>,
-    buckets: Vec<Bucket>,
+    /// Where the host makes the updates.
+    host: Option<HostOptimizer>,
     shares: Shares,
     slow: Option<SlowLink>,
 }
 
 impl Team {
-    /// `members` hold the same model, each on its own device. `shares` are those of the run that is gone on with.
-    pub fn new(members: Vec<Member>, shares: Option<Shares>, slow: Option<SlowLink>) -> Self {
-        let count = members.len();
-        let facts = |member: &Member| {
-            let facts = member.stepper.model().gpu().facts();
+    /// `steppers` hold the same model, each on its own device.
+    pub fn new(stage: &StageConfig, mut steppers: Vec<Stepper>, slow: Option<SlowLink>) -> Self {
+        let facts = |stepper: &Stepper| {
+            let facts = stepper.model().gpu().facts();
             (facts.name.clone(), facts.driver.clone())
         };
-        let alike = members.windows(2).all(|two| facts(&two[0]) == facts(&two[1]));
-        let shares = shares.filter(|shares| shares.devices() == count).unwrap_or_else(|| Shares::new(count, alike));
-        let buckets = if count > 1 {
-            let config = members[0].stepper.model().config.text();
-            let (layers, tied) = (config.num_hidden_layers, config.tie_word_embeddings);
-            // DeepSpeed's `auto` for reduce_bucket_size, in elements.
-            let least = config.hidden_size * config.hidden_size;
-            buckets(&members[0].stepper.optimizer, layers, tied, least)
-        } else {
-            Vec::new()
+        let alike = steppers.windows(2).all(|two| facts(&two[0]) == facts(&two[1]));
+        let shares = Shares::new(steppers.len(), alike);
+        let offload = steppers[0].optimizer.sharing().offload;
+        let host = offload.then(|| HostOptimizer::new(&mut steppers[0].optimizer, settings(stage)));
+        let without = |stepper| Member { stepper, pictures: PictureStore::default() };
+        Self { members: steppers.into_iter().map(without).collect(), host, shares, slow }
+    }
+
+    /// What part of the optimizer each device has.
+    pub fn sharing(stage: &StageConfig, config: &ModelConfig, devices: usize) -> Vec<Sharing> {
+        let hidden_size = config.text().hidden_size;
+        let of = |device| Sharing {
+            zero_stage: stage.zero_stage,
+            offload: stage.offload,
+            device,
+            devices,
+            // DeepSpeed's `auto` for reduce_bucket_size.
+            bucket_elements: hidden_size * hidden_size,
         };
-        Self { members, buckets, shares, slow }
+        (0..devices).map(of).collect()
+    }
+
+    /// Reads a checkpoint into all members. `fresh` is what the run would begin with.
+    ///
+    /// # Errors
+    /// As [`checkpoint::load`]; whatever fails on a device.
+    pub fn restore(&mut self, folder: &Path, fresh: &TrainerState) -> Result<TrainerState> {
+        let devices = self.members.iter_mut().map(|member| &mut member.stepper.optimizer as &mut dyn Remembers);
+        let mut holders: Vec<&mut dyn Remembers> = match &mut self.host {
+            Some(host) => vec![host],
+            None => devices.collect(),
+        };
+        let state = checkpoint::load(folder, &mut holders, fresh)?;
+        if let Some(shares) = state.shares.clone().filter(|shares| shares.devices() == self.members.len()) {
+            self.shares = shares;
+        }
+        self.spread_weights()?;
+        self.members.iter_mut().for_each(|member| member.stepper.settle());
+        Ok(state)
+    }
+
+    /// Brings the weights of each owner to all devices.
+    fn spread_weights(&self) -> Result<()> {
+        let optimizers = || self.members.iter().map(|member| &member.stepper.optimizer);
+        if let Some(host) = &self.host {
+            let bytes = host.weights();
+            optimizers().for_each(|optimizer| optimizer.write_weights(None, &bytes));
+            return Ok(());
+        }
+        for owner in optimizers().filter(|optimizer| optimizer.sharing().weights_return()) {
+            let (bytes, device) = (owner.download_weights().bytes()?, owner.sharing().device);
+            let others = optimizers().filter(|optimizer| optimizer.sharing().device != device);
+            others.for_each(|optimizer| optimizer.write_weights(Some(device), &bytes));
+        }
+        Ok(())
+    }
+
+    /// Those who have what a checkpoint must hold.
+    pub fn holders(&self) -> Vec<&dyn Remembers> {
+        if let Some(host) = &self.host {
+            return vec![host];
+        }
+        let devices = self.members.iter().map(|member| &member.stepper.optimizer);
+        let divided = |optimizer: &&Optimizer| optimizer.sharing().weights_return() || optimizer.sharing().device == 0;
+        devices.filter(divided).map(|optimizer| optimizer as &dyn Remembers).collect()
+    }
+
+    /// Gives every device its pictures, one store each.
+    pub fn set_pictures(&mut self, stores: Vec<PictureStore>) {
+        for (member, store) in self.members.iter_mut().zip(stores) {
+            member.pictures = store;
+        }
+    }
+
+    pub fn models(&self) -> Vec<&Llava> {
+        self.members.iter().map(|member| member.stepper.model()).collect()
     }
 
     /// What each device computes, where there are several.
@@ -93,7 +162,7 @@ impl Team {
         (self.members.len() > 1).then(|| self.shares.clone())
     }
 
-    /// The device that speaks for all: what is saved is its own.
+    /// The device that speaks for all: every one has the same model.
     pub fn first(&self) -> &Stepper {
         &self.members[0].stepper
     }
@@ -114,17 +183,18 @@ impl Team {
         loss_scaler: Option<&mut LossScaler>,
         observer: &mut dyn Observer,
     ) -> Result<Measured> {
-        if let [Member { stepper, pictures }] = &mut self.members[..] {
+        if let [Member { stepper, pictures }] = &mut self.members[..]
+            && self.host.is_none()
+        {
             return stepper.step(stage, step, pictures, updates, loss_scaler);
         }
         let loss_scale = loss_scaler.as_ref().map(|scaler| f64::from(scaler.scale));
         let before = *updates;
         let update = step.update(updates, loss_scale);
-        let task = Task { stage, step, update: &update, loss_scale, buckets: &self.buckets };
         let dealt = self.shares.deal(step.batches.len());
-        let (results, square_sum) = compute(&mut self.members, &task, &dealt, self.slow);
-        let results = self.agreed(results)?;
-        let square_sum = square_sum.ok_or_else(|| Error::failed("a device ended a step before its time"))?;
+        let results =
+            self.compute(&Task { stage, step, update: &update, loss_scale, rounds: self.rounds(&dealt) }, &dealt);
+        let (results, square_sum) = self.agreed(results)?;
         let sums: Vec<f32> = dealt.iter().enumerate().map(|(index, &device)| results[device].0[index]).collect();
         let mut measured = step.conclude(stage, (&sums, square_sum), (updates, before), loss_scaler);
         let tokens = |device: usize| {
@@ -141,10 +211,66 @@ impl Team {
         Ok(measured)
     }
 
-    /// What all members give, or what the first one has failed with that has not been stopped by another.
-    fn agreed<T>(&self, results: Vec<Result<T, Stopped>>) -> Result<Vec<T>> {
-        let mut given = Vec::new();
-        let mut failure = None;
+    /// How often gradients leave a device in a step.
+    fn rounds(&self, dealt: &[usize]) -> usize {
+        if !self.first().optimizer.sharing().gradients_pass() {
+            return 1;
+        }
+        let most = (0..self.members.len()).map(|device| dealt.iter().filter(|of| **of == device).count()).max();
+        most.unwrap_or(0).max(1)
+    }
+
+    /// A step on all devices, one thread each; this one adds up. `dealt` has the device of each micro-batch.
+    fn compute(&mut self, task: &Task<'_>, dealt: &[usize]) -> (Vec<Outcome>, Result<f64, Broken>) {
+        let buckets = self.members[0].stepper.optimizer.buckets().to_vec();
+        let weights_return = self.members[0].stepper.optimizer.sharing().weights_return();
+        let Self { members, host, slow, .. } = self;
+        let (to, arriving) = channel();
+        thread::scope(|scope| {
+            let (leaving, threads): (Vec<Sender<_>>, Vec<_>) = members
+                .iter_mut()
+                .enumerate()
+                .map(|(device, member)| {
+                    let (send, from) = channel();
+                    let link = Link { device, to: to.clone(), from };
+                    let mine: Vec<usize> = (0..dealt.len()).filter(|&index| dealt[index] == device).collect();
+                    (send, scope.spawn(move || member.run(task, &mine, link)))
+                })
+                .unzip();
+            drop(to);
+            let mut exchange = Exchange::new(arriving, leaving, *slow);
+            let mut meet = || {
+                let square_sum = exchange.sums(&buckets, task.rounds, |exchange, bucket, sum| match &mut *host {
+                    Some(host) => host.take_sum(bucket, &sum),
+                    None => exchange.tell(&Got::Sum { bucket, values: Arc::new(sum) }),
+                })?;
+                exchange.tell(&Got::SquareSum(square_sum));
+                if let Some(host) = host {
+                    host.step(task.update, square_sum);
+                    let bytes = host.weights();
+                    exchange.pass_time(bytes.len());
+                    exchange.tell(&Got::Weights { owner: None, bytes: Arc::new(bytes) });
+                } else if weights_return {
+                    exchange.pass_weights()?;
+                }
+                Ok(square_sum)
+            };
+            let met = meet();
+            // Whoever still waits is told.
+            drop(exchange);
+            let panicked = |_| Err(Stopped::Failed(Error::failed("a thread of the training failed")));
+            (threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect(), met)
+        })
+    }
+
+    /// What all members give and their square sum, or what the first one has failed with that was not stopped by
+    /// another.
+    fn agreed<T>(
+        &self,
+        (results, square_sum): (Vec<Result<T, Stopped>>, Result<f64, Broken>),
+    ) -> Result<(Vec<T>, f64)> {
+        let count = self.members.len();
+        let (mut given, mut failure) = (Vec::new(), None);
         for (device, result) in results.into_iter().enumerate() {
             match result {
                 Ok(one) => given.push(one),
@@ -152,45 +278,16 @@ impl Team {
                 Err(Stopped::Failed(error)) => failure = failure.or(Some((device, error))),
             }
         }
-        match failure {
-            Some((device, error)) => {
-                let count = self.members.len();
+        match (failure, square_sum) {
+            (Some((device, error)), _) if count > 1 => {
                 let message = format!("device {} of {count}: {}", device + 1, error.message);
                 Err(Error { message, ..error })
             }
-            None if given.len() < self.members.len() => Err(Error::failed("a device ended a step before its time")),
-            None => Ok(given),
+            (Some((_, error)), _) => Err(error),
+            (None, Ok(square_sum)) if given.len() == count => Ok((given, square_sum)),
+            (None, _) => Err(Error::failed("a device ended a step before its time")),
         }
     }
 }
 
 type Outcome = Result<(Vec<f32>, DeviceTimes), Stopped>;
-
-/// A step on all devices, one thread each; this one adds up. `dealt` has the device of each micro-batch.
-fn compute(
-    members: &mut [Member],
-    task: &Task<'_>,
-    dealt: &[usize],
-    slow: Option<SlowLink>,
-) -> (Vec<Outcome>, Option<f64>) {
-    let (to, arriving) = channel();
-    thread::scope(|scope| {
-        let (leaving, threads): (Vec<Sender<_>>, Vec<_>) = members
-            .iter_mut()
-            .enumerate()
-            .map(|(device, member)| {
-                let (send, from) = channel();
-                let link = Link { device, to: to.clone(), from };
-                let mine: Vec<usize> = (0..dealt.len()).filter(|&index| dealt[index] == device).collect();
-                (send, scope.spawn(move || member.run(task, &mine, link)))
-            })
-            .unzip();
-        drop(to);
-        let square_sum = exchange::add_up(task.buckets, &arriving, &leaving, slow, |_| Ok::<_, Infallible>(()));
-        let square_sum = square_sum.unwrap_or_else(|never| match never {});
-        // Whoever still waits is told.
-        drop(leaving);
-        let panicked = |_| Err(Stopped::Failed(Error::failed("a thread of the training failed")));
-        (threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect(), square_sum)
-    })
-}

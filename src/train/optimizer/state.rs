@@ -2,7 +2,9 @@
 //! are any) and moments (`NAME.exp_avg`, `NAME.exp_avg_sq`), those of eight bits as indices beside the largest size of
 //! each block (`NAME.exp_avg.absmax`, `NAME.exp_avg_sq.absmax`).
 
-use super::shard::{Entry, Shard};
+use std::ops::Range;
+
+use super::{arenas::Entry, shard::Shard};
 use crate::{
     error::{Error, Result},
     formats::safetensors::Dtype,
@@ -10,25 +12,59 @@ use crate::{
     tensor::{self, Tensor},
 };
 
-const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
+pub(super) const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
-/// One tensor of a checkpoint.
+/// One tensor of a checkpoint, or a part of it.
 pub struct State {
     pub name: String,
     pub dtype: Dtype,
+    /// Of the whole tensor.
     pub shape: Vec<usize>,
+    /// The elements that are remembered here.
+    pub part: Range<usize>,
     /// Which part of the optimizer has it.
     pub(super) shard: usize,
-    place: Place,
+    pub(super) place: Place,
 }
 
-enum Place {
+impl State {
+    /// The part's bytes among those of the whole tensor.
+    pub fn bytes(&self) -> Range<usize> {
+        let size = |elements: usize| elements * self.dtype.bitsize() / 8;
+        size(self.part.start)..size(self.part.end)
+    }
+}
+
+/// Gives a state's content, little-endian.
+pub type Reader<'a> = Box<dyn Fn(&State) -> Result<Vec<u8>> + 'a>;
+
+/// Gives all bytes of the tensor that a state is of, or of which it is a part.
+pub type Stored<'a, 'b> = &'a mut dyn FnMut(&State) -> Result<&'b [u8]>;
+
+/// Whoever remembers states: a device, or the host.
+pub trait Remembers {
+    fn states(&self) -> Vec<State>;
+
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    fn reader(&self) -> Result<Reader<'_>>;
+
+    /// Puts back what `get` gives for every state.
+    ///
+    /// # Errors
+    /// Those of `get`.
+    fn restore<'b>(&mut self, get: Stored<'_, 'b>) -> Result<()>;
+}
+
+pub(super) enum Place {
     /// Little-endian, as it lies on the device.
     Whole(Tensor),
     /// Indices of the first (0) or second (1) moment: `count` from element `first` of the arena on.
     Indices { which: usize, first: usize, count: usize },
     /// Of the first or second moment, in blocks.
     Absmax { which: usize, first: usize, count: usize },
+    /// Of the host's weights (0) or moments (1 and 2).
+    Host { which: usize, first: usize },
 }
 
 /// The eight-bit moments' indices as words, of either kind.
@@ -41,29 +77,40 @@ fn lacking() -> Error {
 }
 
 impl Shard {
-    /// Every tensor that must be remembered.
+    /// Every tensor that must be remembered, or the part of it that is owned.
     pub fn states(&self, shard: usize) -> Vec<State> {
         self.entries.iter().flat_map(|entry| self.states_of(entry, shard)).collect()
     }
 
     fn states_of(&self, entry: &Entry, shard: usize) -> Vec<State> {
-        let Entry { name, shape, class, places } = entry;
-        let whole = |name: String, tensor: Tensor| {
-            let dtype = if tensor.dtype() == tensor::Dtype::Bf16 { Dtype::BF16 } else { Dtype::F32 };
-            State { name, dtype, shape: shape.clone(), shard, place: Place::Whole(tensor) }
-        };
-        let mut states = vec![whole(name.clone(), self.value(entry))];
-        for (which, suffix) in MOMENTS.into_iter().enumerate() {
-            let name = format!("{name}.{suffix}");
-            if class.eight_bits {
-                let (first, count) = (places.moments_8bit, shape.iter().product::<usize>());
-                let absmax = Place::Absmax { which, first: first / BLOCK, count: count.div_ceil(BLOCK) };
-                let (dtype, blocks) = (Dtype::F32, vec![count.div_ceil(BLOCK)]);
-                states.push(State { name: format!("{name}.absmax"), dtype, shape: blocks, shard, place: absmax });
+        let Entry { name, shape, class, .. } = entry;
+        let mut states = Vec::new();
+        for (piece, first, part) in self.owned_parts(entry) {
+            let count = part.len();
+            let whole = |name: String, tensor: Tensor| {
+                let dtype = if tensor.dtype() == tensor::Dtype::Bf16 { Dtype::BF16 } else { Dtype::F32 };
+                State { name, dtype, shape: shape.clone(), part: part.clone(), shard, place: Place::Whole(tensor) }
+            };
+            states.push(whole(name.clone(), self.remembered(piece, first, count)));
+            for (which, suffix) in MOMENTS.into_iter().enumerate() {
+                let name = format!("{name}.{suffix}");
+                if !class.eight_bits {
+                    states.push(whole(name, self.moments[which].part(piece.kept.moments + first, &[count])));
+                    continue;
+                }
+                let first = piece.kept.moments_8bit + first;
+                let blocks = count.div_ceil(BLOCK);
+                let begin = part.start / BLOCK;
+                states.push(State {
+                    name: format!("{name}.absmax"),
+                    dtype: Dtype::F32,
+                    shape: vec![entry.len().div_ceil(BLOCK)],
+                    part: begin..begin + blocks,
+                    shard,
+                    place: Place::Absmax { which, first: first / BLOCK, count: blocks },
+                });
                 let place = Place::Indices { which, first, count };
-                states.push(State { name, dtype: Dtype::U8, shape: shape.clone(), shard, place });
-            } else {
-                states.push(whole(name, self.moments[which].part(places.moments, shape)));
+                states.push(State { name, dtype: Dtype::U8, shape: shape.clone(), part: part.clone(), shard, place });
             }
         }
         states
@@ -91,6 +138,7 @@ impl Shard {
                 bytes.truncate(*count);
                 Ok(bytes)
             }
+            Place::Host { .. } => Err(lacking()),
             Place::Absmax { which, first, count } => {
                 let pairs = absmax.as_chunks::<2>().0.get(*first..first + count).ok_or_else(lacking)?;
                 Ok(pairs.iter().flat_map(|pair| pair[*which].to_le_bytes()).collect())
@@ -98,14 +146,16 @@ impl Shard {
         }
     }
 
-    /// Puts back what `get` gives for every state: as many bytes as it has.
+    /// Puts back what `get` gives for every state: the bytes of all the tensor.
     ///
     /// # Errors
     /// Those of `get`.
     pub fn restore<'a>(&self, shard: usize, get: &mut dyn FnMut(&State) -> Result<&'a [u8]>) -> Result<()> {
         let mut absmax = self.absmax()?;
         for state in self.states(shard) {
-            let bytes = get(&state)?;
+            let bytes = get(&state)?
+                .get(state.bytes())
+                .ok_or_else(|| Error::data(format!("{} is shorter than its shape {:?}", state.name, state.shape)))?;
             match &state.place {
                 Place::Whole(tensor) => tensor.write_bytes(bytes),
                 Place::Indices { which, first, count } => {
@@ -115,6 +165,7 @@ impl Shard {
                     whole.resize(count.next_multiple_of(BLOCK), if *which == 0 { ZERO } else { 0 });
                     words(moments, *which).part(first / 4, &[whole.len() / 4]).write_bytes(&whole);
                 }
+                Place::Host { .. } => return Err(lacking()),
                 Place::Absmax { which, first, count } => {
                     let pairs = absmax.as_chunks_mut::<2>().0.get_mut(*first..first + count).ok_or_else(lacking)?;
                     for (pair, value) in pairs.iter_mut().zip(bytes.as_chunks().0) {

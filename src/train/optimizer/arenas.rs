@@ -1,0 +1,242 @@
+//! What trains, in arenas: the weights of many tensors in one buffer each, so that a step is a few dispatches whatever
+//! their number. Where each tensor lies, and which neighbours are updated alike.
+
+use std::ops::Range;
+
+use super::{AdamW, Keep, Sharing, Trainable};
+use crate::{
+    error::Result,
+    gpu::{Account, Gpu},
+    models::names,
+    nn::{Id, Parameters},
+    ops::{adamw_8bit, cast, elementwise},
+    tensor::{ALIGNMENT, Dtype, Tensor},
+};
+
+/// What kind of weights and moments a tensor has. Those of one kind lie together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Class {
+    /// 16 bits: a copy, or all there is.
+    pub packed: bool,
+    pub eight_bits: bool,
+}
+
+impl Class {
+    /// Blocks of eight-bit moments begin with their tensor; so does what can be bound in 16 bits.
+    pub fn alignment(self) -> usize {
+        match self {
+            Self { eight_bits: true, .. } => adamw_8bit::BLOCK,
+            Self { packed: true, .. } => Dtype::Bf16.alignment(),
+            _ => ALIGNMENT,
+        }
+    }
+}
+
+/// Where a tensor lies in the arenas, in elements; where an arena holds nothing of it, any number.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Places {
+    /// Among all gradients of the shard, wherever these are: what owners and buckets are told by.
+    pub gradient: usize,
+    /// f32 weights that the model reads.
+    pub value: usize,
+    /// Weights in 16 bits.
+    pub copy: usize,
+}
+
+impl Places {
+    /// Goes behind `size` elements of this class.
+    pub fn pass(&mut self, class: Class, size: usize) {
+        self.gradient += size;
+        *(if class.packed { &mut self.copy } else { &mut self.value }) += size;
+    }
+}
+
+/// One tensor in the arenas.
+pub(super) struct Entry {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub class: Class,
+    pub places: Places,
+}
+
+impl Entry {
+    /// Elements, without padding.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// A run of neighbouring tensors of one class with equal rates: `count` elements from `places` on.
+#[derive(Clone)]
+pub(super) struct Group {
+    pub class: Class,
+    pub places: Places,
+    pub count: usize,
+    pub learning_rate: f64,
+    pub weight_decay: f64,
+    pub of_pictures: bool,
+}
+
+impl Group {
+    fn updates_like(&self, other: &Self) -> bool {
+        let key = |group: &Self| (group.class, group.learning_rate, group.weight_decay, group.of_pictures);
+        key(self) == key(other)
+    }
+}
+
+/// Weights in their arenas; what they were loaded to can go before there are gradients and moments.
+pub(super) struct Placed {
+    pub gpu: Gpu,
+    pub groups: Vec<Group>,
+    pub entries: Vec<Entry>,
+    pub ids: Vec<Id>,
+    /// Where each arena ends.
+    pub end: Places,
+    /// f32.
+    pub values: Tensor,
+    /// 16 bits.
+    pub copies: Option<Tensor>,
+    /// f32, of the packed tensors' owned elements, in their order.
+    pub masters: Option<Tensor>,
+    /// The gradients whose updates are made here.
+    pub owned: Range<usize>,
+}
+
+pub(super) fn arena(gpu: &Gpu, account: Account, elements: usize) -> Tensor {
+    let _account = gpu.account(account);
+    elementwise::zeros(gpu, &[elements.max(ALIGNMENT)])
+}
+
+/// How a tensor that trains is kept.
+fn class(parameters: &Parameters, id: Id, settings: &AdamW) -> Class {
+    let parameter = parameters.get(id);
+    // Only what products and look-ups read may be packed.
+    let matrix = parameter.value.shape().len() > 1 && parameter.name != names::POSITION_EMBEDDING;
+    Class {
+        packed: settings.keep != Keep::Full && matrix,
+        eight_bits: settings.moments_8bit && parameter.value.len() >= adamw_8bit::LEAST,
+    }
+}
+
+/// Brings tensors that are kept and updated alike together, and cuts what trains into parts of at most `most` elements,
+/// or one tensor.
+pub(super) fn parts(
+    parameters: &Parameters,
+    mut trainables: Vec<Trainable>,
+    settings: &AdamW,
+    most: usize,
+) -> Vec<Vec<Trainable>> {
+    trainables.sort_by_key(|t| {
+        let Class { packed, eight_bits } = class(parameters, t.id, settings);
+        (!eight_bits, !packed, t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits(), t.id)
+    });
+    let (mut parts, mut elements): (Vec<Vec<Trainable>>, usize) = (Vec::new(), 0);
+    for trainable in trainables {
+        // Blocks of eight-bit moments are the widest alignment.
+        let count = parameters.get(trainable.id).value.len().next_multiple_of(adamw_8bit::BLOCK);
+        match parts.last_mut() {
+            Some(last) if elements + count <= most => last.push(trainable),
+            _ => {
+                elements = 0;
+                parts.push(vec![trainable]);
+            }
+        }
+        elements += count;
+    }
+    parts
+}
+
+impl Placed {
+    /// Moves tensors that train into arenas, in the order of [`parts`].
+    pub fn new(
+        gpu: &Gpu,
+        parameters: &mut Parameters,
+        trainables: &[Trainable],
+        settings: &AdamW,
+        sharing: &Sharing,
+    ) -> Self {
+        let (mut groups, mut entries, mut end): (Vec<Group>, Vec<Entry>, _) =
+            (Vec::new(), Vec::new(), Places::default());
+        for trainable in trainables {
+            let (parameter, places) = (parameters.get(trainable.id), end);
+            let class = class(parameters, trainable.id, settings);
+            let count = parameter.value.len().next_multiple_of(class.alignment());
+            end.pass(class, count);
+            let (name, shape) = (parameter.name.clone(), parameter.value.shape().to_vec());
+            entries.push(Entry { name, shape, class, places });
+            let Trainable { learning_rate, weight_decay, of_pictures, .. } = *trainable;
+            let group = Group { class, places, count, learning_rate, weight_decay, of_pictures };
+            match groups.last_mut() {
+                Some(last) if last.updates_like(&group) => last.count += count,
+                _ => groups.push(group),
+            }
+        }
+        let owned = sharing.owned(end.gradient);
+        let values = arena(gpu, Account::Trained, end.value);
+        let copies = (end.copy > 0).then(|| {
+            let dtype = if let Keep::Master(dtype) = settings.keep { dtype } else { Dtype::Bf16 };
+            arena(gpu, Account::Trained, end.copy / 2).reinterpreted(dtype)
+        });
+        let owned_packed = |group: &&Group| group.class.packed && matches!(settings.keep, Keep::Master(_));
+        let masters: usize = groups.iter().filter(owned_packed).map(|group| overlap(group, &owned).len()).sum();
+        let masters = (masters > 0).then(|| arena(gpu, Account::Trained, masters));
+        let mut next_master = 0;
+        for (trainable, entry) in trainables.iter().zip(&entries) {
+            let loaded = &parameters.get(trainable.id).value;
+            let read = match copies.as_ref().filter(|_| entry.class.packed) {
+                None => {
+                    let value = values.part(entry.places.value, &entry.shape);
+                    value.copy_from(loaded);
+                    value
+                }
+                Some(copies) => {
+                    let copy = copies.arena_part(entry.places.copy, &entry.shape);
+                    if loaded.dtype() == copy.dtype() {
+                        copy.copy_from(loaded);
+                    } else {
+                        cast::cast_into(loaded, 0, &copy, 0, loaded.len());
+                    }
+                    if let Some(masters) = &masters {
+                        let first = entry.places.gradient;
+                        let padded = entry.len().next_multiple_of(entry.class.alignment());
+                        let all = clamp(first..first + padded, &owned);
+                        let real = clamp(first..first + entry.len(), &owned);
+                        if !real.is_empty() {
+                            masters.copy_elements(next_master, loaded, real.start - first, real.len());
+                        }
+                        next_master += all.len();
+                    }
+                    copy
+                }
+            };
+            parameters.place(trainable.id, read, None);
+        }
+        let ids = trainables.iter().map(|trainable| trainable.id).collect();
+        Self { gpu: gpu.clone(), groups, entries, ids, end, values, copies, masters, owned }
+    }
+}
+
+/// The f32 weights of tensors that train, as they were loaded, in arena order.
+///
+/// # Errors
+/// Whatever has failed on the device so far.
+pub(super) fn on_host(parameters: &Parameters, trainables: &[Trainable], settings: &AdamW) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    for trainable in trainables {
+        let class = class(parameters, trainable.id, settings);
+        values.extend(parameters.get(trainable.id).value.to_vec()?);
+        values.resize(values.len().next_multiple_of(class.alignment()), 0.0);
+    }
+    Ok(values)
+}
+
+/// The part of `range` that lies in `within`; empty, and somewhere in `range`, where there is none.
+pub(super) fn clamp(range: Range<usize>, within: &Range<usize>) -> Range<usize> {
+    let start = range.start.max(within.start).min(range.end);
+    start..range.end.min(within.end).max(start)
+}
+
+/// The gradients of a group that lie in `owned`.
+pub(super) fn overlap(group: &Group, owned: &Range<usize>) -> Range<usize> {
+    clamp(group.places.gradient..group.places.gradient + group.count, owned)
+}

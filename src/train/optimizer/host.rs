@@ -1,0 +1,139 @@
+//! `offload`: the host's memory holds masters and moments of all that trains, and the host's cores make the updates, once
+//! for all devices. These get the weights that follow, as their models read them.
+
+use super::{
+    AdamW, Keep, Optimizer, Update,
+    arenas::{Entry, Group},
+    buckets::Bucket,
+    state::{MOMENTS, Place, Reader, Remembers, State, Stored},
+};
+use crate::{
+    error::{Error, Result},
+    formats::safetensors::Dtype,
+    ops::adamw,
+};
+
+/// Weights, gradients and moments of a part of what trains, in the order of the devices' gradients.
+struct HostShard {
+    groups: Vec<Group>,
+    entries: Vec<(String, Vec<usize>, usize)>,
+    /// Weights or masters, then both moments.
+    kept: [Vec<f32>; 3],
+    gradients: Vec<f32>,
+}
+
+/// All that trains, updated by the host.
+pub struct HostOptimizer {
+    shards: Vec<HostShard>,
+    buckets: Vec<Bucket>,
+    settings: AdamW,
+}
+
+impl HostOptimizer {
+    /// Of what `first`, a device's optimizer under `offload`, was made from; it gives away what it began with.
+    pub fn new(first: &mut Optimizer, settings: AdamW) -> Self {
+        let begin = std::mem::take(&mut first.begin_on_host);
+        let shards = first.shards.iter().zip(begin).map(|(shard, values)| {
+            let count = values.len();
+            let entry = |entry: &Entry| (entry.name.clone(), entry.shape.clone(), entry.places.gradient);
+            HostShard {
+                groups: shard.groups().to_vec(),
+                entries: shard.entries.iter().map(entry).collect(),
+                kept: [values, vec![0.0; count], vec![0.0; count]],
+                gradients: vec![0.0; count],
+            }
+        });
+        Self { shards: shards.collect(), buckets: first.buckets.clone(), settings }
+    }
+
+    /// Takes a bucket's sum.
+    pub fn take_sum(&mut self, bucket: usize, mut values: &[f32]) {
+        for span in &self.buckets[bucket].spans {
+            let (these, rest) = values.split_at(span.count);
+            self.shards[span.shard].gradients[span.first..span.first + span.count].copy_from_slice(these);
+            values = rest;
+        }
+    }
+
+    /// One update; where the gradients' square sum is not finite nothing changes.
+    pub fn step(&mut self, update: &Update, square_sum: f64) {
+        for HostShard { groups, kept: [values, first, second], gradients, .. } in &mut self.shards {
+            for group in groups.iter().filter(|group| update.pictures || !group.of_pictures) {
+                let range = group.places.gradient..group.places.gradient + group.count;
+                adamw::step_on_host(
+                    &mut values[range.clone()],
+                    &gradients[range.clone()],
+                    &mut first[range.clone()],
+                    &mut second[range],
+                    square_sum as f32,
+                    &self.settings.step(group, update),
+                );
+            }
+        }
+    }
+
+    /// All weights as models read them, as [`Optimizer::write_weights`] takes them.
+    pub fn weights(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for HostShard { groups, kept: [values, ..], .. } in &self.shards {
+            for group in groups {
+                let values = &values[group.places.gradient..group.places.gradient + group.count];
+                match self.settings.keep {
+                    Keep::Master(dtype) if group.class.packed => bytes.extend(dtype.narrow(values)),
+                    _ => bytes.extend_from_slice(bytemuck::cast_slice(values)),
+                }
+            }
+        }
+        bytes
+    }
+}
+
+impl Remembers for HostOptimizer {
+    fn states(&self) -> Vec<State> {
+        let mut states = Vec::new();
+        for (shard, HostShard { entries, .. }) in self.shards.iter().enumerate() {
+            for (name, shape, first) in entries {
+                for (which, suffix) in [None].into_iter().chain(MOMENTS.map(Some)).enumerate() {
+                    let name = suffix.map_or_else(|| name.clone(), |suffix| format!("{name}.{suffix}"));
+                    let (shape, part) = (shape.clone(), 0..shape.iter().product());
+                    states.push(State {
+                        name,
+                        dtype: Dtype::F32,
+                        shape,
+                        part,
+                        shard,
+                        place: Place::Host { which, first: *first },
+                    });
+                }
+            }
+        }
+        states
+    }
+
+    fn reader(&self) -> Result<Reader<'_>> {
+        Ok(Box::new(|state| {
+            let Place::Host { which, first } = state.place else { return Err(foreign(state)) };
+            let values = &self.shards[state.shard].kept[which][first..first + state.part.len()];
+            Ok(bytemuck::cast_slice(values).to_vec())
+        }))
+    }
+
+    fn restore<'b>(&mut self, get: Stored<'_, 'b>) -> Result<()> {
+        for state in self.states() {
+            let bytes = get(&state)?;
+            let Place::Host { which, first } = state.place else { return Err(foreign(&state)) };
+            let values = &mut self.shards[state.shard].kept[which][first..first + state.part.len()];
+            if bytes.len() != values.len() * 4 {
+                return Err(foreign(&state));
+            }
+            for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn foreign(state: &State) -> Error {
+    Error::failed(format!("{} is no state of the host's", state.name))
+}

@@ -1,0 +1,269 @@
+//! AdamW over flat arenas ([`Shard`]): everything that trains lies in a few buffers, its gradients and moments in others
+//! beside them, so that zeroing, the gradient norm and the update are a few dispatches whatever the number of tensors.
+//!
+//! Weights are f32; or f32 masters with copies in 16 bits, which the model reads; or bfloat16 alone, rounded at random.
+//! Moments are f32, or with `adamw_8bit` those of tensors that are not small in eight bits. Gradients are f32.
+
+use serde::{Deserialize, Serialize};
+
+mod arenas;
+mod buckets;
+mod host;
+mod shard;
+mod sharing;
+mod state;
+
+pub use buckets::{Bucket, Span};
+pub use host::HostOptimizer;
+pub use sharing::Sharing;
+pub use state::{Reader, Remembers, State, Stored};
+
+use arenas::{Entry, Placed, arena, parts};
+use buckets::buckets;
+use shard::Shard;
+
+use crate::{
+    error::Result,
+    gpu::{Account, Gpu},
+    nn::{Id, Parameters},
+    ops::elementwise,
+    tensor::{Downloading, Dtype, Tensor},
+};
+
+/// Bytes of an arena at most, or of one tensor: devices refuse larger buffers.
+const ARENA_BYTES: u64 = 1 << 30;
+
+/// One tensor that trains.
+#[derive(Clone, Debug)]
+pub struct Trainable {
+    pub id: Id,
+    pub learning_rate: f64,
+    pub weight_decay: f64,
+    /// Projector or tower: a step without pictures gives it no gradient.
+    pub of_pictures: bool,
+}
+
+/// How many updates each kind of tensor has had. As in PyTorch, a tensor that a step gives no gradient is not
+/// touched by it, neither by momentum nor by decay, and does not count it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Updates {
+    pub language: u64,
+    pub pictures: u64,
+}
+
+/// What of a matrix that trains is on the device. Norms, biases and position embeddings are f32 in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// f32.
+    Full,
+    /// f32, and a copy in this type, rounded to nearest even: the model reads the copy.
+    Master(Dtype),
+    /// bfloat16, rounded at random.
+    Stochastic,
+}
+
+/// What AdamW needs besides the gradient; `torch.optim.AdamW`'s names.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    /// 0: no clipping.
+    pub max_grad_norm: f64,
+    /// `adamw_8bit`.
+    pub moments_8bit: bool,
+    pub keep: Keep,
+    /// Of rounding at random.
+    pub seed: u64,
+}
+
+/// One update.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// The schedule's.
+    pub factor: f64,
+    /// With this one.
+    pub updates: Updates,
+    /// Without pictures what belongs to them stays.
+    pub pictures: bool,
+    /// What the loss was multiplied with.
+    pub loss_scale: f64,
+    /// Of the run, for rounding at random.
+    pub step: u64,
+}
+
+/// Parameters, gradients and moments of all that trains, as far as they are on one device.
+pub struct Optimizer {
+    gpu: Gpu,
+    shards: Vec<Shard>,
+    sharing: Sharing,
+    buckets: Vec<Bucket>,
+    /// Where the gradients of each bucket are made, where they pass; buckets take turns.
+    homes: Vec<Tensor>,
+    /// What the host updates begins with, by shard.
+    pub(super) begin_on_host: Vec<Vec<f32>>,
+}
+
+impl Optimizer {
+    /// Moves what trains into arenas, and gives each its place for gradients.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn new(
+        parameters: &mut Parameters,
+        trainables: Vec<Trainable>,
+        settings: AdamW,
+        sharing: Sharing,
+    ) -> Result<Self> {
+        let gpu = match trainables.first() {
+            Some(first) => parameters.get(first.id).value.gpu().clone(),
+            None => unreachable!("trainable.rs refuses a stage in which nothing trains"),
+        };
+        let most = ARENA_BYTES.min(gpu.facts().limits.max_buffer_size) / 4;
+        let mut placed = Vec::new();
+        let mut begin_on_host = Vec::new();
+        for part in parts(parameters, trainables, &settings, most as usize) {
+            if sharing.offload && sharing.device == 0 && !gpu.only_counts() {
+                begin_on_host.push(arenas::on_host(parameters, &part, &settings)?);
+            }
+            placed.push(Placed::new(&gpu, parameters, &part, &settings, &sharing));
+            // What the weights were loaded to goes before there is more than the weights.
+            gpu.trim();
+        }
+        let buckets =
+            if sharing.is_alone() { Vec::new() } else { self::buckets(gradients(&placed), sharing.bucket_elements) };
+        let homes = if sharing.gradients_pass() { homes(&gpu, &buckets) } else { Vec::new() };
+        let home = |shard: usize, entry: &Entry| {
+            let first = entry.places.gradient;
+            let found = buckets.iter().zip(&homes).find_map(|(bucket, home)| Some((bucket.place(shard, first)?, home)));
+            let Some((place, home)) = found else { unreachable!("every gradient is in a bucket") };
+            home.part(place, &entry.shape)
+        };
+        let mut shards = Vec::new();
+        for (index, placed) in placed.into_iter().enumerate() {
+            // Other draws for each.
+            let settings = AdamW { seed: settings.seed ^ (index as u64) << 20, ..settings };
+            let passing = sharing.gradients_pass();
+            let homes = passing.then(|| placed.entries.iter().map(|entry| home(index, entry)).collect());
+            shards.push(Shard::new(parameters, placed, settings, homes));
+        }
+        Ok(Self { gpu, shards, sharing, buckets, homes, begin_on_host })
+    }
+
+    /// How many numbers train.
+    pub fn elements(&self) -> usize {
+        self.shards.iter().map(Shard::elements).sum()
+    }
+
+    pub fn sharing(&self) -> &Sharing {
+        &self.sharing
+    }
+
+    /// What leaves together, in the order in which a backward finishes it.
+    pub fn buckets(&self) -> &[Bucket] {
+        &self.buckets
+    }
+
+    pub fn zero_gradients(&self) {
+        self.shards.iter().for_each(Shard::zero_gradients);
+        self.homes.iter().for_each(|home| elementwise::fill(home, 0.0));
+    }
+
+    /// Begins to send a bucket's gradients to the host. Where gradients pass, the next bucket may be made in their place.
+    pub fn download(&self, bucket: usize) -> Downloading {
+        if let Some(home) = self.homes.get(bucket) {
+            let downloading = Downloading::of(home.gpu(), std::slice::from_ref(home));
+            elementwise::fill(home, 0.0);
+            return downloading;
+        }
+        let part = |span: &Span| self.shards[span.shard].gradient_part(span.first, span.count);
+        Downloading::of(&self.gpu, &self.buckets[bucket].spans.iter().filter_map(part).collect::<Vec<_>>())
+    }
+
+    /// Takes what is updated here out of a bucket's sum.
+    pub fn take_sum(&self, bucket: usize, mut values: &[f32]) {
+        for span in &self.buckets[bucket].spans {
+            let (these, rest) = values.split_at(span.count);
+            self.shards[span.shard].take_sum(span.first, these);
+            values = rest;
+        }
+    }
+
+    /// The weights that this device updates, as [`Optimizer::write_weights`] takes them.
+    pub fn download_weights(&self) -> Downloading {
+        Downloading::of(&self.gpu, &self.weights_of(Some(self.sharing.device)))
+    }
+
+    /// Puts weights that were updated elsewhere into their place: by another device, or by the host.
+    pub fn write_weights(&self, owner: Option<usize>, mut bytes: &[u8]) {
+        for part in self.weights_of(owner) {
+            let (these, rest) = bytes.split_at(part.len() * part.dtype().bytes());
+            part.write_bytes(these);
+            bytes = rest;
+        }
+    }
+
+    fn weights_of(&self, owner: Option<usize>) -> Vec<Tensor> {
+        let range = |end: usize| owner.map_or(0..end, |owner| self.sharing.owned_by(owner, end));
+        self.shards.iter().flat_map(|shard| shard.weights(&range(shard.end.gradient))).collect()
+    }
+
+    /// Adds the gradients' square sum to `out[slot]`, where the device has all of them.
+    pub fn add_square_sum(&self, out: &Tensor, slot: usize) {
+        self.shards.iter().for_each(|shard| shard.add_square_sum(out, slot));
+    }
+
+    /// One update. `square_sum` [1] holds the gradients' square sum: the clip factor never leaves the device, and where
+    /// it is not finite nothing changes.
+    pub fn step(&self, update: &Update, square_sum: &Tensor) {
+        self.shards.iter().for_each(|shard| shard.step(update, square_sum));
+    }
+}
+
+impl Remembers for Optimizer {
+    /// Every tensor that this device must remember, or its part of it.
+    fn states(&self) -> Vec<State> {
+        let of = |(index, shard): (usize, &Shard)| shard.states(index);
+        self.shards.iter().enumerate().flat_map(of).collect()
+    }
+
+    fn reader(&self) -> Result<Reader<'_>> {
+        let absmax: Vec<Vec<f32>> = self.shards.iter().map(Shard::absmax).collect::<Result<_>>()?;
+        Ok(Box::new(move |state| self.shards[state.shard].read(state, &absmax[state.shard])))
+    }
+
+    fn restore<'b>(&mut self, get: Stored<'_, 'b>) -> Result<()> {
+        self.shards.iter().enumerate().try_for_each(|(index, shard)| shard.restore(index, get))
+    }
+}
+
+/// Every tensor that trains, and where its gradient is, padding included.
+fn gradients(placed: &[Placed]) -> impl Iterator<Item = (&str, Span)> + Clone {
+    placed.iter().enumerate().flat_map(|(shard, placed)| {
+        let ends = placed.entries.iter().skip(1).map(|next| next.places.gradient).chain([placed.end.gradient]);
+        placed.entries.iter().zip(ends).map(move |(entry, end)| {
+            let first = entry.places.gradient;
+            (entry.name.as_str(), Span { shard, first, count: end - first })
+        })
+    })
+}
+
+/// Places for the gradients of each bucket: two that take turns, because one leaves while the next is made, and one of
+/// its own for what is whole only at the end.
+fn homes(gpu: &Gpu, buckets: &[Bucket]) -> Vec<Tensor> {
+    let largest = |ends: bool| {
+        let of = buckets.iter().filter(|bucket| bucket.milestone.is_none() == ends);
+        of.map(Bucket::elements).max().unwrap_or(0)
+    };
+    let [one, other] = [(); 2].map(|()| arena(gpu, Account::Gradients, largest(false)));
+    let last = arena(gpu, Account::Gradients, largest(true));
+    let home = |(at, bucket): (usize, &Bucket)| {
+        let home = match (bucket.milestone, at % 2) {
+            (None, _) => &last,
+            (Some(_), 0) => &one,
+            (Some(_), _) => &other,
+        };
+        home.part(0, &[bucket.elements()])
+    };
+    buckets.iter().enumerate().map(home).collect()
+}
