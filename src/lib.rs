@@ -1,7 +1,7 @@
 //! Train and run LLaVA multimodal language models on any GPU: hand-written WGSL on wgpu, an autograd tape, no Python.
 //!
 //! The layers, each knowing only those before it:
-//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub` → `models` → `train`, `generate`, `eval` → `bench`, `tune` → `cli`.
+//! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub`, `hosts` → `models` → `train`, `generate`, `eval` → `bench`, `tune` → `cli`.
 //! `error`, `rng` and `quant` (weights in four bits, as bytes) are below all of them. ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
@@ -14,6 +14,7 @@ pub mod eval;
 pub mod formats;
 pub mod generate;
 pub mod gpu;
+pub mod hosts;
 pub mod hub;
 pub mod models;
 pub mod nn;

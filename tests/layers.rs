@@ -16,9 +16,13 @@ const EXCEPTIONS: [(&str, &str); 2] = [
     ("formats", "models::names"),
 ];
 
-/// Earlier layers that a folder must nevertheless not know: files and records have nothing to do with a device.
-const FORBIDDEN: [(&str, &[&str]); 2] =
-    [("formats", &["gpu", "tensor", "ops", "autograd", "nn"]), ("data", &["gpu", "tensor", "ops", "autograd", "nn"])];
+/// Earlier layers that a folder must nevertheless not know: files and records have nothing to do with a device, and what
+/// goes between hosts is bytes.
+const FORBIDDEN: [(&str, &[&str]); 3] = [
+    ("formats", &["gpu", "tensor", "ops", "autograd", "nn"]),
+    ("data", &["gpu", "tensor", "ops", "autograd", "nn"]),
+    ("hosts", &["gpu", "tensor", "ops", "autograd", "nn", "formats", "data", "hub"]),
+];
 
 /// Known to everybody.
 const COMMON: [&str; 3] = ["error", "rng", "quant"];
