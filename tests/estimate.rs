@@ -8,11 +8,13 @@ use common::{program, read_lines, run, stderr};
 use serde_json::Value;
 use wgpu_llava::{
     gpu::{AdapterOptions, Gpu},
+    hosts::Alone,
     train::{
         config::{Request, RunConfig},
         estimate as of_stages,
         events::Silent,
         run as of_run,
+        team::Devices,
     },
 };
 
@@ -100,7 +102,8 @@ fn the_kernels_of_a_run_are_known_before_it() {
         let gpu = Gpu::open(&AdapterOptions { profile: true, treat_as_gpu: true, ..Default::default() }).unwrap();
         let known = of_stages::estimate(&run.stages, gpu.facts()).unwrap().remove(0).launches;
         let known: BTreeSet<&str> = known.names().collect();
-        of_run::train(&run, false, &gpu, Some(u64::MAX), &AtomicBool::new(false), &mut Silent).unwrap();
+        let devices = Devices { checked: true, ..Devices::one(&gpu) };
+        of_run::train(&run, false, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).unwrap();
         let launched = gpu.profile();
         let launched: BTreeSet<&str> = launched.iter().map(|(name, ..)| name.as_str()).collect();
         let of_loading = |name: &&&str| OF_LOADING.iter().any(|start| name.starts_with(start));

@@ -12,6 +12,7 @@ use crate::{
     error::{Error, Result},
     eval,
     gpu::{Gpu, Launches},
+    hosts::Alone,
     train::{
         check,
         config::{RunConfig, Source},
@@ -48,7 +49,7 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     })?;
     let stop = interrupt::install()?;
     let devices = Devices { gpus, checked: !args.force, slow: None };
-    let outcome = run::train(&config, args.resume, &devices, stop, &mut ui)?;
+    let outcome = run::train(&config, args.resume, &devices, &mut Alone, stop, &mut ui)?;
     drop(devices);
     let results = evaluate(&config, &outcome, &gpu, &mut ui)?;
     let path = config.output_dir.join("report.html");

@@ -49,7 +49,7 @@ pub type Fetch<'a, 'b> = &'a mut dyn FnMut(&TensorHead) -> Result<TensorData<'b>
 /// Writes one file, whole or not at all: tensors by descending width of dtype, then by name, as the safetensors library
 /// sorts them; metadata `{"format": "pt"}`, without which transformers refuses a file.
 pub fn write_safetensors(path: &Path, mut heads: Vec<TensorHead>, fetch: Fetch) -> Result<()> {
-    heads.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+    sort(&mut heads);
     let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
     let mut offset = 0;
     for head in &heads {
@@ -76,6 +76,11 @@ pub fn write_safetensors(path: &Path, mut heads: Vec<TensorHead>, fetch: Fetch) 
         data.write(head, &mut |bytes| file.write_all(bytes).map_err(failed))?;
     }
     file.commit()
+}
+
+/// Into the order of a file.
+pub fn sort(heads: &mut [TensorHead]) {
+    heads.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
 }
 
 /// Bytes of a stored tensor that are rounded at a time.

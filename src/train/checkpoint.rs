@@ -13,15 +13,16 @@ use serde::{Deserialize, Serialize};
 use super::{
     loss_scale::LossScaler,
     optimizer::{Remembers, State, Updates},
-    run_folder::CheckpointWriter,
-    team::Shares,
+    run_folder::{self, CheckpointWriter},
+    team::{Shares, frame, unframe},
 };
 use crate::{
     error::{Error, Result},
     formats::{
-        safetensors::Checkpoint,
-        safetensors_writer::{TensorData, TensorHead, write_safetensors},
+        safetensors::{Checkpoint, Dtype},
+        safetensors_writer::{TensorData, TensorHead, sort, write_safetensors},
     },
+    hosts::Hosts,
 };
 
 const STATE_FILE: &str = "state.safetensors";
@@ -50,37 +51,44 @@ pub struct TrainerState {
     pub shares: Option<Shares>,
 }
 
-/// Writes checkpoint-N and removes the oldest beyond `save_total_limit`: what `holders` remember, together all of it.
-/// `extra` writes more into the folder.
+/// Writes checkpoint-N and removes the oldest beyond `save_total_limit`: what the `holders` of all hosts remember,
+/// together all of it. `extra` writes more into the folder. The first host writes; all have to call.
 pub fn save(
     stage_dir: &Path,
     state: &TrainerState,
     holders: &[&dyn Remembers],
     save_total_limit: usize,
+    hosts: &mut dyn Hosts,
     extra: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let writer = CheckpointWriter::begin(stage_dir, state.step)?;
-    // The parts of each tensor, in order, each with its holder.
+    // The parts that are here of each tensor, each with its holder.
     let mut states: BTreeMap<String, Vec<(usize, State)>> = BTreeMap::new();
     for (holder, states_of) in holders.iter().map(|holder| holder.states()).enumerate() {
         for state in states_of {
             states.entry(state.name.clone()).or_default().push((holder, state));
         }
     }
-    states.values_mut().for_each(|parts| parts.sort_by_key(|(_, state)| state.part.start));
-    let head = |(name, parts): (&String, &Vec<(usize, State)>)| {
-        let (_, State { dtype, shape, .. }) = &parts[0];
-        TensorHead { name: name.clone(), dtype: *dtype, shape: shape.clone() }
-    };
-    let heads = states.iter().map(head).collect();
     let readers = holders.iter().map(|holder| holder.reader()).collect::<Result<Vec<_>>>()?;
-    write_safetensors(&writer.path().join(STATE_FILE), heads, &mut |head| {
-        let parts = states.get(&head.name).ok_or_else(|| Error::failed(format!("{} has no state", head.name)))?;
-        let mut bytes = Vec::new();
-        for (holder, state) in parts {
-            bytes.extend(readers[*holder](state)?);
+    let mut heads = heads(&states, hosts)?;
+    let whole = |name: &str, hosts: &mut dyn Hosts| -> Result<Vec<u8>> {
+        let mut mine = Vec::new();
+        for (holder, state) in states.get(name).into_iter().flatten() {
+            mine.push((state.part.start as u64, readers[*holder](state)?));
         }
-        Ok(TensorData::Raw(bytes.into()))
+        let framed: Vec<(u64, &[u8])> = mine.iter().map(|(start, bytes)| (*start, &bytes[..])).collect();
+        let gathered = hosts.gather(&frame(&framed))?;
+        let mut parts: Vec<(u64, &[u8])> = gathered.iter().flat_map(|framed| unframe(framed)).collect();
+        parts.sort_by_key(|(start, _)| *start);
+        Ok(parts.into_iter().flat_map(|(_, bytes)| bytes).copied().collect())
+    };
+    if hosts.rank() > 0 {
+        sort(&mut heads);
+        heads.iter().try_for_each(|head| whole(&head.name, hosts).map(drop))?;
+        return Ok(run_folder::checkpoint_dir(stage_dir, state.step));
+    }
+    let writer = CheckpointWriter::begin(stage_dir, state.step)?;
+    write_safetensors(&writer.path().join(STATE_FILE), heads, &mut |head| {
+        Ok(TensorData::Raw(whole(&head.name, hosts)?.into()))
     })?;
     let path = writer.path().join(TRAINER_FILE);
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::failed("trainer state").caused_by(error))?;
@@ -89,12 +97,33 @@ pub fn save(
     writer.commit(save_total_limit)
 }
 
+/// The tensors of all hosts.
+fn heads(states: &BTreeMap<String, Vec<(usize, State)>>, hosts: &mut dyn Hosts) -> Result<Vec<TensorHead>> {
+    let head = |(name, parts): (&String, &Vec<(usize, State)>)| {
+        let (_, State { dtype, shape, .. }) = &parts[0];
+        (name.clone(), *dtype, shape.clone())
+    };
+    let mine: Vec<(String, Dtype, Vec<usize>)> = states.iter().map(head).collect();
+    let failed = |error: serde_json::Error| Error::failed("hosts do not understand each other").caused_by(error);
+    let mut all = BTreeMap::new();
+    for told in hosts.gather(&serde_json::to_vec(&mine).map_err(failed)?)? {
+        let told: Vec<(String, Dtype, Vec<usize>)> = serde_json::from_slice(&told).map_err(failed)?;
+        all.extend(told.into_iter().map(|(name, dtype, shape)| (name, (dtype, shape))));
+    }
+    Ok(all.into_iter().map(|(name, (dtype, shape))| TensorHead { name, dtype, shape }).collect())
+}
+
 /// Reads a checkpoint back into those who remember it together, however it was divided when it was written. `fresh` is
 /// what the run would begin with.
 ///
 /// # Errors
 /// `Data` when the checkpoint belongs to another run: other tensors, shapes, records or steps.
-pub fn load(folder: &Path, holders: &mut [&mut dyn Remembers], fresh: &TrainerState) -> Result<TrainerState> {
+pub fn load(
+    folder: &Path,
+    holders: &mut [&mut dyn Remembers],
+    fresh: &TrainerState,
+    hosts: &mut dyn Hosts,
+) -> Result<TrainerState> {
     let TrainerState { records, total_steps, micro_batches, .. } = *fresh;
     let path = folder.join(TRAINER_FILE);
     let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
@@ -120,7 +149,11 @@ pub fn load(folder: &Path, holders: &mut [&mut dyn Remembers], fresh: &TrainerSt
         return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));
     }
     let checkpoint = Checkpoint::open(&folder.join(STATE_FILE))?;
-    let names: BTreeSet<String> = holders.iter().flat_map(|holder| holder.states()).map(|state| state.name).collect();
+    let mine: BTreeSet<String> = holders.iter().flat_map(|holder| holder.states()).map(|state| state.name).collect();
+    let mine: Vec<String> = mine.into_iter().collect();
+    let gathered = hosts.gather(mine.join("\n").as_bytes())?;
+    let gathered: Vec<_> = gathered.iter().map(|names| String::from_utf8_lossy(names)).collect();
+    let names: BTreeSet<&str> = gathered.iter().flat_map(|names| names.lines()).collect();
     if checkpoint.names().count() != names.len() {
         return Err(other("other tensors trained, or the optimizer kept them otherwise".into()));
     }

@@ -1,11 +1,11 @@
 //! A run: stages in order, each starting from what the one before produced.
 
-use std::sync::atomic::AtomicBool;
+use std::{path::PathBuf, sync::atomic::AtomicBool};
 
 use super::{
     config::{Method, RunConfig, Source, StageConfig},
     events::{Event, Observer},
-    run_folder::{self, CONFIG_FILE},
+    run_folder::{self, CONFIG_FILE, StartPoint},
     start::Origin,
     team::Devices,
     trainer::{StageOutcome, Trainer},
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     gpu::Gpu,
+    hosts::Hosts,
 };
 
 /// What a run left: the outcome of each stage, trained now or before.
@@ -31,6 +32,7 @@ pub fn train(
     run: &RunConfig,
     resume: bool,
     devices: &Devices,
+    hosts: &mut dyn Hosts,
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<RunOutcome> {
@@ -44,7 +46,7 @@ pub fn train(
     {
         super::start::open_folder(model)?;
     }
-    let start = run_folder::open_run(&run.output_dir, &dirs, resume)?;
+    let start = open_run(run, &dirs, resume, hosts)?;
     let mut outcomes = Vec::new();
     let mut before: Option<Origin> = None;
     for (index, stage) in run.stages.iter().enumerate() {
@@ -52,12 +54,14 @@ pub fn train(
         if index >= start.stage {
             let checkpoint = start.checkpoint.as_ref().filter(|_| index == start.stage);
             let checkpoint = checkpoint.map(|(_, path)| path.as_path());
-            let trainer = Trainer::new(stage, before.as_ref(), checkpoint, devices, observer);
-            let trainer = trainer.inspect_err(|_| remove_if_untouched(run))?;
+            let trainer = Trainer::new(stage, before.as_ref(), checkpoint, devices, hosts, observer);
+            let trainer = trainer.inspect_err(|_| remove_if_untouched(run, hosts))?;
             // From here on the folder holds a run.
-            crate::formats::atomic::write_file(&run.output_dir.join(CONFIG_FILE), run.to_toml().as_bytes())?;
+            if hosts.rank() == 0 {
+                crate::formats::atomic::write_file(&run.output_dir.join(CONFIG_FILE), run.to_toml().as_bytes())?;
+            }
             observer.event(Event::StageStart(&trainer.header()));
-            let trained = trainer.run(stop, observer);
+            let trained = trainer.run(stop, hosts, observer);
             outcome = Some(trained.map_err(|error| how_to_go_on(error, run))?);
             devices.gpus.iter().for_each(Gpu::trim);
         } else {
@@ -70,6 +74,26 @@ pub fn train(
     }
     let result = before.ok_or_else(|| Error::usage("the config has no stage"))?;
     Ok(RunOutcome { stages: outcomes, result })
+}
+
+/// As [`run_folder::open_run`], by the first host for all.
+fn open_run(run: &RunConfig, dirs: &[PathBuf], resume: bool, hosts: &mut dyn Hosts) -> Result<StartPoint> {
+    if hosts.count() == 1 {
+        return run_folder::open_run(&run.output_dir, dirs, resume);
+    }
+    let failed = |error: serde_json::Error| Error::failed("hosts do not understand each other").caused_by(error);
+    let mut told = Vec::new();
+    if hosts.rank() == 0 {
+        told = serde_json::to_vec(&run_folder::open_run(&run.output_dir, dirs, resume)?).map_err(failed)?;
+    }
+    hosts.broadcast(0, &mut told)?;
+    let start: StartPoint = serde_json::from_slice(&told).map_err(failed)?;
+    let missing = dirs.iter().chain(start.checkpoint.as_ref().map(|(_, path)| path)).find(|path| !path.exists());
+    match missing {
+        Some(path) => Err(Error::usage(format!("host {} does not see {}", hosts.name(), path.display()))
+            .hint("output_dir must be in a folder that all hosts share")),
+        None => Ok(start),
+    }
 }
 
 /// What a finished stage leaves to the next one.
@@ -90,8 +114,8 @@ fn produced(stage: &StageConfig, before: Option<Origin>) -> Origin {
 }
 
 /// A run that failed before its first step leaves no folder behind, unless it was there with something in it.
-fn remove_if_untouched(run: &RunConfig) {
-    if run.output_dir.join(CONFIG_FILE).exists() {
+fn remove_if_untouched(run: &RunConfig, hosts: &dyn Hosts) {
+    if hosts.rank() > 0 || run.output_dir.join(CONFIG_FILE).exists() {
         return;
     }
     // Only empty folders go: remove_dir refuses others.

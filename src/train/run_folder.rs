@@ -135,7 +135,7 @@ pub fn finished(stage_dir: &Path) -> Result<Option<FinishedStage>> {
 }
 
 /// Where a run starts.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StartPoint {
     /// Index of the first stage that is not finished; the number of stages where all are.
     pub stage: usize,

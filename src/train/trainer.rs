@@ -21,7 +21,7 @@ use super::{
     start::{Origin, Prepared},
     step::{Measured, Step},
     stepper::Stepper,
-    team::{Devices, Team},
+    team::{Devices, Standing, Team},
 };
 use crate::{
     data::{
@@ -33,6 +33,7 @@ use crate::{
     },
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
+    hosts::{Alike, Digest, Hosts, same_on_all},
     hub::id_or_path,
     models::{adapter, batch::PackedBatch, names},
 };
@@ -75,13 +76,18 @@ impl<'a> Trainer<'a> {
         before: Option<&Origin>,
         resume: Option<&Path>,
         devices: &Devices,
+        hosts: &mut dyn Hosts,
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         // All that can be wrong with files is told before weights go to the device.
         let prepared = Prepared::open(stage, before)?;
         let dataset = prepared.dataset(stage, observer)?;
         let processor = prepared.processor(stage)?;
-        let plan = plan(stage, &dataset, devices.gpus.len())?;
+        let standing = Standing::of(devices.gpus.len(), hosts)?;
+        if hosts.count() > 1 {
+            same_on_all(hosts, &alike(stage, &prepared, &dataset)?)?;
+        }
+        let plan = plan(stage, &dataset, standing.total)?;
         let total_steps = plan.total_steps();
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if devices.checked {
@@ -93,11 +99,12 @@ impl<'a> Trainer<'a> {
             }
         }
         let micro_batches = plan.micro_batches();
+        let sharing = Team::sharing(stage, prepared.config(), standing, devices.gpus.len());
         let mut steppers = Vec::new();
-        for (gpu, sharing) in devices.gpus.iter().zip(Team::sharing(stage, prepared.config(), devices.gpus.len())) {
+        for (gpu, sharing) in devices.gpus.iter().zip(sharing) {
             steppers.push(Stepper::new(stage, prepared.load(stage, gpu, observer)?, micro_batches, sharing)?);
         }
-        let mut team = Team::new(stage, steppers, devices.slow);
+        let mut team = Team::new(stage, steppers, standing, devices.slow, hosts)?;
         let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));
         let mut state = TrainerState {
             step: 0,
@@ -110,7 +117,7 @@ impl<'a> Trainer<'a> {
             shares: None,
         };
         if let Some(folder) = resume {
-            state = team.restore(folder, &state)?;
+            state = team.restore(folder, &state, hosts)?;
         }
         let left = match state.step {
             0 => used.clone(),
@@ -138,19 +145,24 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Trains to the end, or until `stop` is set: then the step is finished, a checkpoint saved and `Interrupted`
-    /// returned.
-    pub fn run(mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<StageOutcome> {
+    /// Trains to the end, or until `stop` is set on any host: then the step is finished, a checkpoint saved and
+    /// `Interrupted` returned. The first host writes.
+    pub fn run(
+        mut self,
+        stop: &AtomicBool,
+        hosts: &mut dyn Hosts,
+        observer: &mut dyn Observer,
+    ) -> Result<StageOutcome> {
         let dir = &self.stage.output_dir;
-        let mut writer = if self.state.step == 0 {
-            MetricsWriter::create(dir)?
-        } else {
-            MetricsWriter::resume(dir, self.state.step)?
+        let mut writer = match (hosts.rank(), self.state.step) {
+            (0, 0) => Some(MetricsWriter::create(dir)?),
+            (0, step) => Some(MetricsWriter::resume(dir, step)?),
+            _ => None,
         };
         let total = self.state.total_steps;
         while self.state.step < total {
             let begun = Instant::now();
-            let measured = self.step(observer)?;
+            let measured = self.step(hosts, observer)?;
             let seconds = begun.elapsed().as_secs_f64();
             self.state.seconds += seconds;
             self.state.step += 1;
@@ -169,25 +181,27 @@ impl<'a> Trainer<'a> {
                 skipped_steps: self.state.loss_scaler.map(|scaler| scaler.skipped_steps),
                 devices: measured.devices,
             };
-            if step.is_multiple_of(self.stage.logging_steps) || step == total {
+            if let Some(writer) = &mut writer
+                && (step.is_multiple_of(self.stage.logging_steps) || step == total)
+            {
                 writer.write(&metrics)?;
             }
             observer.event(Event::Step(&metrics, total));
-            let stopping = stop.load(Ordering::Relaxed) && step < total;
+            let stopping = any(stop.load(Ordering::Relaxed), hosts)? && step < total;
             let due = self.stage.save_steps > 0 && step.is_multiple_of(self.stage.save_steps) && step < total;
             if due || stopping {
-                let saved = self.save()?;
+                let saved = self.save(hosts)?;
                 observer.event(Event::Saved(&saved));
             }
             if stopping {
                 return Err(Error::interrupted(format!("stopped after step {step} of {total}; a checkpoint is saved")));
             }
         }
-        self.finish(observer)
+        self.finish(hosts, observer)
     }
 
     /// One optimizer step.
-    fn step(&mut self, observer: &mut dyn Observer) -> Result<Measured> {
+    fn step(&mut self, hosts: &mut dyn Hosts, observer: &mut dyn Observer) -> Result<Measured> {
         let samples: Vec<Vec<Sample>> = (self.plan.step(self.state.step).iter())
             .map(|indices| indices.iter().map(|&index| self.dataset.sample(index)).collect())
             .collect::<Result<_>>()?;
@@ -199,7 +213,7 @@ impl<'a> Trainer<'a> {
         let (number, factor) = (self.state.step, self.schedule.factor(self.state.step));
         let step = Step { number, batches: &batches, images: &images, factor };
         let TrainerState { updates, loss_scaler, .. } = &mut self.state;
-        let measured = self.team.step(self.stage, &step, updates, loss_scaler.as_mut(), observer)?;
+        let measured = self.team.step(self.stage, &step, updates, loss_scaler.as_mut(), hosts, observer)?;
         let (&Measured { loss, grad_norm, .. }, t) = (&measured, number + 1);
         if let (Some(overflow), Some(scale)) = (measured.overflow, measured.loss_scale) {
             overflowed(t, scale, overflow.next, observer)?;
@@ -218,10 +232,10 @@ impl<'a> Trainer<'a> {
         Ok(measured)
     }
 
-    fn save(&self) -> Result<PathBuf> {
+    fn save(&self, hosts: &mut dyn Hosts) -> Result<PathBuf> {
         let limit = self.stage.save_total_limit;
         let state = TrainerState { shares: self.team.shares(), ..self.state.clone() };
-        checkpoint::save(&self.stage.output_dir, &state, &self.team.holders(), limit, |folder| {
+        checkpoint::save(&self.stage.output_dir, &state, &self.team.holders(), limit, hosts, |folder| {
             if self.stage.method.trains_adapter() { self.write_adapter(&folder.join("adapter")) } else { Ok(()) }
         })
     }
@@ -279,16 +293,10 @@ impl<'a> Trainer<'a> {
     }
 
     /// Writes the stage's output and marks it finished.
-    fn finish(self, observer: &mut dyn Observer) -> Result<StageOutcome> {
+    fn finish(self, hosts: &mut dyn Hosts, observer: &mut dyn Observer) -> Result<StageOutcome> {
         let dir = &self.stage.output_dir;
         let what = if self.stage.method.trains_adapter() { "adapter" } else { "model" };
         let output = dir.join(what);
-        match self.stage.method {
-            Method::Lora | Method::Qlora => self.write_adapter(&output)?,
-            Method::Projector | Method::Full => self.write_model(&output)?,
-        }
-        let written = metrics::read(&dir.join(metrics::FILE_NAME))?;
-        plot::write_loss_svg(&dir.join("loss.svg"), self.stage.title(), &written)?;
         let finished = FinishedStage {
             steps: self.state.total_steps,
             seconds: self.state.seconds,
@@ -297,10 +305,53 @@ impl<'a> Trainer<'a> {
             trainable_parameters: self.team.first().optimizer.elements() as u64,
             total_parameters: self.team.first().start.model.parameters.elements() as u64,
         };
-        run_folder::mark_finished(dir, &finished)?;
+        if hosts.rank() == 0 {
+            match self.stage.method {
+                Method::Lora | Method::Qlora => self.write_adapter(&output)?,
+                Method::Projector | Method::Full => self.write_model(&output)?,
+            }
+            let written = metrics::read(&dir.join(metrics::FILE_NAME))?;
+            plot::write_loss_svg(&dir.join("loss.svg"), self.stage.title(), &written)?;
+            run_folder::mark_finished(dir, &finished)?;
+        }
+        // The others may read what is written from here on.
+        hosts.barrier()?;
         observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
         Ok(StageOutcome::of(dir, &finished))
     }
+}
+
+/// Whether it is so on any host.
+fn any(here: bool, hosts: &mut dyn Hosts) -> Result<bool> {
+    Ok(hosts.gather(&[u8::from(here)])?.iter().flatten().any(|&there| there != 0))
+}
+
+/// What must be the same on all hosts: settings, records, and of the weights the shapes and the ends.
+fn alike(stage: &StageConfig, prepared: &Prepared, dataset: &Dataset) -> Result<Vec<Alike>> {
+    let settings: Vec<String> = (stage.values.iter())
+        .filter(|setting| !matches!(setting.key, "output_dir" | "logging_steps" | "save_steps" | "save_total_limit"))
+        .map(|setting| format!("{} = {}", setting.key, setting.value))
+        .collect();
+    let mut records = Digest::default();
+    for index in 0..dataset.len() {
+        let sample = dataset.sample(index)?;
+        records.add(bytemuck::cast_slice(&sample.tokens));
+        records.add(bytemuck::cast_slice(&sample.labels));
+    }
+    let mut weights = Digest::default();
+    let tensors = names::expected_tensors(prepared.config());
+    for (name, shape) in tensors.into_iter().filter(|(name, _)| prepared.folder.has(name)) {
+        let stored = prepared.folder.stored(&name)?;
+        weights.add(name.as_bytes());
+        weights.add(bytemuck::cast_slice(&shape));
+        weights.add(&stored.bytes(0..1)?);
+        weights.add(&stored.bytes(stored.rows() - 1..stored.rows())?);
+    }
+    Ok(vec![
+        Alike::setting("config", Digest::of(settings.join("\n").as_bytes())),
+        Alike::file("records", records.value()),
+        Alike::file("weights", weights.value()),
+    ])
 }
 
 /// Says that step `t` was skipped, whose loss was multiplied with `scale`, and what the `next` one's will be.

@@ -13,7 +13,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use crate::train::optimizer::Bucket;
+use crate::{error::Error, hosts::Hosts, train::optimizer::Bucket};
 
 /// Elements that one core adds up at once; also what a square sum's order follows from.
 const CHUNK: usize = 1 << 16;
@@ -46,9 +46,13 @@ pub struct SlowLink {
     pub bytes_per_second: f64,
 }
 
-/// A device ended before its time: nobody gets anything more.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Broken;
+/// Why nobody gets anything more.
+#[derive(Debug)]
+pub enum Broken {
+    /// A device ended before its time.
+    DeviceGone,
+    Hosts(Error),
+}
 
 /// The place where a step's devices meet.
 pub struct Exchange {
@@ -67,11 +71,12 @@ impl Exchange {
     }
 
     /// Adds up what leaves the devices in so many rounds: round by round, and in each in the order of the devices. A
-    /// sum is `finished` in the order of the buckets. Gives the square sum of all.
+    /// sum is `finished`, those of other hosts in it, in the order of the buckets. Gives the square sum of all.
     pub fn sums(
         &mut self,
         buckets: &[Bucket],
         rounds: usize,
+        hosts: &mut dyn Hosts,
         mut finished: impl FnMut(&Self, usize, Vec<f32>),
     ) -> Result<f64, Broken> {
         let mut sums: Vec<Vec<f32>> = vec![Vec::new(); buckets.len()];
@@ -85,6 +90,7 @@ impl Exchange {
                 if round + 1 == rounds {
                     let mut sum = std::mem::take(&mut sums[index]);
                     sum.resize(bucket.elements(), 0.0);
+                    hosts.add_up(&mut sum).map_err(Broken::Hosts)?;
                     square_sum += square(&sum);
                     self.pass_time(sum.len() * 4);
                     finished(self, index, sum);
@@ -103,20 +109,33 @@ impl Exchange {
                 Ok(Sent::Part { device, round, bucket, values }) => {
                     self.parts.entry((round, bucket)).or_default().push((device, values));
                 }
-                _ => return Err(Broken),
+                _ => return Err(Broken::DeviceGone),
             }
         }
     }
 
-    /// Passes the weights of each device on to all others.
-    pub fn pass_weights(&mut self) -> Result<(), Broken> {
+    /// Passes the weights of each device on to all others, those of other hosts' devices too: the first of this host's
+    /// is number `first` of all.
+    pub fn pass_weights(&mut self, first: usize, hosts: &mut dyn Hosts) -> Result<(), Broken> {
+        let mut mine: Vec<(usize, Arc<Vec<u8>>)> = Vec::new();
         for _ in 0..self.leaving.len() {
-            let Ok(Sent::Weights { device, bytes }) = self.arriving.recv() else { return Err(Broken) };
+            let Ok(Sent::Weights { device, bytes }) = self.arriving.recv() else { return Err(Broken::DeviceGone) };
             self.pass_time(2 * bytes.len());
-            let got = Got::Weights { owner: Some(device), bytes: Arc::new(bytes) };
+            let bytes = Arc::new(bytes);
+            let got = Got::Weights { owner: Some(first + device), bytes: bytes.clone() };
             let others = self.leaving.iter().enumerate().filter(|(other, _)| *other != device);
             // One that is gone says so itself.
             others.for_each(|(_, to)| drop(to.send(got.clone())));
+            mine.push((first + device, bytes));
+        }
+        if hosts.count() > 1 {
+            mine.sort_by_key(|(device, _)| *device);
+            let framed: Vec<(u64, &[u8])> = mine.iter().map(|(device, bytes)| (*device as u64, &bytes[..])).collect();
+            let gathered = hosts.gather(&frame(&framed)).map_err(Broken::Hosts)?;
+            let others = gathered.iter().enumerate().filter(|(rank, _)| *rank != hosts.rank());
+            for (owner, bytes) in others.flat_map(|(_, framed)| unframe(framed)) {
+                self.tell(&Got::Weights { owner: Some(owner as usize), bytes: Arc::new(bytes.to_vec()) });
+            }
         }
         Ok(())
     }
@@ -134,6 +153,31 @@ impl Exchange {
             thread::sleep(self.link_is_free - Instant::now());
         }
     }
+}
+
+/// Numbered bytes, one behind the other.
+pub fn frame(parts: &[(u64, &[u8])]) -> Vec<u8> {
+    let mut framed = Vec::new();
+    for (number, bytes) in parts {
+        framed.extend(number.to_le_bytes());
+        framed.extend((bytes.len() as u64).to_le_bytes());
+        framed.extend_from_slice(bytes);
+    }
+    framed
+}
+
+/// What [`frame`] has put together.
+pub fn unframe(mut framed: &[u8]) -> Vec<(u64, &[u8])> {
+    let mut parts = Vec::new();
+    while let Some(([number, count], rest)) = framed.split_at_checked(16).map(|(head, rest)| {
+        let (words, _) = head.as_chunks::<8>();
+        ([u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])], rest)
+    }) {
+        let (bytes, rest) = rest.split_at(rest.len().min(count as usize));
+        parts.push((number, bytes));
+        framed = rest;
+    }
+    parts
 }
 
 /// Adds the parts of devices to what is there, in their order.
@@ -162,7 +206,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
-    use crate::train::optimizer::Span;
+    use crate::{hosts::Alone, train::optimizer::Span};
 
     fn bucket(count: usize) -> Bucket {
         Bucket { milestone: None, spans: vec![Span { shard: 0, first: 0, count }] }
@@ -181,8 +225,8 @@ mod tests {
             let (leaving, _got): (Vec<_>, Vec<_>) = (0..3).map(|_| mpsc::channel()).unzip();
             let mut sums = Vec::new();
             let mut exchange = Exchange::new(arriving, leaving, None);
-            let total = exchange.sums(&[bucket(2), bucket(1)], 1, |_, index, sum| sums.push((index, sum)));
-            assert_eq!(total, Ok(36.0));
+            let total = exchange.sums(&[bucket(2), bucket(1)], 1, &mut Alone, |_, index, sum| sums.push((index, sum)));
+            assert_eq!(total.unwrap(), 36.0);
             assert_eq!(sums, [(0, vec![0.0, 6.0]), (1, vec![0.0])]);
         }
     }
@@ -196,8 +240,9 @@ mod tests {
         }
         let (leaving, _got): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel()).unzip();
         let mut sums = Vec::new();
-        let total = Exchange::new(arriving, leaving, None).sums(&[bucket(1)], 2, |_, _, sum| sums.push(sum));
-        assert_eq!((total, sums), (Ok(0.0), vec![vec![0.0]]));
+        let total =
+            Exchange::new(arriving, leaving, None).sums(&[bucket(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
+        assert_eq!((total.unwrap(), sums), (0.0, vec![vec![0.0]]));
     }
 
     #[test]
@@ -208,7 +253,7 @@ mod tests {
         }
         let (leaving, got): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel()).unzip();
         let mut exchange = Exchange::new(arriving, leaving, None);
-        assert_eq!(exchange.pass_weights(), Ok(()));
+        exchange.pass_weights(0, &mut Alone).unwrap();
         drop(exchange);
         for (device, got) in got.into_iter().enumerate() {
             let Got::Weights { owner, bytes } = got.recv().unwrap() else { panic!("weights") };
@@ -218,13 +263,20 @@ mod tests {
     }
 
     #[test]
+    fn frames_come_apart_again() {
+        let parts: [(u64, &[u8]); 3] = [(7, b"abc"), (1, b""), (u64::MAX, b"d")];
+        assert_eq!(unframe(&frame(&parts)), parts);
+        assert_eq!(unframe(b"short"), []);
+    }
+
+    #[test]
     fn a_device_that_is_gone_ends_it_for_all() {
         let (send, arriving) = mpsc::channel();
         let (leaving, got) = mpsc::channel();
         send.send(Sent::Part { device: 0, round: 0, bucket: 0, values: vec![1.0] }).unwrap();
         send.send(Sent::Gone).unwrap();
         let mut exchange = Exchange::new(arriving, vec![leaving.clone(), leaving], None);
-        assert_eq!(exchange.sums(&[bucket(1)], 1, |_, _, _| ()), Err(Broken));
+        assert!(matches!(exchange.sums(&[bucket(1)], 1, &mut Alone, |_, _, _| ()), Err(Broken::DeviceGone)));
         drop(exchange);
         assert!(got.recv().is_err());
     }

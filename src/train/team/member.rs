@@ -42,6 +42,13 @@ pub struct DeviceTimes {
     pub bytes_moved: u64,
 }
 
+/// What a device has done in a step.
+pub struct Done {
+    /// The loss sums of the step's micro-batches, zero where another device has computed one.
+    pub losses: Vec<f32>,
+    pub times: DeviceTimes,
+}
+
 /// What a step has in common for all members.
 pub struct Task<'a> {
     pub stage: &'a StageConfig,
@@ -74,9 +81,8 @@ pub struct Link {
 }
 
 impl Member {
-    /// Computes the micro-batches `mine`, and makes the step's update or its part of it. Gives the loss sums, zero where
-    /// another device has computed one.
-    pub fn run(&mut self, task: &Task<'_>, mine: &[usize], link: Link) -> Result<(Vec<f32>, DeviceTimes), Stopped> {
+    /// Computes the micro-batches `mine`, and makes the step's update or its part of it.
+    pub fn run(&mut self, task: &Task<'_>, mine: &[usize], link: Link) -> Result<Done, Stopped> {
         let begun = Instant::now();
         let Self { stepper, pictures } = self;
         let mut moving = Moving::new(stepper.optimizer.buckets(), link);
@@ -110,7 +116,7 @@ impl Member {
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
         let times =
             DeviceTimes { tokens_per_second: positions as f64 / own, waiting_seconds, bytes_moved: moving.done() };
-        Ok((losses, times))
+        Ok(Done { losses, times })
     }
 }
 

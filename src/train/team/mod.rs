@@ -22,7 +22,8 @@ pub use member::DeviceTimes;
 pub use shares::Shares;
 
 use exchange::{Broken, Exchange, Got};
-use member::{Link, Member, Stopped, Task};
+pub(super) use exchange::{frame, unframe};
+use member::{Done, Link, Member, Stopped, Task};
 
 use super::{
     checkpoint::{self, TrainerState},
@@ -37,6 +38,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     gpu::Gpu,
+    hosts::Hosts,
     models::{config::ModelConfig, llava::Llava},
 };
 
@@ -63,9 +65,34 @@ impl Devices {
     }
 }
 
-/// The devices of a stage, at least one.
+/// Where a host's devices stand among all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The number of this host's first.
+    pub first: usize,
+    /// Of all hosts.
+    pub total: usize,
+}
+
+impl Standing {
+    /// Of a host with so many devices; every host has to ask.
+    ///
+    /// # Errors
+    /// A host that does not answer.
+    pub fn of(devices: usize, hosts: &mut dyn Hosts) -> Result<Self> {
+        let counts = hosts.gather(&(devices as u64).to_le_bytes())?;
+        let counts: Vec<usize> = counts
+            .iter()
+            .map(|bytes| bytes.as_chunks().0.first().map_or(0, |count| u64::from_le_bytes(*count) as usize))
+            .collect();
+        Ok(Self { first: counts[..hosts.rank()].iter().sum(), total: counts.iter().sum() })
+    }
+}
+
+/// A host's devices of a stage, at least one.
 pub struct Team {
     members: Vec<Member>,
+    standing: Standing,
     /// Where the host makes the updates.
     host: Option<HostOptimizer>,
     shares: Shares,
@@ -74,27 +101,39 @@ pub struct Team {
 
 impl Team {
     /// `steppers` hold the same model, each on its own device.
-    pub fn new(stage: &StageConfig, mut steppers: Vec<Stepper>, slow: Option<SlowLink>) -> Self {
+    ///
+    /// # Errors
+    /// A host that does not answer.
+    pub fn new(
+        stage: &StageConfig,
+        mut steppers: Vec<Stepper>,
+        standing: Standing,
+        slow: Option<SlowLink>,
+        hosts: &mut dyn Hosts,
+    ) -> Result<Self> {
         let facts = |stepper: &Stepper| {
             let facts = stepper.model().gpu().facts();
-            (facts.name.clone(), facts.driver.clone())
+            format!("{} {}", facts.name, facts.driver)
         };
-        let alike = steppers.windows(2).all(|two| facts(&two[0]) == facts(&two[1]));
-        let shares = Shares::new(steppers.len(), alike);
+        let mut kinds: Vec<String> = steppers.iter().map(facts).collect();
+        kinds.dedup();
+        let kinds = hosts.gather(kinds.join("\n").as_bytes())?;
+        let alike = kinds.windows(2).all(|two| two[0] == two[1]) && !kinds[0].contains(&b'\n');
+        let shares = Shares::new(standing.total, alike);
         let offload = steppers[0].optimizer.sharing().offload;
         let host = offload.then(|| HostOptimizer::new(&mut steppers[0].optimizer, settings(stage)));
         let without = |stepper| Member { stepper, pictures: PictureStore::default() };
-        Self { members: steppers.into_iter().map(without).collect(), host, shares, slow }
+        Ok(Self { members: steppers.into_iter().map(without).collect(), standing, host, shares, slow })
     }
 
-    /// What part of the optimizer each device has.
-    pub fn sharing(stage: &StageConfig, config: &ModelConfig, devices: usize) -> Vec<Sharing> {
+    /// What part of the optimizer each of so many of this host's devices has.
+    pub fn sharing(stage: &StageConfig, config: &ModelConfig, standing: Standing, devices: usize) -> Vec<Sharing> {
         let hidden_size = config.text().hidden_size;
         let of = |device| Sharing {
             zero_stage: stage.zero_stage,
             offload: stage.offload,
-            device,
-            devices,
+            device: standing.first + device,
+            devices: standing.total,
             // DeepSpeed's `auto` for reduce_bucket_size.
             bucket_elements: hidden_size * hidden_size,
         };
@@ -105,41 +144,47 @@ impl Team {
     ///
     /// # Errors
     /// As [`checkpoint::load`]; whatever fails on a device.
-    pub fn restore(&mut self, folder: &Path, fresh: &TrainerState) -> Result<TrainerState> {
+    pub fn restore(&mut self, folder: &Path, fresh: &TrainerState, hosts: &mut dyn Hosts) -> Result<TrainerState> {
         let devices = self.members.iter_mut().map(|member| &mut member.stepper.optimizer as &mut dyn Remembers);
         let mut holders: Vec<&mut dyn Remembers> = match &mut self.host {
             Some(host) => vec![host],
             None => devices.collect(),
         };
-        let state = checkpoint::load(folder, &mut holders, fresh)?;
-        if let Some(shares) = state.shares.clone().filter(|shares| shares.devices() == self.members.len()) {
+        let state = checkpoint::load(folder, &mut holders, fresh, hosts)?;
+        if let Some(shares) = state.shares.clone().filter(|shares| shares.devices() == self.standing.total) {
             self.shares = shares;
         }
-        self.spread_weights()?;
+        self.spread_weights(hosts)?;
         self.members.iter_mut().for_each(|member| member.stepper.settle());
         Ok(state)
     }
 
     /// Brings the weights of each owner to all devices.
-    fn spread_weights(&self) -> Result<()> {
+    fn spread_weights(&self, hosts: &mut dyn Hosts) -> Result<()> {
         let optimizers = || self.members.iter().map(|member| &member.stepper.optimizer);
         if let Some(host) = &self.host {
             let bytes = host.weights();
             optimizers().for_each(|optimizer| optimizer.write_weights(None, &bytes));
             return Ok(());
         }
+        let mut mine = Vec::new();
         for owner in optimizers().filter(|optimizer| optimizer.sharing().weights_return()) {
-            let (bytes, device) = (owner.download_weights().bytes()?, owner.sharing().device);
-            let others = optimizers().filter(|optimizer| optimizer.sharing().device != device);
-            others.for_each(|optimizer| optimizer.write_weights(Some(device), &bytes));
+            mine.push((owner.sharing().device as u64, owner.download_weights().bytes()?));
+        }
+        let mine: Vec<(u64, &[u8])> = mine.iter().map(|(device, bytes)| (*device, &bytes[..])).collect();
+        for framed in hosts.gather(&frame(&mine))? {
+            for (device, bytes) in unframe(&framed) {
+                let others = optimizers().filter(|optimizer| optimizer.sharing().device as u64 != device);
+                others.for_each(|optimizer| optimizer.write_weights(Some(device as usize), bytes));
+            }
         }
         Ok(())
     }
 
-    /// Those who have what a checkpoint must hold.
+    /// Those who have what a checkpoint must hold; on all hosts together each part once.
     pub fn holders(&self) -> Vec<&dyn Remembers> {
         if let Some(host) = &self.host {
-            return vec![host];
+            return if self.standing.first == 0 { vec![host] } else { Vec::new() };
         }
         let devices = self.members.iter().map(|member| &member.stepper.optimizer);
         let divided = |optimizer: &&Optimizer| optimizer.sharing().weights_return() || optimizer.sharing().device == 0;
@@ -159,7 +204,7 @@ impl Team {
 
     /// What each device computes, where there are several.
     pub fn shares(&self) -> Option<Shares> {
-        (self.members.len() > 1).then(|| self.shares.clone())
+        (self.standing.total > 1).then(|| self.shares.clone())
     }
 
     /// The device that speaks for all: every one has the same model.
@@ -181,10 +226,11 @@ impl Team {
         step: &Step<'_>,
         updates: &mut Updates,
         loss_scaler: Option<&mut LossScaler>,
+        hosts: &mut dyn Hosts,
         observer: &mut dyn Observer,
     ) -> Result<Measured> {
         if let [Member { stepper, pictures }] = &mut self.members[..]
-            && self.host.is_none()
+            && stepper.optimizer.sharing().is_alone()
         {
             return stepper.step(stage, step, pictures, updates, loss_scaler);
         }
@@ -192,22 +238,26 @@ impl Team {
         let before = *updates;
         let update = step.update(updates, loss_scale);
         let dealt = self.shares.deal(step.batches.len());
-        let results =
-            self.compute(&Task { stage, step, update: &update, loss_scale, rounds: self.rounds(&dealt) }, &dealt);
-        let (results, square_sum) = self.agreed(results)?;
-        let sums: Vec<f32> = dealt.iter().enumerate().map(|(index, &device)| results[device].0[index]).collect();
+        let task = Task { stage, step, update: &update, loss_scale, rounds: self.rounds(&dealt) };
+        let results = self.compute(&task, &dealt, hosts);
+        let (mine, square_sum) = self.agreed(results)?;
+        let results = everywhere(mine, hosts)?;
+        let sums: Vec<f32> = dealt.iter().enumerate().map(|(index, &device)| results[device].losses[index]).collect();
         let mut measured = step.conclude(stage, (&sums, square_sum), (updates, before), loss_scaler);
         let tokens = |device: usize| {
             let own = dealt.iter().zip(step.batches).filter(|(of, _)| **of == device);
             own.map(|(_, batch)| batch.tokens()).sum::<usize>() as f64
         };
-        let rates: Vec<_> =
-            results.iter().enumerate().map(|(device, (_, times))| (times.tokens_per_second, tokens(device))).collect();
+        let rates: Vec<_> = results
+            .iter()
+            .enumerate()
+            .map(|(device, result)| (result.times.tokens_per_second, tokens(device)))
+            .collect();
         if let Some(speeds) = self.shares.note(&rates) {
             let text: Vec<String> = speeds.iter().map(f64::to_string).collect();
             observer.event(Event::Note(&format!("the devices' shares are {} from now on", text.join(" : "))));
         }
-        measured.devices = results.into_iter().map(|(_, times)| times).collect();
+        measured.devices = results.into_iter().map(|result| result.times).collect();
         Ok(measured)
     }
 
@@ -216,15 +266,21 @@ impl Team {
         if !self.first().optimizer.sharing().gradients_pass() {
             return 1;
         }
-        let most = (0..self.members.len()).map(|device| dealt.iter().filter(|of| **of == device).count()).max();
+        let most = (0..self.standing.total).map(|device| dealt.iter().filter(|of| **of == device).count()).max();
         most.unwrap_or(0).max(1)
     }
 
-    /// A step on all devices, one thread each; this one adds up. `dealt` has the device of each micro-batch.
-    fn compute(&mut self, task: &Task<'_>, dealt: &[usize]) -> (Vec<Outcome>, Result<f64, Broken>) {
+    /// A step on this host's devices, one thread each; this one adds up. `dealt` has the device of each micro-batch.
+    fn compute(
+        &mut self,
+        task: &Task<'_>,
+        dealt: &[usize],
+        hosts: &mut dyn Hosts,
+    ) -> (Vec<Result<Done, Stopped>>, Result<f64, Broken>) {
         let buckets = self.members[0].stepper.optimizer.buckets().to_vec();
         let weights_return = self.members[0].stepper.optimizer.sharing().weights_return();
-        let Self { members, host, slow, .. } = self;
+        let Self { members, host, slow, standing, .. } = self;
+        let first = standing.first;
         let (to, arriving) = channel();
         thread::scope(|scope| {
             let (leaving, threads): (Vec<Sender<_>>, Vec<_>) = members
@@ -233,17 +289,18 @@ impl Team {
                 .map(|(device, member)| {
                     let (send, from) = channel();
                     let link = Link { device, to: to.clone(), from };
-                    let mine: Vec<usize> = (0..dealt.len()).filter(|&index| dealt[index] == device).collect();
+                    let mine: Vec<usize> = (0..dealt.len()).filter(|&index| dealt[index] == first + device).collect();
                     (send, scope.spawn(move || member.run(task, &mine, link)))
                 })
                 .unzip();
             drop(to);
             let mut exchange = Exchange::new(arriving, leaving, *slow);
             let mut meet = || {
-                let square_sum = exchange.sums(&buckets, task.rounds, |exchange, bucket, sum| match &mut *host {
-                    Some(host) => host.take_sum(bucket, &sum),
-                    None => exchange.tell(&Got::Sum { bucket, values: Arc::new(sum) }),
-                })?;
+                let square_sum =
+                    exchange.sums(&buckets, task.rounds, hosts, |exchange, bucket, sum| match &mut *host {
+                        Some(host) => host.take_sum(bucket, &sum),
+                        None => exchange.tell(&Got::Sum { bucket, values: Arc::new(sum) }),
+                    })?;
                 exchange.tell(&Got::SquareSum(square_sum));
                 if let Some(host) = host {
                     host.step(task.update, square_sum);
@@ -251,7 +308,7 @@ impl Team {
                     exchange.pass_time(bytes.len());
                     exchange.tell(&Got::Weights { owner: None, bytes: Arc::new(bytes) });
                 } else if weights_return {
-                    exchange.pass_weights()?;
+                    exchange.pass_weights(first, hosts)?;
                 }
                 Ok(square_sum)
             };
@@ -283,11 +340,28 @@ impl Team {
                 let message = format!("device {} of {count}: {}", device + 1, error.message);
                 Err(Error { message, ..error })
             }
-            (Some((_, error)), _) => Err(error),
+            (Some((_, error)), _) | (None, Err(Broken::Hosts(error))) => Err(error),
             (None, Ok(square_sum)) if given.len() == count => Ok((given, square_sum)),
             (None, _) => Err(Error::failed("a device ended a step before its time")),
         }
     }
 }
 
-type Outcome = Result<(Vec<f32>, DeviceTimes), Stopped>;
+/// What the devices of all hosts have done, in their order.
+fn everywhere(mine: Vec<Done>, hosts: &mut dyn Hosts) -> Result<Vec<Done>> {
+    if hosts.count() == 1 {
+        return Ok(mine);
+    }
+    // Numbers that are not finite survive as bits.
+    let bits = |done: &Done| (done.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>(), done.times.clone());
+    let failed = |error: serde_json::Error| Error::failed("hosts do not understand each other").caused_by(error);
+    let told = serde_json::to_vec(&mine.iter().map(bits).collect::<Vec<_>>()).map_err(failed)?;
+    let mut all = Vec::new();
+    for told in hosts.gather(&told)? {
+        let of_host: Vec<(Vec<u32>, DeviceTimes)> = serde_json::from_slice(&told).map_err(failed)?;
+        let done =
+            |(bits, times): (Vec<u32>, _)| Done { losses: bits.into_iter().map(f32::from_bits).collect(), times };
+        all.extend(of_host.into_iter().map(done));
+    }
+    Ok(all)
+}
