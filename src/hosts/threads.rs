@@ -8,13 +8,14 @@ use std::{
     thread,
 };
 
-use super::Hosts;
+use super::{Call, Hosts, at_the_same_call};
 use crate::error::{Error, Result};
 
-/// What a rank lays down for the others: which call, and its bytes.
+/// What a rank lays down for the others: which call, how many values or bytes it says it brings, and these.
 #[derive(Clone)]
 struct Given {
-    call: &'static str,
+    call: Call,
+    brings: usize,
     bytes: Arc<Vec<u8>>,
 }
 
@@ -88,11 +89,11 @@ impl ThreadHost {
     }
 
     /// What every rank gave to the same call.
-    fn exchange(&mut self, call: &'static str, bytes: Vec<u8>) -> Result<Vec<Arc<Vec<u8>>>> {
+    fn exchange(&mut self, call: Call, brings: usize, bytes: Vec<u8>) -> Result<Vec<Arc<Vec<u8>>>> {
         self.sent += (bytes.len() * (self.count - 1)) as u64;
         // The last round may not be over for a slower rank.
         let mut state = self.wait(self.state(), |state| state.given[self.rank].is_none())?;
-        state.given[self.rank] = Some(Given { call, bytes: Arc::new(bytes) });
+        state.given[self.rank] = Some(Given { call, brings, bytes: Arc::new(bytes) });
         self.shared.changed.notify_all();
         let mut state = self.wait(state, |state| state.given.iter().all(Option::is_some))?;
         let all: Vec<Given> = state.given.iter().flatten().cloned().collect();
@@ -103,13 +104,9 @@ impl ThreadHost {
             self.shared.changed.notify_all();
         }
         drop(state);
-        match all.iter().position(|given| given.call != call) {
-            Some(rank) => {
-                let other = all[rank].call;
-                Err(Error::failed(format!("rank {} calls {call}, rank {rank} calls {other}", self.rank)))
-            }
-            None => Ok(all.into_iter().map(|given| given.bytes).collect()),
-        }
+        let said: Vec<_> = all.iter().map(|given| (Some(given.call), given.brings as u64)).collect();
+        at_the_same_call(self.rank, &said)?;
+        Ok(all.into_iter().map(|given| given.bytes).collect())
     }
 }
 
@@ -135,15 +132,7 @@ impl Hosts for ThreadHost {
     }
 
     fn add_up(&mut self, values: &mut [f32]) -> Result<()> {
-        let all = self.exchange("add_up", bytemuck::cast_slice(values).to_vec())?;
-        if let Some(rank) = all.iter().position(|given| given.len() != size_of_val(values)) {
-            let theirs = all[rank].len() / size_of::<f32>();
-            return Err(Error::failed(format!(
-                "rank {} adds up {} values, rank {rank} {theirs}",
-                self.rank,
-                values.len()
-            )));
-        }
+        let all = self.exchange(Call::AddUp, values.len(), bytemuck::cast_slice(values).to_vec())?;
         for (rank, given) in all.iter().enumerate() {
             for (value, bytes) in values.iter_mut().zip(given.as_chunks::<4>().0) {
                 let other = f32::from_ne_bytes(*bytes);
@@ -154,23 +143,23 @@ impl Hosts for ThreadHost {
     }
 
     fn gather(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-        Ok(self.exchange("gather", mine.to_vec())?.into_iter().map(Arc::unwrap_or_clone).collect())
+        Ok(self.exchange(Call::Gather, mine.len(), mine.to_vec())?.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
     fn broadcast(&mut self, from: usize, bytes: &mut Vec<u8>) -> Result<()> {
         let mine = if self.rank == from { bytes.clone() } else { Vec::new() };
-        let all = self.exchange("broadcast", mine)?;
+        let all = self.exchange(Call::Broadcast, mine.len(), mine)?;
         let given = all.into_iter().nth(from).ok_or_else(|| Error::failed(format!("there is no rank {from}")))?;
         *bytes = Arc::unwrap_or_clone(given);
         Ok(())
     }
 
     fn barrier(&mut self) -> Result<()> {
-        self.exchange("barrier", Vec::new()).map(|_| ())
+        self.exchange(Call::Barrier, 0, Vec::new()).map(|_| ())
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.exchange("finish", Vec::new()).map(|_| ())
+        self.exchange(Call::Finish, 0, Vec::new()).map(|_| ())
     }
 
     fn abort(&self, code: u8) {
@@ -237,8 +226,14 @@ mod tests {
             0 => hosts.add_up(&mut [1.0]),
             _ => hosts.barrier(),
         });
-        assert_eq!(answers[0].as_ref().unwrap_err().message, "rank 0 calls add_up, rank 1 calls barrier");
+        assert_eq!(
+            answers[0].as_ref().unwrap_err().message,
+            "the ranks are not in step: rank 0 calls add_up, rank 1 barrier"
+        );
         let answers = on(2, |hosts| hosts.add_up(&mut vec![1.0; hosts.rank() + 1]));
-        assert_eq!(answers[1].as_ref().unwrap_err().message, "rank 1 adds up 2 values, rank 0 1");
+        assert_eq!(
+            answers[1].as_ref().unwrap_err().message,
+            "the ranks are not in step: rank 1 adds up 2 values, rank 0 1"
+        );
     }
 }
