@@ -4,7 +4,7 @@ use std::{env, time::SystemTime};
 
 use super::{
     args::{GlobalArgs, TrainArgs},
-    config as resolve, hub, interrupt, report as errors, tuning,
+    config as resolve, hosts, hub, interrupt, report as errors, tuning,
     ui::{Ui, shown},
 };
 use crate::{
@@ -31,6 +31,10 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     let mut ui = Ui::new(global.quiet, global.verbose);
     if args.dry_run {
         return dry_run(config, &mut ui);
+    }
+    let hosts = hosts::open(&mut ui)?;
+    if hosts.count() > 1 {
+        return Err(Error::usage("training on several hosts is not built yet"));
     }
     hub::localize(&mut config, &mut ui)?;
     let gpu = super::open_device(global, config.device.as_ref().map(ToString::to_string), &mut ui)?;
