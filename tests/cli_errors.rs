@@ -123,6 +123,19 @@ fn a_key_that_is_not_built_yet() {
     Case::new().refused(&["zero_stage=2"], 2, &["zero_stage", "not built yet"]);
 }
 
+/// Each of them would train the same into the same folder.
+#[test]
+#[cfg(not(feature = "mpi"))]
+fn several_processes_without_mpi() {
+    for (variable, count) in [("OMPI_COMM_WORLD_SIZE", "2"), ("PMI_SIZE", "4"), ("SLURM_STEP_NUM_TASKS", "2")] {
+        let case = Case::new();
+        let arguments = [Path::new("train"), &case.path("full.toml"), Path::new("--output-dir"), &case.out()];
+        let output = program(arguments).env(variable, count).output().unwrap();
+        assert_refused(&output, 2, &[&format!("one of {count} processes"), variable, "--features mpi"]);
+        assert!(!case.out().exists());
+    }
+}
+
 #[test]
 fn a_config_that_is_not_there_or_no_toml() {
     let case = Case::new();

@@ -12,6 +12,7 @@ mod devices;
 mod estimate;
 mod eval;
 mod generate;
+mod hosts;
 mod hub;
 mod interrupt;
 mod merge;

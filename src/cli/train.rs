@@ -4,7 +4,7 @@ use std::{env, time::SystemTime};
 
 use super::{
     args::{GlobalArgs, TrainArgs},
-    config as resolve, hub, interrupt, report as errors, tuning,
+    config as resolve, hosts, hub, interrupt, report as errors, tuning,
     ui::{Ui, shown},
 };
 use crate::{
@@ -33,6 +33,10 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     let mut ui = Ui::new(global.quiet, global.verbose);
     if args.dry_run {
         return dry_run(config, &mut ui);
+    }
+    let hosts = hosts::open(&mut ui)?;
+    if hosts.count() > 1 {
+        return Err(Error::usage("training on several hosts is not built yet"));
     }
     hub::localize(&mut config, &mut ui)?;
     let gpus = super::open_devices(global, &config.devices, &mut ui)?;
