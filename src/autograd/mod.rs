@@ -87,6 +87,7 @@ enum Entry {
     Leaf,
     Function(Backward),
     Milestone(usize),
+    OnReturn(Box<dyn FnOnce()>),
 }
 
 /// Records functions in the order of their calls.
@@ -155,6 +156,13 @@ impl Tape {
     pub fn milestone(&mut self, number: usize) {
         if self.recording {
             self.nodes.push(Entry::Milestone(number));
+        }
+    }
+
+    /// Has something done when the backward comes back to this place.
+    pub fn on_return(&mut self, call: impl FnOnce() + 'static) {
+        if self.recording {
+            self.nodes.push(Entry::OnReturn(Box::new(call)));
         }
     }
 
@@ -238,6 +246,7 @@ impl Tape {
             match entry {
                 Entry::Leaf => {}
                 Entry::Milestone(number) => passed(number),
+                Entry::OnReturn(call) => call(),
                 Entry::Function(backward) => {
                     if let Some(gradient) = gradients.slots[self.nodes.len()].take() {
                         backward(&mut gradients, gradient);

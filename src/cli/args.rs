@@ -153,6 +153,15 @@ pub struct EstimateArgs {
     /// Of the card to ask about, such as 24GB [default: what this device has free]
     #[arg(long, value_name = "BYTES", value_parser = memory)]
     pub memory: Option<u64>,
+    /// How many such cards, on one host [default: as many as the config's `devices`]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub devices: Option<u16>,
+    /// What products reach on the card to ask about, TFLOP/s [default: measured on this device]
+    #[arg(long, value_name = "NUMBER", value_parser = above_zero)]
+    pub tflops: Option<f64>,
+    /// What goes between that card and its host, each way, GB/s [default: measured on this device]
+    #[arg(long, value_name = "NUMBER", value_parser = above_zero)]
+    pub link: Option<f64>,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -369,6 +378,11 @@ fn number(text: &str, valid: impl Fn(f32) -> bool, allowed: &str) -> Result<f32,
 }
 
 /// `24GB`, `24GiB`, `8000MB`, or bytes.
+fn above_zero(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| "it is a number above 0".to_owned())
+}
+
 fn memory(text: &str) -> Result<u64, String> {
     let digits = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(text.len());
     let unit = match text[digits..].trim().to_lowercase().as_str() {

@@ -14,8 +14,9 @@ use crate::{
     ops::roof,
     train::{
         config::{RunConfig, StageConfig},
-        estimate::{Advice, Estimate, advise, estimate},
+        estimate::{Advice, Estimate, Rates, StepTime, advise, estimate},
         report::{duration, grouped},
+        team::adding_rate,
     },
 };
 
@@ -27,25 +28,42 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
     let gpu = open_quietly(&config, global)?;
     let facts = gpu.as_ref().map_or_else(AdapterFacts::of_a_usual_gpu, |gpu| gpu.facts().clone());
     let memory = args.memory.or(gpu.as_ref().and_then(Gpu::available_memory));
-    let estimates = estimate(&config.stages, &facts)?;
-    let rate = gpu.as_ref().map(roof::products).transpose()?;
+    let devices = args.devices.map_or(config.devices.len().max(1), usize::from);
+    let estimates = estimate(&config.stages, &facts, devices)?;
+    let rates = rates(args, gpu.as_ref())?;
     let mut rows = Vec::new();
     for (index, estimate) in estimates.iter().enumerate() {
         let stages = &config.stages[..=index];
         let advice = match memory {
-            Some(memory) if estimate.bytes() > memory => advise(stages, estimate.bytes(), &facts, memory)?,
+            Some(memory) if estimate.bytes() > memory => advise(stages, estimate.bytes(), &facts, (memory, devices))?,
             _ => Vec::new(),
         };
         rows.push(Row { stage: &config.stages[index], estimate, advice });
     }
     let device = gpu.as_ref().map(|gpu| gpu.facts().name.as_str());
-    let context = Context { device, memory, rate };
+    let context = Context { device, memory, rates };
     if args.json {
         let stages: Vec<Value> = rows.iter().map(|row| row.json(&context)).collect();
-        let data = json!({"device": device, "memory": memory, "flops_per_second": rate, "stages": stages});
+        let data = json!({"device": device, "memory": memory, "devices": devices,
+            "flops_per_second": rates.map(|rates| rates.flops), "stages": stages});
         return report::print_data(&format!("{data}\n"));
     }
     report::print_data(&rows.iter().map(|row| row.text(&context)).collect::<String>())
+}
+
+/// How fast the machine is that is asked about: as said, else as this one was measured.
+fn rates(args: &EstimateArgs, gpu: Option<&Gpu>) -> Result<Option<Rates>> {
+    let flops = match (args.tflops, gpu) {
+        (Some(tflops), _) => tflops * 1e12,
+        (None, Some(gpu)) => roof::products(gpu)?,
+        (None, None) => return Ok(None),
+    };
+    let (down, up) = match (args.link, gpu) {
+        (Some(link), _) => (link * 1e9, link * 1e9),
+        (None, Some(gpu)) => roof::links(gpu)?,
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(Rates { flops, down, up, adding: adding_rate() }))
 }
 
 /// The adapter that the run would take; none where there is none, since memory can be told without.
@@ -67,8 +85,7 @@ fn open_quietly(config: &RunConfig, global: &GlobalArgs) -> Result<Option<Gpu>> 
 struct Context<'a> {
     device: Option<&'a str>,
     memory: Option<u64>,
-    /// Measured, of products in f32.
-    rate: Option<f64>,
+    rates: Option<Rates>,
 }
 
 struct Row<'a> {
@@ -86,12 +103,22 @@ impl Row<'_> {
         kinds
     }
 
-    fn seconds(&self, context: &Context<'_>) -> Option<f64> {
-        context.rate.map(|rate| self.estimate.flops as f64 / rate)
+    /// Of a whole step on each device, and its parts.
+    fn time(&self, context: &Context<'_>) -> Option<StepTime> {
+        let Estimate { traffic, devices, .. } = self.estimate;
+        let passing = self.stage.zero_stage >= 2 && *devices > 1;
+        let micro_batches = self.stage.gradient_accumulation_steps as f64;
+        context.rates.map(|rates| traffic.step_time(self.flops(), micro_batches, *devices, passing, &rates))
+    }
+
+    /// Of a whole step on each device: the one that was counted may have fewer micro-batches.
+    fn flops(&self) -> f64 {
+        let micro = self.stage.gradient_accumulation_steps as f64 / self.estimate.micro_batches.max(1) as f64;
+        self.estimate.flops as f64 * micro
     }
 
     fn json(&self, context: &Context<'_>) -> Value {
-        let Estimate { title, method, model, model_found, parameters, trainable, batch, .. } = self.estimate;
+        let Estimate { title, method, model, model_found, parameters, trainable, batch, traffic, .. } = self.estimate;
         let bytes: serde_json::Map<String, Value> =
             self.kinds().into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect();
         let advice: Vec<Value> =
@@ -102,7 +129,14 @@ impl Row<'_> {
             "batch": {"sequences": batch.sequences, "tokens": batch.tokens, "targets": batch.targets,
                 "pictures": batch.pictures, "from_data": batch.from_data},
             "device_bytes": self.estimate.peak.held, "total_bytes": self.estimate.bytes(), "bytes": bytes,
-            "flops_per_step": self.estimate.flops, "seconds_per_step": self.seconds(context),
+            "host_bytes": self.estimate.host,
+            "flops_per_step": self.estimate.flops, "seconds_per_step": self.time(context).map(|time| time.seconds()),
+            "seconds": self.time(context).map(|time| json!({
+                "compute": time.compute, "waiting": time.waiting, "weights": time.weights,
+            })),
+            "traffic": {"gradients_down": traffic.gradients_down, "sums_up": traffic.sums_up,
+                "weights_down": traffic.weights_down, "weights_up": traffic.weights_up,
+                "layers_up": traffic.layers_up},
             "fits": context.memory.map(|memory| self.estimate.bytes() <= memory),
             "changes": advice,
         })
@@ -143,16 +177,30 @@ impl Row<'_> {
             (None, None) => "no device was found: say its memory with --memory".to_owned(),
         };
         row("total", format!("{:>9}  {fits}", gigabytes(total)));
-        let time = match self.seconds(context) {
-            Some(seconds) => format!(
-                ", {} at the {:.3} TFLOP/s that products reach here",
-                duration(seconds),
-                context.rate.unwrap_or_default() / 1e12
+        if self.estimate.host > 0 {
+            row("on the host", format!("{:>9}  for all devices of a host together", gigabytes(self.estimate.host)));
+        }
+        let time = match self.time(context) {
+            Some(time) => format!(
+                ", {} at the {:.3} TFLOP/s that products reach{}",
+                duration(time.compute),
+                context.rates.map_or(0.0, |rates| rates.flops) / 1e12,
+                if context.device.is_some() { " here" } else { "" },
             ),
             None => String::new(),
         };
-        let micro = self.stage.gradient_accumulation_steps as f64 / self.estimate.micro_batches.max(1) as f64;
-        row("a step", format!("{:.3} TFLOP{time}", self.estimate.flops as f64 * micro / 1e12));
+        let each = if self.estimate.devices > 1 { " on each device" } else { "" };
+        row("a step", format!("{:.3} TFLOP{each}{time}", self.flops() / 1e12));
+        let traffic = &self.estimate.traffic;
+        let down = traffic.gradients_down + traffic.weights_down;
+        let up = traffic.sums_up + traffic.weights_up + traffic.layers_up;
+        if down + up > 0 {
+            let time = self.time(context).map_or_else(String::new, |time| {
+                let more = time.waiting + time.weights;
+                format!(", {} more than the computation", duration(more))
+            });
+            row("moved", format!("{} down, {} up on each device{time}", gigabytes(down), gigabytes(up)));
+        }
         for (index, advice) in self.advice.iter().enumerate() {
             let fits = if advice.fits { ": fits" } else { "" };
             let how = if index == 0 { "change" } else { "and" };

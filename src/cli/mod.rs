@@ -51,19 +51,22 @@ pub fn main() -> ExitCode {
     };
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let error = report::way_out(error, &cli.command);
-            report::print_error(&error);
-            ExitCode::from(report::exit_code(error.kind))
-        }
+        Err(error) => ExitCode::from(tell(error, &cli)),
     }
+}
+
+/// Says what went wrong; the exit code for it.
+fn tell(error: Error, cli: &Cli) -> u8 {
+    let error = report::way_out(error, &cli.command);
+    report::print_error(&error);
+    report::exit_code(error.kind)
 }
 
 fn run(cli: &Cli) -> Result<()> {
     let global = &cli.global;
     match &cli.command {
         Command::Devices(args) => devices::run(args, global),
-        Command::Train(args) => train::run(args, global),
+        Command::Train(args) => train::run(args, global, &|error| tell(error, cli)),
         Command::Generate(args) => generate::run(args, global),
         Command::Chat(args) => chat::run(args, global),
         Command::Score(args) => score::run(args, global),
@@ -161,7 +164,8 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Option<Rehearsal
     if let Some(Rehearsal { tune, run }) = rehearsal {
         tuning::prepare(&gpu, tune, ui, || {
             let counting = Gpu::counting(gpu.facts().clone());
-            let mut loading = Loading { precision, quantization: None, trains: &|_| false, progress: &mut |_, _| () };
+            let mut loading =
+                Loading { precision, quantization: None, trains: &|_| false, resting: None, progress: &mut |_, _| () };
             run(&load(&counting, place.folder()?, adapter.as_ref(), &mut loading)?)?;
             Ok(counting.launches())
         })?;
@@ -170,6 +174,7 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Option<Rehearsal
         precision,
         quantization: None,
         trains: &|_| false,
+        resting: None,
         progress: &mut |done, total| ui.event(Event::loaded(done, total)),
     };
     load(&gpu, folder, adapter.as_ref(), &mut loading)

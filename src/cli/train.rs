@@ -1,6 +1,9 @@
 //! `wgpu-llava train`: resolves the config, trains, evaluates, reports.
 
-use std::{env, time::SystemTime};
+use std::{
+    env,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use super::{
     args::{GlobalArgs, TrainArgs},
@@ -9,10 +12,10 @@ use super::{
 };
 use crate::{
     data::{Template, Version},
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     eval,
     gpu::{Gpu, Launches},
-    hosts::Alone,
+    hosts::Hosts,
     train::{
         check,
         config::{RunConfig, Source},
@@ -26,36 +29,70 @@ use crate::{
     },
 };
 
-pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
-    let working_dir =
-        env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
-    let mut config = resolve::run_config(args, global, &working_dir, SystemTime::now())?;
+/// `tell` says what went wrong and gives the exit code for it.
+pub fn run(args: &TrainArgs, global: &GlobalArgs, tell: &dyn Fn(Error) -> u8) -> Result<()> {
     let mut ui = Ui::new(global.quiet, global.verbose);
     if args.dry_run {
-        return dry_run(config, &mut ui);
+        return dry_run(config(args, global, SystemTime::now())?, &mut ui);
     }
-    let hosts = hosts::open(&mut ui)?;
-    if hosts.count() > 1 {
-        return Err(Error::usage("training on several hosts is not built yet"));
+    let mut hosts = hosts::open(&mut ui)?;
+    // The first host speaks for all, unless something goes wrong.
+    let mut ui = Ui::new(global.quiet || hosts.rank() > 0, global.verbose);
+    match train(args, global, &mut *hosts, &mut ui) {
+        Ok(()) => hosts.finish(),
+        Err(error) if hosts.count() == 1 => Err(error),
+        // A checkpoint is saved, and every host knows.
+        Err(error) if error.kind == ErrorKind::Interrupted => {
+            hosts.finish()?;
+            if hosts.rank() == 0 { Err(error) } else { std::process::exit(i32::from(errors::exit_code(error.kind))) }
+        }
+        Err(error) => {
+            let message = format!("rank {} on {}: {}", hosts.rank(), hosts.name(), error.message);
+            let code = tell(Error { message, ..error });
+            hosts.abort(code);
+            std::process::exit(i32::from(code));
+        }
     }
-    hub::localize(&mut config, &mut ui)?;
-    let gpus = super::open_devices(global, &config.devices, &mut ui)?;
+}
+
+fn config(args: &TrainArgs, global: &GlobalArgs, now: SystemTime) -> Result<RunConfig> {
+    let working_dir =
+        env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
+    resolve::run_config(args, global, &working_dir, now)
+}
+
+/// The first host's clock: a new run's folder is named by it.
+fn now(hosts: &mut dyn Hosts) -> Result<SystemTime> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut told = since.as_secs().to_le_bytes().to_vec();
+    hosts.broadcast(0, &mut told)?;
+    let seconds = told.as_chunks().0.first().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    Ok(UNIX_EPOCH + Duration::from_secs(seconds))
+}
+
+fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut Ui) -> Result<()> {
+    let mut config = config(args, global, now(hosts)?)?;
+    hub::localize(&mut config, ui)?;
+    let gpus = super::open_devices(global, &config.devices, ui)?;
     let gpu = gpus[0].clone();
     if args.resume && !config.output_dir.join(CONFIG_FILE).exists() {
         ui.line(&format!("  nothing to go on with in {}: starting from the beginning", shown(&config.output_dir)));
     }
-    tuning::prepare(&gpu, args.tune.tune, &mut ui, || {
+    tuning::prepare(&gpu, args.tune.tune, ui, || {
         let mut launches = Launches::default();
-        for stage in estimate(&config.stages, gpu.facts())? {
+        for stage in estimate(&config.stages, gpu.facts(), gpus.len())? {
             launches.add_questions(&stage.launches);
         }
         Ok(launches)
     })?;
     let stop = interrupt::install()?;
     let devices = Devices { gpus, checked: !args.force, slow: None };
-    let outcome = run::train(&config, args.resume, &devices, &mut Alone, stop, &mut ui)?;
+    let outcome = run::train(&config, args.resume, &devices, hosts, stop, ui)?;
     drop(devices);
-    let results = evaluate(&config, &outcome, &gpu, &mut ui)?;
+    if hosts.rank() > 0 {
+        return Ok(());
+    }
+    let results = evaluate(&config, &outcome, &gpu, ui)?;
     let path = config.output_dir.join("report.html");
     report::write_report(&path, &report_data(&config, &outcome, &gpu, results)?)?;
     ui.line(&format!("report: {}", shown(&path)));

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{config::LlamaConfig, names, rotary};
+use super::{config::LlamaConfig, names, rotary, streaming::Streaming};
 use crate::{
     autograd::{Checkpoints, Var, checkpoint, functions},
     error::Result,
@@ -24,6 +24,7 @@ pub struct Llama {
     lm_head: Id,
     rope_table: Mutex<Option<Tensor>>,
     checkpoints: Checkpoints,
+    streaming: Option<Arc<Streaming>>,
 }
 
 #[derive(Clone)]
@@ -203,7 +204,16 @@ impl Llama {
         let config = config.clone();
         let layers = Arc::new(layers);
         let checkpoints = Checkpoints::default();
-        Ok(Self { config, embed_tokens, layers, norm, lm_head, rope_table: Mutex::default(), checkpoints })
+        Ok(Self {
+            config,
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
+            rope_table: Mutex::default(),
+            checkpoints,
+            streaming: None,
+        })
     }
 
     pub fn config(&self) -> &LlamaConfig {
@@ -223,6 +233,15 @@ impl Llama {
 
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         Arc::make_mut(&mut self.layers).as_mut_slice()
+    }
+
+    /// Layers that take turns on the device.
+    pub fn set_streaming(&mut self, streaming: Option<Streaming>) {
+        self.streaming = streaming.map(Arc::new);
+    }
+
+    pub fn streaming(&self) -> Option<&Streaming> {
+        self.streaming.as_deref()
     }
 
     /// What the layers keep for their backward from now on.
@@ -252,7 +271,13 @@ impl Llama {
         let mut x = embeddings;
         for index in 0..self.layers.len() {
             forward.tape.milestone(index);
+            if let Some(streaming) = &self.streaming {
+                streaming.bring(index, Some(index + 1));
+            }
             x = self.decoder_layer(forward, index, x, places);
+            if let Some(streaming) = self.streaming.clone() {
+                forward.tape.on_return(move || streaming.bring(index, index.checked_sub(1)));
+            }
         }
         forward.tape.milestone(self.layers.len());
         norm(forward, self.norm, &x, self.shape())

@@ -9,6 +9,7 @@ use super::{
     loading::{Loader, Loading},
     names,
     projector::Projector,
+    streaming::{Arriving, Streaming},
 };
 use crate::{
     autograd::{Checkpoints, Tape, Var, functions},
@@ -41,7 +42,13 @@ impl Llava {
     /// Reads a complete model to the device, as its checkpoint has it.
     pub fn load(gpu: &Gpu, folder: &ModelFolder) -> Result<Self> {
         let complete = &mut |name: &str, _: &[usize]| Err(Error::data(format!("{} lacks {name}", folder.name())));
-        let mut loading = Loading { precision: None, quantization: None, trains: &|_| false, progress: &mut |_, _| () };
+        let mut loading = Loading {
+            precision: None,
+            quantization: None,
+            trains: &|_| false,
+            resting: None,
+            progress: &mut |_, _| (),
+        };
         Self::load_with(gpu, folder, folder.config().clone(), false, complete, &mut loading)
     }
 
@@ -60,21 +67,26 @@ impl Llava {
         let shapes = config.llava().map(names::projector_tensors).unwrap_or_default();
         let wanted = names::expected_tensors(&config).into_iter().map(|(name, _)| name);
         let wanted = wanted.filter(|name| !(replace && name.starts_with(names::PROJECTOR)));
+        let mut arriving = loading.resting.map(Arriving::new);
         let mut loader = Loader::new(gpu, folder, wanted, loading)?;
         let mut load = |name: &str| {
             let tensor = match shapes.iter().find(|(known, _)| known == name) {
                 Some((_, shape)) if replace || !folder.has(name) => loader.fresh(&projector(name, shape)?),
-                _ => loader.stored(name)?,
+                _ => match arriving.as_mut().filter(|_| !loader.trains(name)) {
+                    Some(arriving) => arriving.take(name, || loader.stored(name))?,
+                    None => loader.stored(name)?,
+                },
             };
             Ok(parameters.insert(name, tensor))
         };
-        let language = Llama::new(config.text(), &mut load)?;
+        let mut language = Llama::new(config.text(), &mut load)?;
         let (mut vision, mut part) = (None, None);
         if let Some(llava) = config.llava() {
             let select = llava.vision_feature_select_strategy;
             vision = Some(ClipVision::new(&llava.vision_config, llava.vision_layers_used(), select, &mut load)?);
             part = Some(Projector::new(llava, &mut load)?);
         }
+        language.set_streaming(arriving.map(Arriving::finish));
         Ok(Self { parameters, language, vision, projector: part, gpu: gpu.clone(), config })
     }
 
@@ -84,6 +96,11 @@ impl Llava {
         if let Some(vision) = &mut self.vision {
             vision.set_checkpoints(checkpoints);
         }
+    }
+
+    /// Bytes of the layers that take turns on the device, all of them; 0 where none do.
+    pub fn streamed_bytes(&self) -> u64 {
+        self.language.streaming().map_or(0, Streaming::bytes)
     }
 
     pub fn gpu(&self) -> &Gpu {

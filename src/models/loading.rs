@@ -1,6 +1,6 @@
 //! Weights from a model folder to the device, in pieces: the host never holds a whole tensor.
 
-use super::names;
+use super::{names, streaming::Resting};
 use crate::{
     error::Result,
     formats::{HostTensor, model_folder::ModelFolder, safetensors, stored::StoredTensor},
@@ -21,6 +21,8 @@ pub struct Loading<'a> {
     pub quantization: Option<Quantization>,
     /// Canonical names of what will train: f32.
     pub trains: &'a dyn Fn(&str) -> bool,
+    /// Where the frozen layers of the decoder rest, and take turns on the device.
+    pub resting: Option<&'a Resting>,
     /// Bytes of the checkpoint that are on the device, and all of them.
     pub progress: &'a mut dyn FnMut(u64, u64),
 }
@@ -99,6 +101,11 @@ impl<'a, 'b> Loader<'a, 'b> {
             total += bytes(&folder.stored(&name)?);
         }
         Ok(Self { gpu, folder, loading, done: 0, total })
+    }
+
+    /// Whether a tensor of this name trains.
+    pub fn trains(&self, name: &str) -> bool {
+        (self.loading.trains)(name)
     }
 
     /// A tensor of the folder.

@@ -20,3 +20,4 @@ pub mod open;
 pub mod projector;
 pub mod released;
 pub mod rotary;
+pub mod streaming;

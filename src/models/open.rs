@@ -56,7 +56,13 @@ pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opene
         gpu,
         folder,
         adapter.as_ref(),
-        &mut Loading { precision: None, quantization: None, trains: &|_| false, progress: &mut |_, _| () },
+        &mut Loading {
+            precision: None,
+            quantization: None,
+            trains: &|_| false,
+            resting: None,
+            progress: &mut |_, _| (),
+        },
     )
 }
 

@@ -311,6 +311,17 @@ fn to_host(gpu: &Gpu, _: Clock) -> Result<Option<(f64, &'static str)>> {
     Ok(Some(((4 * x.len()) as f64 / seconds, "as results go")))
 }
 
+/// Bytes a second to the host, and to the device.
+///
+/// # Errors
+/// Whatever fails on the device.
+pub fn links(gpu: &Gpu) -> Result<(f64, f64)> {
+    let rate = |found: Option<(f64, &str)>| found.map_or(f64::INFINITY, |(rate, _)| rate);
+    let links = (rate(to_host(gpu, Clock::Host)?), rate(to_device(gpu, Clock::Host)?));
+    gpu.trim();
+    Ok(links)
+}
+
 /// Longer than the overhead of a submission, by far.
 const LONG_PRODUCT: f64 = 0.1;
 const LARGEST: usize = 4096;

@@ -83,6 +83,34 @@ impl Tensor {
         Self::quantized(kind, shape, words(elements.div_ceil(8)), scales)
     }
 
+    /// The parts of the device's memory that hold the content: a tensor that is not quantised by itself, or codes and
+    /// what differs of their factors.
+    pub fn contents(&self) -> Vec<Self> {
+        match self.scales() {
+            None => vec![self.clone()],
+            Some(Scales::Plain(absmax)) => vec![self.words(), absmax.clone()],
+            Some(Scales::Nested { codes, absmax, .. }) => vec![self.words(), codes.clone(), absmax.clone()],
+        }
+    }
+
+    /// What is added to nested factors; 0 where there are none.
+    pub fn factors_offset(&self) -> f32 {
+        if let Some(Scales::Nested { offset, .. }) = self.scales() { *offset } else { 0.0 }
+    }
+
+    /// The same memory, with another offset of nested factors.
+    pub fn with_factors_offset(self, offset: f32) -> Self {
+        let Some(Scales::Nested { codes, absmax, map, .. }) = self.scales().cloned() else { return self };
+        let scales = Some(std::sync::Arc::new(Scales::Nested { codes, absmax, map, offset }));
+        Self { scales, ..self }
+    }
+
+    /// Whether both are of one type and shape, so that one may have the other's content.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let sizes = |tensor: &Self| tensor.contents().iter().map(|part| (part.dtype, part.len())).collect::<Vec<_>>();
+        self.dtype == other.dtype && self.shape == other.shape && sizes(self) == sizes(other)
+    }
+
     /// As [`Tensor::quantized`], from bytes of the host.
     pub fn from_codes(gpu: &Gpu, kind: QuantType, shape: &[usize], codes: &[u8], factors: &Factors) -> Self {
         Self::quantized(kind, shape, bytes(gpu, codes), Scales::new(gpu, factors))

@@ -83,7 +83,7 @@ fn rehearse(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, gpu: &Gpu) 
     };
     let prepared = Prepared::of(stage, ModelFolder::random(config, stored, stage.seed)?)?;
     let made_up = Steps::of_length(sizes.sequences, sizes.length, config);
-    let estimate = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts())?;
+    let estimate = estimate::simulate(stage, &prepared, true, &made_up, gpu.facts(), 1)?;
     Ok((prepared, made_up, estimate))
 }
 
@@ -103,7 +103,7 @@ pub fn steps(
     gpu.compile_ahead(estimate.launches);
     observer.event(Event::Note(&format!("expected: {:.2} GB of device memory", estimated as f64 / 1e9)));
     let begun = Instant::now();
-    let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, observer)?, 1, Sharing::ALONE)?;
+    let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, None, observer)?, 1, Sharing::ALONE)?;
     let pictures = PictureStore::made_up(stepper.model(), made_up.pictures, !stage.unfreeze_mm_vision_tower)?;
     gpu.sync()?;
     let loading_seconds = begun.elapsed().as_secs_f64();

@@ -32,6 +32,7 @@ use crate::{
         llava::Llava,
         loading::Loading,
         names, open,
+        streaming::Resting,
     },
 };
 
@@ -246,11 +247,18 @@ impl Prepared {
         Ok(dataset)
     }
 
-    /// Brings the weights to the device; what is new (projector, adapter) gets its first values.
+    /// Brings the weights to the device; what is new (projector, adapter) gets its first values. The decoder's layers go
+    /// to rest in `resting`, where it is given.
     ///
     /// # Errors
     /// An adapter that does not fit; whatever fails on the device.
-    pub fn load(&self, stage: &StageConfig, gpu: &Gpu, observer: &mut dyn Observer) -> Result<Start> {
+    pub fn load(
+        &self,
+        stage: &StageConfig,
+        gpu: &Gpu,
+        resting: Option<&Resting>,
+        observer: &mut dyn Observer,
+    ) -> Result<Start> {
         let _weights = gpu.account(Account::Weights);
         let Self { folder, config, projector: given, adapter: read } = self;
         let named = config.clone();
@@ -267,6 +275,7 @@ impl Prepared {
                 let packed = stage.stochastic_rounding && read.is_none();
                 !packed && trainable::trains(stage, name).is_some()
             },
+            resting,
             progress: &mut |done, total| observer.event(Event::loaded(done, total)),
         };
         let mut model = Llava::load_with(gpu, folder, config.clone(), given.is_some(), &mut projector, &mut loading)?;
@@ -278,6 +287,10 @@ impl Prepared {
         let adapter = match (stage.method.trains_adapter(), read) {
             (true, Some(read)) => Some(read.clone()),
             (true, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
+            (_, Some(_)) if resting.is_some() => {
+                return Err(Error::usage("zero_stage = 3 cannot fold an adapter into layers that take turns")
+                    .hint("merge the adapter into its model first (wgpu-llava merge), or use zero_stage = 2"));
+            }
             (_, Some(read)) => {
                 let parts = ["weight", "bias"];
                 changed.extend(read.modules.keys().flat_map(|module| parts.map(|part| format!("{module}.{part}"))));

@@ -35,7 +35,7 @@ use crate::{
     formats::{HostTensor, hf_write, safetensors::Dtype},
     hosts::{Alike, Digest, Hosts, same_on_all},
     hub::id_or_path,
-    models::{adapter, batch::PackedBatch, names},
+    models::{adapter, batch::PackedBatch, names, streaming::Resting},
 };
 
 /// A stage's result, for the report.
@@ -94,15 +94,27 @@ impl<'a> Trainer<'a> {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
             for gpu in &devices.gpus {
                 if let Some(memory) = devices.memory_of(gpu) {
-                    gpu.compile_ahead(estimate::check(stage, &prepared, &steps, gpu.facts(), memory)?);
+                    gpu.compile_ahead(estimate::check(
+                        stage,
+                        &prepared,
+                        &steps,
+                        gpu.facts(),
+                        (memory, standing.total),
+                    )?);
                 }
             }
         }
         let micro_batches = plan.micro_batches();
+        let resting = (stage.zero_stage == 3).then(Resting::default);
         let sharing = Team::sharing(stage, prepared.config(), standing, devices.gpus.len());
         let mut steppers = Vec::new();
         for (gpu, sharing) in devices.gpus.iter().zip(sharing) {
-            steppers.push(Stepper::new(stage, prepared.load(stage, gpu, observer)?, micro_batches, sharing)?);
+            steppers.push(Stepper::new(
+                stage,
+                prepared.load(stage, gpu, resting.as_ref(), observer)?,
+                micro_batches,
+                sharing,
+            )?);
         }
         let mut team = Team::new(stage, steppers, standing, devices.slow, hosts)?;
         let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));

@@ -183,7 +183,6 @@ pub fn find(name: &str) -> Option<&'static Key> {
 pub fn not_built(key: &Key, value: &Value) -> Option<&'static str> {
     let instead = match key.name {
         "bits" if value.as_integer() != Some(4) => "use 4",
-        "zero_stage" if value.as_integer() == Some(3) => "use 2",
         _ => return None,
     };
     Some(instead)

@@ -205,13 +205,18 @@ fn every_group_has_the_learning_rate_that_is_not_told_otherwise() {
 
 #[test]
 fn what_is_known_but_not_built_says_so() {
-    for setting in ["bits=8", "bits=5", "zero_stage=3"] {
+    for setting in ["bits=8", "bits=5"] {
         let message = message(MINIMAL, &[setting]);
         assert!(message.contains("not built yet"), "{message}");
     }
     let built =
         ["bits=4", "use_dora=true", "optim=adamw", "gradient_checkpointing=none", "zero_stage=2", "offload=true"];
     resolve(MINIMAL, &built).unwrap();
+    let layers = message(MINIMAL, &["method=full", "zero_stage=3"]);
+    assert!(layers.contains("zero_stage = 3 is not built yet"), "{layers}");
+    for set in [["optim=adamw_8bit", "offload=true"], ["method=full", "zero_stage=3"]] {
+        assert!(resolve(MINIMAL, &set).is_err(), "{set:?}");
+    }
     for mode in ["selective", "full", "offload"] {
         resolve(MINIMAL, &[&format!("gradient_checkpointing={mode}")]).unwrap();
     }

@@ -55,6 +55,19 @@ fn changes(stage: &StageConfig) -> Vec<Change> {
             Box::new(|stage| stage.gradient_checkpointing = GradientCheckpointing::Offload),
         ));
     }
+    if stage.zero_stage < 2 {
+        // Of no use to one device: passed over then.
+        list.push(("zero_stage = 2".into(), Box::new(|stage| stage.zero_stage = 2)));
+    }
+    if !stage.offload && !stage.stochastic_rounding {
+        list.push((
+            "offload = true with optim = \"adamw\"".into(),
+            Box::new(|stage| (stage.offload, stage.optim) = (true, Optim::AdamW)),
+        ));
+    }
+    if stage.zero_stage < 3 && stage.method != Method::Full && !stage.use_dora {
+        list.push(("zero_stage = 3".into(), Box::new(|stage| stage.zero_stage = 3)));
+    }
     if stage.method == Method::Full {
         list.push(("method = \"lora\"".into(), Box::new(|stage| stage.method = Method::Lora)));
     }
@@ -80,12 +93,17 @@ fn changes(stage: &StageConfig) -> Vec<Change> {
     list
 }
 
-/// The first changes, one on top of the other, until the last of the stages fits into `memory` bytes; those that gain
+/// The first changes, one on top of the other, until the last of the stages fits into `memory` bytes of each of so many devices; those that gain
 /// less than a hundredth are passed over.
 ///
 /// # Errors
 /// As [`super::estimate`].
-pub fn advise(stages: &[StageConfig], needed: u64, facts: &AdapterFacts, memory: u64) -> Result<Vec<Advice>> {
+pub fn advise(
+    stages: &[StageConfig],
+    needed: u64,
+    facts: &AdapterFacts,
+    (memory, devices): (u64, usize),
+) -> Result<Vec<Advice>> {
     let mut stages = stages.to_vec();
     let Some(stage) = stages.last().cloned() else { return Ok(Vec::new()) };
     let (mut advice, mut bytes) = (Vec::new(), needed);
@@ -96,7 +114,7 @@ pub fn advise(stages: &[StageConfig], needed: u64, facts: &AdapterFacts, memory:
         let stage = stage.clone();
         let known = open_last(&changed)?;
         let steps = Steps::of(&stage, &known.prepared, known.found)?;
-        let needed = simulate(&stage, &known.prepared, known.found, &steps, facts)?.bytes();
+        let needed = simulate(&stage, &known.prepared, known.found, &steps, facts, devices)?.bytes();
         if needed > bytes - bytes / 100 {
             continue;
         }

@@ -3,27 +3,30 @@
 
 mod advice;
 mod batches;
+mod traffic;
 
 use std::path::PathBuf;
 
 pub use advice::{Advice, advise};
 pub use batches::{Batch, Steps};
+pub use traffic::{Rates, StepTime, Traffic};
 
 use super::{
     config::{GradientCheckpointing, Method, ProjectorType as WantedProjector, Source, StageConfig},
     events::Silent,
-    optimizer::{Sharing, Updates},
+    optimizer::Updates,
     pictures::PictureStore,
     start::{self, Prepared},
     step::Step,
     stepper::Stepper,
+    team::{Standing, Team},
 };
 use crate::{
     data::ImageSource,
     error::{Error, ErrorKind, Result},
     formats::{model_folder::ModelFolder, safetensors::Dtype},
     gpu::{AdapterFacts, Gpu, Holdings, Launches, STAGING_BYTES},
-    models::released,
+    models::{released, streaming::Resting},
 };
 
 /// What one stage needs.
@@ -43,6 +46,12 @@ pub struct Estimate {
     pub peak: Holdings,
     /// Of the host's memory that the device sees: what goes to it and comes back passes through.
     pub staging: u64,
+    /// Of the host's memory, for all of its devices together: moments and masters under `offload`, layers at rest under
+    /// `zero_stage = 3`, and gradients that meet.
+    pub host: u64,
+    /// What moves in a step.
+    pub traffic: Traffic,
+    pub devices: usize,
     /// Of a step of such micro-batches, recomputation included.
     pub flops: u64,
     /// The kernels of the start and of the steps.
@@ -107,23 +116,23 @@ fn open_last(stages: &[StageConfig]) -> Result<Known> {
     before.ok_or_else(|| Error::usage("the config has no stage"))
 }
 
-/// What every stage needs, on a device like that of `facts`.
+/// What every stage needs, on each of so many devices like that of `facts`.
 ///
 /// # Errors
 /// As [`Prepared::open`], and where the data is there, as [`Prepared::dataset`].
-pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts) -> Result<Vec<Estimate>> {
+pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts, devices: usize) -> Result<Vec<Estimate>> {
     let mut before: Option<Known> = None;
     let mut estimates = Vec::new();
     for stage in stages {
         let known = open(stage, before.take())?;
         let steps = Steps::of(stage, &known.prepared, known.found)?;
-        estimates.push(simulate(stage, &known.prepared, known.found, &steps, facts)?);
+        estimates.push(simulate(stage, &known.prepared, known.found, &steps, facts, devices)?);
         before = Some(known);
     }
     Ok(estimates)
 }
 
-/// Refuses a stage that needs more than `memory` bytes; the kernels of one that does not.
+/// Refuses a stage that needs more than `memory` bytes of one of so many devices; the kernels of one that does not.
 ///
 /// # Errors
 /// `Memory`, with the first changes that would make it fit.
@@ -132,9 +141,9 @@ pub fn check(
     prepared: &Prepared,
     steps: &Steps,
     facts: &AdapterFacts,
-    memory: u64,
+    (memory, devices): (u64, usize),
 ) -> Result<Launches> {
-    let estimate = simulate(stage, prepared, true, steps, facts)?;
+    let estimate = simulate(stage, prepared, true, steps, facts, devices)?;
     let needed = estimate.bytes();
     if needed <= memory {
         return Ok(estimate.launches);
@@ -152,7 +161,8 @@ pub fn check(
     let mut error = Error::new(ErrorKind::Memory, message);
     // What a stage starts from that another leaves is not opened a second time.
     if stage.model_name_or_path.is_some() {
-        for (index, advice) in advise(std::slice::from_ref(stage), needed, facts, memory)?.iter().enumerate() {
+        for (index, advice) in advise(std::slice::from_ref(stage), needed, facts, (memory, devices))?.iter().enumerate()
+        {
             let and = if index == 0 { "" } else { "and " };
             error = error.hint(format!("{and}{}: {}", advice.change, gigabytes(advice.bytes)));
         }
@@ -160,7 +170,7 @@ pub fn check(
     Err(error.hint("`wgpu-llava estimate` tells what the memory is for; --force starts it all the same"))
 }
 
-/// Runs a stage's start and some of its steps on a device that only counts.
+/// Runs a stage's start and some of its steps on a device that only counts: the first of so many.
 ///
 /// # Errors
 /// A config with which nothing trains.
@@ -170,10 +180,14 @@ pub(super) fn simulate(
     found: bool,
     steps: &Steps,
     facts: &AdapterFacts,
+    devices: usize,
 ) -> Result<Estimate> {
     let gpu = Gpu::counting(facts.clone());
     let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(1).max(stage.gradient_accumulation_steps);
-    let mut stepper = Stepper::new(stage, prepared.load(stage, &gpu, &mut Silent)?, micro_batches, Sharing::ALONE)?;
+    let sharing = Team::sharing(stage, prepared.config(), Standing { first: 0, total: devices }, 1)[0];
+    let resting = (stage.zero_stage == 3).then(Resting::default);
+    let mut stepper =
+        Stepper::new(stage, prepared.load(stage, &gpu, resting.as_ref(), &mut Silent)?, micro_batches, sharing)?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
     let (mut flops, mut updates) = (0, Updates::default());
     for batches in &steps.steps {
@@ -183,6 +197,8 @@ pub(super) fn simulate(
         stepper.step(stage, &step, &pictures, &mut updates, None)?;
         flops = flops.max(gpu.flops() - before);
     }
+    let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(0);
+    let traffic = Traffic::of(stage, &stepper, micro_batches);
     Ok(Estimate {
         title: stage.title().to_owned(),
         method: stage.method,
@@ -191,10 +207,16 @@ pub(super) fn simulate(
         parameters: stepper.model().parameters.elements() as u64,
         trainable: stepper.optimizer.elements() as u64,
         batch: steps.largest,
-        micro_batches: steps.steps.iter().map(Vec::len).max().unwrap_or(0),
+        micro_batches,
         peak: gpu.peak(),
         // Uploads of weights have theirs before anything else is there.
-        staging: if stage.gradient_checkpointing == GradientCheckpointing::Offload { 2 * STAGING_BYTES } else { 0 },
+        staging: match (&resting, stage.gradient_checkpointing) {
+            (None, checkpointing) if sharing.is_alone() && checkpointing != GradientCheckpointing::Offload => 0,
+            _ => 2 * STAGING_BYTES,
+        },
+        host: traffic.host_bytes(&sharing),
+        traffic,
+        devices,
         flops,
         launches: gpu.launches(),
     })

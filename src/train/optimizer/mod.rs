@@ -155,6 +155,12 @@ impl Optimizer {
         self.shards.iter().map(Shard::elements).sum()
     }
 
+    /// Bytes of what trains, as the model reads it.
+    pub fn weight_bytes(&self) -> u64 {
+        let bytes = |part: &Tensor| (part.len() * part.dtype().bytes()) as u64;
+        self.weights_of(None).iter().map(bytes).sum()
+    }
+
     pub fn sharing(&self) -> &Sharing {
         &self.sharing
     }

@@ -17,7 +17,7 @@ use std::{
     thread,
 };
 
-pub use exchange::SlowLink;
+pub use exchange::{SlowLink, adding_rate};
 pub use member::DeviceTimes;
 pub use shares::Shares;
 
