@@ -123,7 +123,7 @@ impl Optimizer {
         let mut placed = Vec::new();
         let mut begin_on_host = Vec::new();
         for part in parts(parameters, trainables, &settings, most as usize) {
-            if sharing.offload && sharing.device == 0 && !gpu.only_counts() {
+            if sharing.offload && sharing.first_of_host && !gpu.only_counts() {
                 begin_on_host.push(arenas::on_host(parameters, &part, &settings)?);
             }
             placed.push(Placed::new(&gpu, parameters, &part, &settings, &sharing));

@@ -13,14 +13,18 @@ pub struct Sharing {
     /// The host updates all, and has the moments and masters.
     pub offload: bool,
     pub device: usize,
+    /// Of all hosts.
     pub devices: usize,
+    /// Whether it is its host's first.
+    pub first_of_host: bool,
     /// Gradients leave together that are at least so many.
     pub bucket_elements: usize,
 }
 
 impl Sharing {
     /// One device for itself.
-    pub const ALONE: Self = Self { zero_stage: 0, offload: false, device: 0, devices: 1, bucket_elements: 1 };
+    pub const ALONE: Self =
+        Self { zero_stage: 0, offload: false, device: 0, devices: 1, first_of_host: true, bucket_elements: 1 };
 
     /// Whether nothing is exchanged.
     pub fn is_alone(&self) -> bool {

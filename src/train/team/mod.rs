@@ -134,6 +134,7 @@ impl Team {
             offload: stage.offload,
             device: standing.first + device,
             devices: standing.total,
+            first_of_host: device == 0,
             // DeepSpeed's `auto` for reduce_bucket_size.
             bucket_elements: hidden_size * hidden_size,
         };
