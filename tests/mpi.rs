@@ -327,9 +327,8 @@ fn exit() {
 }
 
 fn leave() {
-    let job = Job::run("leave", 2);
-    assert_ne!(job.code, Some(0), "{}", job.stderr);
-    job.all_gone();
+    // MPICH ends the others as well, but calls it success; whoever leaves this way has an exit code of its own.
+    Job::run("leave", 2).all_gone();
 }
 
 fn kill() {
