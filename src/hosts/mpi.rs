@@ -29,11 +29,14 @@ use crate::error::{Error, Result};
 /// Bytes that go in one call of MPI, whose counts are 32-bit. Two pieces are copied and carried at a time.
 const PIECE: usize = 16 << 20;
 
-/// Waiting for slower ranks: for so long without a break, because they are usually near, ...
+/// Waiting is without a break for so long, because the others are usually near, ...
 const EAGER: Duration = Duration::from_micros(200);
-/// ... then with breaks of a sixteenth of the time waited so far, within these bounds. MPI itself would keep a core busy
-/// all the while, which here may be the one that a software adapter computes on.
-const BREAKS: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(1)];
+/// ... then with breaks of a sixteenth of the time waited so far, within bounds: these while bytes are under way, which
+/// only calls of MPI move (on two busy cores this moves no fewer than MPI's own waiting) ...
+const BREAK: Duration = Duration::from_micros(20);
+/// ... and up to this for slower ranks. MPI itself would keep a core busy all the while, which here may be the one that
+/// a software adapter computes on.
+const LONG_BREAK: Duration = Duration::from_millis(1);
 
 /// How long the launcher has to end this process after it was asked to.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -253,30 +256,22 @@ fn speak(orders: &Receiver<Order>, tell: &Sender<Met>) {
     mem::forget(speaker.universe);
 }
 
+/// Waits until a call of MPI is done.
+fn complete<'a, D: ?Sized>(longest_break: Duration, mut request: Request<'a, D, impl Scope<'a>>) {
+    let start = Instant::now();
+    while let Err(unfinished) = request.test() {
+        request = unfinished;
+        match start.elapsed() {
+            waited if waited < EAGER => thread::yield_now(),
+            waited => thread::sleep((waited / 16).clamp(BREAK, longest_break)),
+        }
+    }
+}
+
 impl Speaker {
-    /// Waits for slower ranks.
-    fn await_others<'a, D: ?Sized>(&self, mut request: Request<'a, D, impl Scope<'a>>) {
-        let start = Instant::now();
-        while let Err(unfinished) = request.test() {
-            request = unfinished;
-            match start.elapsed() {
-                waited if waited < EAGER => thread::yield_now(),
-                waited => thread::sleep((waited / 16).clamp(BREAKS[0], BREAKS[1])),
-            }
-        }
-    }
-
-    /// Waits for bytes that are under way: without breaks, because it is these calls that move them.
-    fn carry<'a, D: ?Sized>(&self, mut request: Request<'a, D, impl Scope<'a>>) {
-        while let Err(unfinished) = request.test() {
-            request = unfinished;
-            thread::yield_now();
-        }
-    }
-
     fn meet(&mut self, mine: [u64; 2]) -> Vec<u64> {
         let mut said = vec![0; 2 * self.count];
-        scope(|scope| self.await_others(self.world.immediate_all_gather_into(scope, &mine[..], &mut said[..])));
+        scope(|scope| complete(LONG_BREAK, self.world.immediate_all_gather_into(scope, &mine[..], &mut said[..])));
         said
     }
 
@@ -289,14 +284,14 @@ impl Speaker {
     fn add_up(&mut self, piece: &mut [f32]) {
         let mut received = mem::take(&mut self.received);
         received.resize(piece.len(), 0.0);
-        scope(|scope| self.carry(self.world.immediate_all_to_all_into(scope, &*piece, &mut received[..])));
+        scope(|scope| complete(BREAK, self.world.immediate_all_to_all_into(scope, &*piece, &mut received[..])));
         let (sum, others) = received.split_at_mut(piece.len() / self.count);
         for other in others.chunks_exact(sum.len().max(1)) {
             for (sum, value) in sum.iter_mut().zip(other) {
                 *sum += value;
             }
         }
-        scope(|scope| self.carry(self.world.immediate_all_gather_into(scope, &*sum, piece)));
+        scope(|scope| complete(BREAK, self.world.immediate_all_gather_into(scope, &*sum, piece)));
         self.received = received;
     }
 
@@ -312,7 +307,7 @@ impl Speaker {
             let mine = &mine[start.min(mine.len())..][..part(mine.len())];
             let mut received = vec![0_u8; counts.iter().sum::<c_int>() as usize];
             let mut parts = PartitionMut::new(&mut received[..], &counts[..], &places[..]);
-            scope(|scope| self.carry(self.world.immediate_all_gather_varcount_into(scope, mine, &mut parts)));
+            scope(|scope| complete(BREAK, self.world.immediate_all_gather_varcount_into(scope, mine, &mut parts)));
             for (all, (&place, &count)) in all.iter_mut().zip(places.iter().zip(&counts)) {
                 all.extend_from_slice(&received[place as usize..][..count as usize]);
             }
@@ -327,7 +322,7 @@ impl Speaker {
         }
         let root = self.world.process_at_rank(from as c_int);
         for part in bytes.chunks_mut(PIECE) {
-            scope(|scope| self.carry(root.immediate_broadcast_into(scope, part)));
+            scope(|scope| complete(BREAK, root.immediate_broadcast_into(scope, part)));
         }
     }
 }
