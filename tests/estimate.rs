@@ -77,6 +77,38 @@ fn a_run_holds_what_was_estimated() {
     }
 }
 
+/// What each of several devices holds, and that sharding and offload let it hold less.
+#[test]
+fn devices_hold_what_was_estimated_and_less_with_every_stage() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    // Shared: moments of full fine-tuning, gradients, and the layers of a base that does not train.
+    for (method, layouts) in [
+        ("full", &["zero_stage=0", "zero_stage=1", "zero_stage=2"][..]),
+        ("full", &["zero_stage=0", "offload=true"][..]),
+        ("lora", &["zero_stage=2", "zero_stage=3"][..]),
+    ] {
+        let mut before = u64::MAX;
+        for layout in layouts {
+            let set = settings(method, &[layout, "devices=[0, 0, 0]"], "full");
+            let estimated = estimate(&config, &set, &[]);
+            let stage = &estimated["stages"][0];
+            let out = dir.path().join(format!("{method}-{layout}"));
+            let mut arguments = vec!["train".to_owned(), config.clone(), "--quiet".to_owned()];
+            arguments.extend(set.iter().cloned());
+            arguments.extend(["--output-dir".to_owned(), out.display().to_string()]);
+            run(&arguments);
+            let held = read_lines(&out.join("metrics.jsonl")).last().unwrap()["device_bytes"].as_u64().unwrap();
+            let told = stage["device_bytes"].as_u64().unwrap();
+            let ratio = held as f64 / told as f64;
+            println!("{method:9} {layout:14} {told:>11} estimated, {held:>11} held: {ratio:.4}");
+            assert!((0.95..1.05).contains(&ratio), "{method} {layout}: {told} estimated, {held} held");
+            assert!(told < before, "{method} {layout}: {told} bytes, {before} without");
+            before = told;
+        }
+    }
+}
+
 /// What weights pass on their way to the device, which a device that only counts does not read.
 const OF_LOADING: [&str; 3] = ["cast.", "nf4.quantize.", "nf4.factors"];
 
