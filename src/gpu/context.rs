@@ -1,5 +1,6 @@
 //! A device and its stream of recorded work.
 
+mod failures;
 mod transfer;
 
 use std::{
@@ -24,8 +25,11 @@ use super::{
     pace::{self, Pace},
     staging::Staging,
     timing::Marks,
+    waiting,
 };
-use crate::error::{Error, ErrorKind, Result};
+use failures::Failures;
+
+use crate::error::{Error, Result};
 
 /// Bind groups kept before the cache starts afresh.
 const MAX_BIND_GROUPS: usize = 8192;
@@ -64,7 +68,7 @@ struct Inner {
     /// As `staging`.
     downloads: Mutex<Downloads>,
     stream: Mutex<Stream>,
-    failure: Arc<Mutex<Option<String>>>,
+    failures: Failures,
     flops: AtomicU64,
     /// What a device that only counts was asked to launch.
     launches: Mutex<Launches>,
@@ -132,34 +136,21 @@ impl Gpu {
             Err(error) => return Err(Error::device(format!("{} refuses to open", facts.name)).caused_by(error)),
         };
 
-        let failure: Arc<Mutex<Option<String>>> = Arc::default();
-        let note = |failure: &Arc<Mutex<Option<String>>>| {
-            let failure = failure.clone();
-            move |text: String| {
-                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(text);
-            }
-        };
-        let on_error = note(&failure);
-        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| on_error(error.to_string())));
-        let on_loss = note(&failure);
-        device.set_device_lost_callback(move |reason, message| {
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                on_loss(format!("the device was lost: {message}"));
-            }
-        });
+        let failures = Failures::default();
+        failures.listen(&device);
 
         let subgroups = features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;
         let kernels = Arc::new(Kernels::new(&device, features.contains(wgpu::Features::IMMEDIATES), subgroups));
         let capture = options.capture.clone().map(|folder| Capture::new(folder, subgroups));
         let stream = Stream { profile: options.profile.then(HashMap::new), ..Default::default() };
         let device = Device { device, queue, kernels, ahead: Mutex::default(), capture };
-        Ok(Self::with(Some(device), facts, options.max_binding, stream, failure))
+        Ok(Self::with(Some(device), facts, options.max_binding, stream, failures))
     }
 
     /// A device like that of `facts` that only counts: buffers hold nothing, writes and dispatches are forgotten, and
     /// what is read back is zeros. What a run would need can be known before there is anything to run it on.
     pub fn counting(facts: AdapterFacts) -> Self {
-        Self::with(None, facts, None, Stream::default(), Arc::default())
+        Self::with(None, facts, None, Stream::default(), Failures::default())
     }
 
     fn with(
@@ -167,7 +158,7 @@ impl Gpu {
         facts: AdapterFacts,
         max_binding: Option<u64>,
         stream: Stream,
-        failure: Arc<Mutex<Option<String>>>,
+        failures: Failures,
     ) -> Self {
         let largest = facts.limits.max_storage_buffer_binding_size.min(facts.limits.max_buffer_size);
         let inner = Inner {
@@ -178,7 +169,7 @@ impl Gpu {
             staging: Mutex::default(),
             downloads: Mutex::default(),
             stream: Mutex::new(stream),
-            failure,
+            failures,
             flops: AtomicU64::new(0),
             launches: Mutex::default(),
         };
@@ -340,7 +331,8 @@ impl Gpu {
             let stream = &mut *self.stream();
             stream.bind_groups.retain(|key, _| !key.iter().any(|(id, ..)| gone.contains(id)));
             self.submit(stream);
-            let _ = device.poll(wgpu::PollType::wait_indefinitely());
+            // Whether the device lives is told elsewhere.
+            let _ = waiting::until_done(device, None, &|| self.is_lost());
         })
     }
 
@@ -367,10 +359,6 @@ impl Gpu {
 
     fn downloads(&self) -> MutexGuard<'_, Downloads> {
         self.inner.downloads.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn failure(&self) -> MutexGuard<'_, Option<String>> {
-        self.inner.failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Records one dispatch of the kernel variant `name` over `groups` workgroups; `params` are its `Params`,
@@ -403,6 +391,7 @@ impl Gpu {
         params: &[u32],
         groups: [u32; 3],
     ) {
+        self.count_down();
         let uniforms: Vec<bool> = bindings.iter().map(|binding| binding.uniform).collect();
         let layout = kernels.layout(device, &uniforms);
         let pipeline = kernels.pipeline(device, name, &layout);
@@ -450,7 +439,7 @@ impl Gpu {
         if stream.profile.is_some() {
             let begun = Instant::now();
             self.submit(stream);
-            let _ = device.poll(wgpu::PollType::wait_indefinitely());
+            let _ = waiting::until_done(device, None, &|| self.is_lost());
             if let Some(profile) = &mut stream.profile {
                 let entry = profile.entry(name.to_string()).or_default();
                 *entry = (entry.0 + 1, entry.1 + begun.elapsed().as_secs_f64());
@@ -506,45 +495,10 @@ impl Gpu {
         if !self.is_cpu() {
             queue.on_submitted_work_done(done);
         }
-        // Lets wgpu free what finished work held; it never waits.
-        let _ = device.poll(wgpu::PollType::Poll);
+        if !self.is_lost() {
+            let _ = waiting::look(device);
+        }
         Some(submission)
-    }
-
-    /// Submits what is recorded and waits until the device has done it.
-    ///
-    /// # Errors
-    /// As [`Gpu::read`].
-    pub fn sync(&self) -> Result<()> {
-        self.submit(&mut self.stream());
-        self.wait()
-    }
-
-    /// What has failed on the device so far, as far as it is known without waiting.
-    ///
-    /// # Errors
-    /// As [`Gpu::read`].
-    pub fn check(&self) -> Result<()> {
-        self.failure().clone().map_or(Ok(()), |text| Err(self.device_error(text)))
-    }
-
-    fn wait(&self) -> Result<()> {
-        let poll = |device: &Device| device.device.poll(wgpu::PollType::wait_indefinitely());
-        let polled = self.inner.device.as_ref().map(poll);
-        self.check()?;
-        match polled {
-            Some(Err(error)) => Err(self.device_error(error.to_string())),
-            _ => Ok(()),
-        }
-    }
-
-    fn device_error(&self, text: String) -> Error {
-        let name = &self.inner.facts.name;
-        if text.to_lowercase().contains("memory") || text.contains("limit") {
-            Error::new(ErrorKind::Memory, format!("{name} has not enough memory")).caused_by(text)
-        } else {
-            Error::device(format!("{name} failed")).caused_by(text)
-        }
     }
 }
 

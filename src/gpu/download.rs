@@ -4,14 +4,13 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
-    time::Duration,
 };
+
+use super::waiting;
 
 /// Bytes of one buffer between device and host.
 pub(super) const SLOT_BYTES: usize = 16 << 20;
 const SLOTS: usize = 3;
-/// How long one wait lasts before it is asked whether the device still lives.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The host's copy of a part of a buffer, once it is there.
 pub struct Download {
@@ -105,18 +104,7 @@ impl Downloads {
     /// Waits for the oldest buffer and empties it.
     fn land(&mut self, device: &wgpu::Device, failed: &dyn Fn() -> bool) -> Result<(), String> {
         let slot = self.moving.pop_front().ok_or("a download was never sent")?;
-        let result = loop {
-            if let Ok(result) = slot.mapped.try_recv() {
-                break result;
-            }
-            let wait =
-                wgpu::PollType::Wait { submission_index: Some(slot.submission.clone()), timeout: Some(PATIENCE) };
-            match device.poll(wait) {
-                Ok(_) | Err(wgpu::PollError::Timeout) if !failed() => {}
-                Ok(_) | Err(wgpu::PollError::Timeout) => return Err("the device failed during a download".into()),
-                Err(error) => return Err(error.to_string()),
-            }
-        };
+        let result = waiting::answer(device, Some(&slot.submission), &slot.mapped, failed)?;
         result.map_err(|error| format!("memory of the host cannot be mapped: {error}"))?;
         {
             let range = slot.buffer.slice(..slot.size as u64).get_mapped_range().map_err(|error| error.to_string())?;

@@ -28,7 +28,8 @@ impl Arriving {
     /// Puts `bytes` at a byte offset, both multiples of 4; the same place never twice.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         match &mut self.place {
-            Some(place) => place.write(offset as usize, bytes),
+            // The memory goes when the device is lost, and no earlier.
+            Some(place) => self.gpu.while_alive(|| place.write(offset as usize, bytes)),
             None => self.gpu.write(&self.buffer, offset, bytes),
         }
     }

@@ -5,7 +5,7 @@
 //! at the next [`Gpu::read`] or [`Gpu::sync`].
 //!
 //! Read first: `context.rs` (recording), then `kernel.rs` (pipelines), `ahead.rs` (the same, early), `staging.rs` (large writes),
-//! `in_place.rs` (writes without it), `pace.rs` (how much at a time), `download.rs` (what goes to the host and comes back),
+//! `in_place.rs` (writes without it), `pace.rs` (how much at a time), `waiting.rs` (and lost devices), `download.rs` (what goes to the host and comes back),
 //! `timing.rs` (how long it takes), `choices.rs` (which kernels won), `wgsl.rs` (the preprocessor).
 
 mod account;
@@ -21,6 +21,7 @@ mod kernel;
 mod pace;
 mod staging;
 mod timing;
+mod waiting;
 pub mod wgsl;
 
 pub use account::{Account, Holdings};

@@ -3,6 +3,8 @@
 
 use std::{collections::VecDeque, sync::mpsc};
 
+use super::waiting;
+
 /// Bytes of one staging buffer.
 pub(super) const SLOT_BYTES: usize = 16 << 20;
 const SLOTS: usize = 3;
@@ -22,18 +24,13 @@ struct Slot {
 }
 
 impl Staging {
-    /// A mapped buffer of [`SLOT_BYTES`]; waits where all are still being read.
-    pub fn take(&mut self, device: &wgpu::Device) -> Result<wgpu::Buffer, String> {
+    /// A mapped buffer of [`SLOT_BYTES`]; waits where all are still being read, unless the device is `lost`.
+    pub fn take(&mut self, device: &wgpu::Device, lost: &dyn Fn() -> bool) -> Result<wgpu::Buffer, String> {
         let mapped_again = match self.slots.front() {
             Some(slot) => match slot.mapped.try_recv() {
                 Ok(result) => Some(result),
                 Err(_) if self.slots.len() < SLOTS => None,
-                Err(_) => {
-                    let submission_index = Some(slot.submission.clone());
-                    let wait = wgpu::PollType::Wait { submission_index, timeout: None };
-                    device.poll(wait).map_err(|error| error.to_string())?;
-                    Some(slot.mapped.recv().map_err(|_| "the device never gave staging memory back".to_string())?)
-                }
+                Err(_) => Some(waiting::answer(device, Some(&slot.submission), &slot.mapped, lost)?),
             },
             None => None,
         };

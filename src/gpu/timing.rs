@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use super::Gpu;
+use super::{Gpu, waiting};
 use crate::error::Result;
 
 /// Passes whose bounds are kept. More of them, and the host's clock counts.
@@ -76,7 +76,7 @@ impl Marks {
     }
 
     /// Seconds from the first to the last mark; none where these cannot be times.
-    fn read(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> Option<f64> {
+    fn read(&self, device: &wgpu::Device, queue: &wgpu::Queue, lost: &dyn Fn() -> bool) -> Option<f64> {
         let marks = 2 * self.passes;
         if self.passes == 0 || self.passes > PASSES {
             return None;
@@ -92,7 +92,7 @@ impl Marks {
         encoder.copy_buffer_to_buffer(&resolved, 0, &staging, 0, staging.size());
         queue.submit([encoder.finish()]);
         staging.slice(..).map_async(wgpu::MapMode::Read, |_| ());
-        device.poll(wgpu::PollType::wait_indefinitely()).ok()?;
+        waiting::until_done(device, None, lost).ok()?;
         let range = staging.slice(..).get_mapped_range().ok()?;
         let times: Vec<u64> = range
             .chunks_exact(8)
@@ -163,7 +163,8 @@ impl Gpu {
         let done = self.sync();
         let host = begun.elapsed().as_secs_f64();
         let mut device = None;
-        self.swap_marks(|_, _| None).inspect(|marks| device = self.with_device(|raw, queue| marks.read(raw, queue)));
+        self.swap_marks(|_, _| None)
+            .inspect(|marks| device = self.with_device(|raw, queue| marks.read(raw, queue, &|| self.is_lost())));
         done?;
         Ok(Elapsed { device: device.filter(|&seconds| seconds <= host + SLACK), host })
     }

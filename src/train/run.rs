@@ -27,7 +27,8 @@ pub struct RunOutcome {
 /// fit into the devices' memory is not begun.
 ///
 /// # Errors
-/// `Memory` for such a stage, with what would make it fit; `Interrupted` when `stop` was set: the hint says how to go on.
+/// `Memory` for such a stage, with what would make it fit; `Device` for a device that is lost; `Interrupted` when `stop`
+/// was set: the hint says how to go on.
 pub fn train(
     run: &RunConfig,
     resume: bool,
@@ -55,6 +56,7 @@ pub fn train(
             let checkpoint = start.checkpoint.as_ref().filter(|_| index == start.stage);
             let checkpoint = checkpoint.map(|(_, path)| path.as_path());
             let trainer = Trainer::new(stage, before.as_ref(), checkpoint, devices, hosts, observer);
+            let trainer = trainer.map_err(|error| devices.named(error));
             let trainer = trainer.inspect_err(|_| remove_if_untouched(run, hosts))?;
             // From here on the folder holds a run.
             if hosts.rank() == 0 {
@@ -62,7 +64,7 @@ pub fn train(
             }
             observer.event(Event::StageStart(&trainer.header()));
             let trained = trainer.run(stop, hosts, observer);
-            outcome = Some(trained.map_err(|error| how_to_go_on(error, run))?);
+            outcome = Some(trained.map_err(|error| how_to_go_on(devices.named(error), run))?);
             devices.gpus.iter().for_each(Gpu::trim);
         } else {
             observer.event(Event::Note(&format!("stage {} was finished before", stage.title())));

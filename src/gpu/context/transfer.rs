@@ -10,6 +10,7 @@ use crate::{
         download::{self, Download},
         pace,
         staging::{SLOT_BYTES, Staging},
+        waiting,
     },
 };
 
@@ -53,7 +54,7 @@ impl Gpu {
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), String> {
-        let buffer = staging.take(device)?;
+        let buffer = staging.take(device, &|| self.is_lost())?;
         self.fill(&buffer, bytes);
         buffer.unmap();
         let stream = &mut *self.stream();
@@ -104,7 +105,7 @@ impl Gpu {
         let mut part = parts.next();
         for start in (0..total).step_by(download::SLOT_BYTES) {
             let piece = (total - start).min(download::SLOT_BYTES);
-            let slot = match downloads.buffer(device, &|| self.failure().is_some()) {
+            let slot = match downloads.buffer(device, &|| self.has_failed()) {
                 Ok(slot) => slot,
                 Err(error) => {
                     self.failure().get_or_insert(error);
@@ -129,7 +130,7 @@ impl Gpu {
     /// The bytes of a download, waited for if need be. After a failure, which is told as everywhere, they are zeros.
     pub fn downloaded(&self, download: Download) -> Vec<u8> {
         if let Some(Device { device, .. }) = &self.inner.device
-            && let Err(error) = self.downloads().finish(device, &download, &|| self.failure().is_some())
+            && let Err(error) = self.downloads().finish(device, &download, &|| self.has_failed())
         {
             self.failure().get_or_insert(error);
         }
@@ -161,9 +162,8 @@ impl Gpu {
             let _ = sender.send(result);
         });
         self.wait()?;
-        receiver
-            .recv()
-            .map_err(|_| self.device_error("the device never answered a read".into()))?
+        waiting::answer(device, None, &receiver, &|| self.is_lost())
+            .map_err(|error| self.device_error(error))?
             .map_err(|error| self.device_error(error.to_string()))?;
         let range = staging.slice(..).get_mapped_range().map_err(|error| self.device_error(error.to_string()))?;
         let mut bytes = range.to_vec();

@@ -186,13 +186,15 @@ impl Optimizer {
         Downloading::of(&self.gpu, &self.buckets[bucket].spans.iter().filter_map(part).collect::<Vec<_>>())
     }
 
-    /// Takes what is updated here out of a bucket's sum.
-    pub fn take_sum(&self, bucket: usize, mut values: &[f32]) {
+    /// Takes what is updated here out of a bucket's sum: how many elements.
+    pub fn take_sum(&self, bucket: usize, mut values: &[f32]) -> usize {
+        let mut taken = 0;
         for span in &self.buckets[bucket].spans {
             let (these, rest) = values.split_at(span.count);
-            self.shards[span.shard].take_sum(span.first, these);
+            taken += self.shards[span.shard].take_sum(span.first, these);
             values = rest;
         }
+        taken
     }
 
     /// The weights that this device updates, as [`Optimizer::write_weights`] takes them.

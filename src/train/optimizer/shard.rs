@@ -133,12 +133,14 @@ impl Shard {
         }
     }
 
-    /// Puts the owned ones of gradients that were added up elsewhere, from `first` on, into their place.
-    pub fn take_sum(&self, first: usize, values: &[f32]) {
+    /// Puts the owned ones of gradients that were added up elsewhere, from `first` on, into their place. Gives how
+    /// many these are.
+    pub fn take_sum(&self, first: usize, values: &[f32]) -> usize {
         let owned = clamp(first..first + values.len(), &self.owned);
         if !owned.is_empty() {
             self.owned_gradient(owned.start, owned.len()).write(&values[owned.start - first..owned.end - first]);
         }
+        owned.len()
     }
 
     fn owned_gradient(&self, first: usize, count: usize) -> Tensor {

@@ -199,10 +199,7 @@ impl Moving {
 
     fn receive(&mut self, optimizer: &Optimizer, got: Got) {
         match got {
-            Got::Sum { bucket, values } => {
-                optimizer.take_sum(bucket, &values);
-                self.bytes += values.len() as u64 * 4;
-            }
+            Got::Sum { bucket, values } => self.bytes += optimizer.take_sum(bucket, &values) as u64 * 4,
             Got::SquareSum(sum) => self.square_sum = Some(sum),
             Got::Weights { owner, bytes } => {
                 optimizer.write_weights(owner, &bytes);

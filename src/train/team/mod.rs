@@ -36,7 +36,7 @@ use super::{
     stepper::{Stepper, settings},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     gpu::Gpu,
     hosts::Hosts,
     models::{config::ModelConfig, llava::Llava},
@@ -62,6 +62,18 @@ impl Devices {
     pub fn memory_of(&self, gpu: &Gpu) -> Option<u64> {
         let sharing = self.gpus.iter().filter(|other| gpu.is_cpu() && other.is_cpu()).count();
         Some(gpu.available_memory()? / sharing.max(1) as u64)
+    }
+
+    /// Says which of several devices an error is of, where it is a device's.
+    pub fn named(&self, error: Error) -> Error {
+        let of_a_device = matches!(error.kind, ErrorKind::Device | ErrorKind::Memory) && self.gpus.len() > 1;
+        match self.gpus.iter().position(|gpu| gpu.check().is_err()).filter(|_| of_a_device) {
+            Some(at) => {
+                let message = format!("device {} of {}: {}", at + 1, self.gpus.len(), error.message);
+                Error { message, ..error }
+            }
+            None => error,
+        }
     }
 }
 
@@ -220,7 +232,7 @@ impl Team {
     /// One step; as [`Stepper::step`].
     ///
     /// # Errors
-    /// As there, with the device that failed.
+    /// As there.
     pub fn step(
         &mut self,
         stage: &StageConfig,
@@ -329,19 +341,15 @@ impl Team {
     ) -> Result<(Vec<T>, f64)> {
         let count = self.members.len();
         let (mut given, mut failure) = (Vec::new(), None);
-        for (device, result) in results.into_iter().enumerate() {
+        for result in results {
             match result {
                 Ok(one) => given.push(one),
                 Err(Stopped::ByOthers) => {}
-                Err(Stopped::Failed(error)) => failure = failure.or(Some((device, error))),
+                Err(Stopped::Failed(error)) => failure = failure.or(Some(error)),
             }
         }
         match (failure, square_sum) {
-            (Some((device, error)), _) if count > 1 => {
-                let message = format!("device {} of {count}: {}", device + 1, error.message);
-                Err(Error { message, ..error })
-            }
-            (Some((_, error)), _) | (None, Err(Broken::Hosts(error))) => Err(error),
+            (Some(error), _) | (None, Err(Broken::Hosts(error))) => Err(error),
             (None, Ok(square_sum)) if given.len() == count => Ok((given, square_sum)),
             (None, _) => Err(Error::failed("a device ended a step before its time")),
         }

@@ -1,0 +1,243 @@
+//! Devices that are lost and processes that are killed, at random moments of runs on several devices: the run ends at once
+//! and says which device it was, its last checkpoint is whole, and from there it comes to the bytes of a run that nothing
+//! disturbed.
+
+mod common;
+#[path = "common/team.rs"]
+mod team;
+
+use std::{
+    fs,
+    path::Path,
+    process::Stdio,
+    sync::{atomic::AtomicBool, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{program, read_json, stderr};
+use team::{Layout, Outcome, Run, gpus};
+use wgpu_llava::{
+    error::{Error, ErrorKind},
+    formats::safetensors::Checkpoint,
+    gpu::{AdapterOptions, Gpu},
+    hosts::Alone,
+    ops::Random,
+    train::{events::Silent, run::train, team::Devices},
+};
+
+/// Within this time everybody must have noticed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is trained, and on what.
+const RUNS: [(&str, Layout); 6] = [
+    (LORA, Layout::new(2, 0)),
+    (FULL, Layout::new(3, 2)),
+    (LORA, Layout::new(2, 1)),
+    (FULL, Layout::offload(2, 0)),
+    (FULL, Layout::new(2, 2)),
+    (LORA, Layout::offload(3, 2)),
+];
+const LORA: &str = "method = \"lora\"\nr = 2\nlora_dropout = 0.1\nsave_steps = 2";
+const FULL: &str = "method = \"full\"\nprecision = \"bfloat16\"\nsave_steps = 3";
+
+fn open(count: usize) -> Vec<Gpu> {
+    (0..count).map(|_| Gpu::open(&AdapterOptions::default()).unwrap()).collect()
+}
+
+fn run_in(settings: &str, out: &Path) -> Run {
+    Run { resume: true, ..Run::new("mha_untied_linear", settings, 6, out) }
+}
+
+/// Trains in a thread of its own, so that one that hangs is no test that hangs.
+fn train_within(run: &Run, gpus: Vec<Gpu>, layout: Layout, patience: Duration) -> Result<(), Error> {
+    let config = run.config(layout).unwrap();
+    let (send, done) = mpsc::channel();
+    thread::spawn(move || {
+        let devices = Devices { gpus, checked: false, slow: None };
+        send.send(train(&config, true, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).map(drop))
+    });
+    done.recv_timeout(patience).expect("a run that hangs")
+}
+
+/// Every checkpoint there is can be read, and nothing has the name of one that is none.
+fn assert_whole_checkpoints(out: &Path) -> usize {
+    let Ok(entries) = fs::read_dir(out) else { return 0 };
+    let mut found = 0;
+    for path in entries.map(|entry| entry.unwrap().path()) {
+        if path.file_name().unwrap().to_string_lossy().starts_with("checkpoint-") {
+            let state = read_json(&path.join("trainer_state.json"));
+            assert!(state["step"].as_u64().is_some(), "{}", path.display());
+            let tensors = Checkpoint::open(&path.join("state.safetensors")).unwrap();
+            assert!(tensors.names().count() > 10, "{}", path.display());
+            found += 1;
+        }
+    }
+    found
+}
+
+/// How devices are lost.
+enum Loss {
+    /// Instead of a dispatch.
+    At(u64),
+    /// By another thread, whatever is going on.
+    After(Duration),
+}
+
+/// Loses one of the devices on the way. Gives whether the run has ended by it.
+fn lose_one(run: &Run, layout: Layout, victim: usize, loss: &Loss) -> bool {
+    let gpus = open(layout.devices);
+    let name = gpus[victim].facts().name.clone();
+    let gpu = gpus[victim].clone();
+    let begun = Instant::now();
+    match *loss {
+        Loss::At(dispatches) => gpu.lose_after(dispatches),
+        Loss::After(time) => drop(thread::spawn(move || {
+            thread::sleep(time);
+            gpu.lose();
+        })),
+    }
+    let Err(error) = train_within(run, gpus, layout, PATIENCE) else { return false };
+    let seconds = begun.elapsed().as_secs_f64();
+    assert_eq!(error.kind, ErrorKind::Device, "{error:?}");
+    let told = format!("device {} of {}: {name} was lost", victim + 1, layout.devices);
+    assert_eq!(error.message, told);
+    let checkpoints = assert_whole_checkpoints(&run.out);
+    println!("  {told}, after {seconds:.1} s; {checkpoints} checkpoints");
+    true
+}
+
+/// Dispatches of a device in a whole run.
+fn dispatches(run: &Run, layout: Layout) -> u64 {
+    const MANY: u64 = 1 << 40;
+    let gpus = gpus(layout.devices);
+    gpus[0].lose_after(MANY);
+    run.train_on(&gpus, layout, &mut Silent).unwrap();
+    let left = gpus[0].until_loss();
+    gpus[0].lose_after(u64::MAX - 1);
+    MANY - left
+}
+
+fn lose_devices(faults: usize, seed: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = Random::new(seed);
+    let mut draw = |below: u64| u64::from(random.indices(1, below as usize)[0]);
+    let mut lost = 0;
+    for (number, (settings, layout)) in RUNS.into_iter().cycle().enumerate() {
+        let wanted = (faults - lost).min(faults.div_ceil(RUNS.len()));
+        if wanted == 0 {
+            break;
+        }
+        let whole = run_in(settings, &folder.path().join(format!("whole-{number}")));
+        let begun = Instant::now();
+        let all = dispatches(&whole, layout);
+        let milliseconds = begun.elapsed().as_millis() as u64;
+        let undisturbed = Outcome::read(&whole.out);
+        println!("{layout:?}: {all} dispatches of each device in {milliseconds} ms");
+        let run = run_in(settings, &folder.path().join(format!("lost-{number}")));
+        for _ in 0..wanted {
+            let victim = draw(layout.devices as u64) as usize;
+            let by_clock = draw(3) == 0;
+            let loss = match by_clock {
+                true => Loss::After(Duration::from_millis(draw(milliseconds))),
+                false => Loss::At(draw(all)),
+            };
+            lost += usize::from(lose_one(&run, layout, victim, &loss));
+            if run.out.join("finished.json").exists() {
+                break;
+            }
+        }
+        let healthy = gpus(layout.devices)[..layout.devices].to_vec();
+        train_within(&run, healthy, layout, Duration::from_secs(300)).unwrap();
+        Outcome::read(&run.out).assert_same(&undisturbed, &format!("{layout:?}"));
+    }
+    println!("{lost} devices lost");
+}
+
+fn command(run: &Run, layout: Layout, file: &Path) -> std::process::Command {
+    fs::write(file, &run.text).unwrap();
+    let set = [
+        format!("devices=[{}]", vec!["0"; layout.devices].join(",")),
+        format!("gradient_accumulation_steps={}", run.micro_batches / layout.devices),
+        format!("zero_stage={}", layout.zero_stage),
+        format!("offload={}", layout.offload),
+    ];
+    let mut command = program(["train", "--resume", "--quiet"]);
+    command.arg(file).arg("--output-dir").arg(&run.out).stderr(Stdio::piped());
+    for set in &set {
+        command.args(["--set", set]);
+    }
+    command
+}
+
+fn kill_processes(kills: usize, seed: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("run.toml");
+    let mut random = Random::new(seed);
+    let mut killed = 0;
+    for (number, (settings, layout)) in RUNS.into_iter().cycle().enumerate() {
+        let wanted = (kills - killed).min(kills.div_ceil(RUNS.len()));
+        if wanted == 0 {
+            break;
+        }
+        let whole = run_in(settings, &folder.path().join(format!("whole-{number}")));
+        let begun = Instant::now();
+        let output = command(&whole, layout, &file).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        let milliseconds = begun.elapsed().as_millis() as usize;
+        let undisturbed = Outcome::read(&whole.out);
+        let run = run_in(settings, &folder.path().join(format!("killed-{number}")));
+        let mut ended = false;
+        for _ in 0..wanted {
+            let mut child = command(&run, layout, &file).spawn().unwrap();
+            let time = Duration::from_millis(random.indices(1, milliseconds)[0].into());
+            thread::sleep(time);
+            ended = child.try_wait().unwrap().is_some();
+            if ended {
+                break;
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            killed += 1;
+            let checkpoints = assert_whole_checkpoints(&run.out);
+            println!("  {layout:?} killed after {:.1} s; {checkpoints} checkpoints", time.as_secs_f64());
+        }
+        if !ended {
+            let output = command(&run, layout, &file).output().unwrap();
+            assert!(output.status.success(), "{}", stderr(&output));
+        }
+        Outcome::read(&run.out).assert_same(&undisturbed, &format!("{layout:?}"));
+    }
+    println!("{killed} processes killed");
+}
+
+#[test]
+fn a_lost_device_ends_the_run_which_goes_on_to_the_same_bytes() {
+    lose_devices(8, 1);
+}
+
+#[test]
+fn a_killed_process_goes_on_to_the_same_bytes() {
+    kill_processes(4, 2);
+}
+
+/// A device for itself: nobody has to be told which.
+#[test]
+fn a_lost_device_is_told_where_it_is_the_only_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = run_in(LORA, &folder.path().join("run"));
+    let gpu = open(1).remove(0);
+    gpu.lose_after(500);
+    let error = train_within(&run, vec![gpu.clone()], Layout::ONE, PATIENCE).unwrap_err();
+    assert_eq!((error.kind, &error.message), (ErrorKind::Device, &format!("{} was lost", gpu.facts().name)));
+    // It stays so, whatever is asked of it.
+    let error = train_within(&run, vec![gpu], Layout::ONE, PATIENCE).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Device);
+}
+
+#[test]
+#[ignore = "minutes; what is above is a part of it"]
+fn thirty_faults_at_random_moments() {
+    lose_devices(20, 3);
+    kill_processes(10, 4);
+}
