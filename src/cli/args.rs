@@ -153,9 +153,15 @@ pub struct EstimateArgs {
     /// Of the card to ask about, such as 24GB [default: what this device has free]
     #[arg(long, value_name = "BYTES", value_parser = memory)]
     pub memory: Option<u64>,
-    /// How many such cards, on one host [default: as many as the config's `devices`]
+    /// How many such cards, of all hosts [default: as many as the config's `devices`]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub devices: Option<u16>,
+    /// How many hosts have them
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub hosts: u16,
+    /// What goes between hosts, each way, GB/s
+    #[arg(long, value_name = "NUMBER", default_value_t = 1.0, value_parser = above_zero)]
+    pub network: f64,
     /// What products reach on the card to ask about, TFLOP/s [default: measured on this device]
     #[arg(long, value_name = "NUMBER", value_parser = above_zero)]
     pub tflops: Option<f64>,

@@ -29,7 +29,8 @@ pub fn run(args: &DevicesArgs, global: &GlobalArgs) -> Result<()> {
         let lines = lines.map_err(|error| Error::failed("cannot write the adapters as JSON").caused_by(error))?;
         return report::print_data(&lines);
     }
-    report::print_data(&adapters.iter().map(describe).collect::<String>())
+    let several = "`train` on several: devices = [0, 1] in the config; an adapter may be named more than once\n";
+    report::print_data(&(adapters.iter().map(describe).collect::<String>() + several))
 }
 
 fn describe(adapter: &AdapterFacts) -> String {

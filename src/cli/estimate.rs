@@ -14,7 +14,7 @@ use crate::{
     ops::roof,
     train::{
         config::{RunConfig, StageConfig},
-        estimate::{Advice, Estimate, Rates, StepTime, advise, estimate},
+        estimate::{Advice, Cluster, Estimate, Rates, StepTime, advise, estimate},
         report::{duration, grouped},
         team::adding_rate,
     },
@@ -30,7 +30,11 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
     let memory = args.memory.or(gpu.as_ref().and_then(Gpu::available_memory));
     let devices = args.devices.map_or(config.devices.len().max(1), usize::from);
     let estimates = estimate(&config.stages, &facts, devices)?;
-    let rates = rates(args, gpu.as_ref())?;
+    if devices % usize::from(args.hosts) > 0 {
+        return Err(Error::usage(format!("{devices} devices do not divide by --hosts {}", args.hosts))
+            .hint("--devices counts those of all hosts, each of which has equally many"));
+    }
+    let rates = rates(args, gpu.as_ref(), devices)?;
     let mut rows = Vec::new();
     for (index, estimate) in estimates.iter().enumerate() {
         let stages = &config.stages[..=index];
@@ -41,10 +45,10 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
         rows.push(Row { stage: &config.stages[index], estimate, advice });
     }
     let device = gpu.as_ref().map(|gpu| gpu.facts().name.as_str());
-    let context = Context { device, memory, rates };
+    let context = Context { device, memory, rates, hosts: args.hosts.into() };
     if args.json {
         let stages: Vec<Value> = rows.iter().map(|row| row.json(&context)).collect();
-        let data = json!({"device": device, "memory": memory, "devices": devices,
+        let data = json!({"device": device, "memory": memory, "devices": devices, "hosts": args.hosts,
             "flops_per_second": rates.map(|rates| rates.flops), "stages": stages});
         return report::print_data(&format!("{data}\n"));
     }
@@ -52,10 +56,11 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
 }
 
 /// How fast the machine is that is asked about: as said, else as this one was measured.
-fn rates(args: &EstimateArgs, gpu: Option<&Gpu>) -> Result<Option<Rates>> {
+fn rates(args: &EstimateArgs, gpu: Option<&Gpu>, devices: usize) -> Result<Option<Rates>> {
     let flops = match (args.tflops, gpu) {
         (Some(tflops), _) => tflops * 1e12,
-        (None, Some(gpu)) => roof::products(gpu)?,
+        // Devices that are the processor itself share it.
+        (None, Some(gpu)) => roof::products(gpu)? / if gpu.is_cpu() { devices as f64 } else { 1.0 },
         (None, None) => return Ok(None),
     };
     let (down, up) = match (args.link, gpu) {
@@ -63,7 +68,7 @@ fn rates(args: &EstimateArgs, gpu: Option<&Gpu>) -> Result<Option<Rates>> {
         (None, Some(gpu)) => roof::links(gpu)?,
         (None, None) => return Ok(None),
     };
-    Ok(Some(Rates { flops, down, up, adding: adding_rate() }))
+    Ok(Some(Rates { flops, down, up, adding: adding_rate(), network: args.network * 1e9 }))
 }
 
 /// The adapter that the run would take; none where there is none, since memory can be told without.
@@ -86,6 +91,7 @@ struct Context<'a> {
     device: Option<&'a str>,
     memory: Option<u64>,
     rates: Option<Rates>,
+    hosts: usize,
 }
 
 struct Row<'a> {
@@ -107,8 +113,9 @@ impl Row<'_> {
     fn time(&self, context: &Context<'_>) -> Option<StepTime> {
         let Estimate { traffic, devices, .. } = self.estimate;
         let passing = self.stage.zero_stage >= 2 && *devices > 1;
+        let cluster = Cluster { devices: *devices, hosts: context.hosts, passing };
         let micro_batches = self.stage.gradient_accumulation_steps as f64;
-        context.rates.map(|rates| traffic.step_time(self.flops(), micro_batches, *devices, passing, &rates))
+        context.rates.map(|rates| traffic.step_time(self.flops(), micro_batches, cluster, &rates))
     }
 
     /// Of a whole step on each device: the one that was counted may have fewer micro-batches.

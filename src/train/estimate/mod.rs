@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 pub use advice::{Advice, advise};
 pub use batches::{Batch, Steps};
-pub use traffic::{Rates, StepTime, Traffic};
+pub use traffic::{Cluster, Rates, StepTime, Traffic};
 
 use super::{
     config::{GradientCheckpointing, Method, ProjectorType as WantedProjector, Source, StageConfig},

@@ -38,6 +38,18 @@ pub struct Rates {
     pub up: f64,
     /// Bytes of gradients that the host adds up in a second, of all devices together.
     pub adding: f64,
+    /// Bytes a second from a host to others, each way.
+    pub network: f64,
+}
+
+/// Where a step is computed.
+#[derive(Clone, Copy, Debug)]
+pub struct Cluster {
+    /// Of all hosts.
+    pub devices: usize,
+    pub hosts: usize,
+    /// Whether gradients leave after every micro-batch.
+    pub passing: bool,
 }
 
 /// The parts of a step, in seconds. What hides behind the computation is in none.
@@ -94,19 +106,24 @@ impl Traffic {
         offloaded + sums + self.resting
     }
 
-    /// How long a step takes on each of so many devices of one host, whose part of it are `flops` in so many
-    /// micro-batches.
-    pub fn step_time(&self, flops: f64, micro_batches: f64, devices: usize, passing: bool, rates: &Rates) -> StepTime {
+    /// How long a step takes whose part for each device are `flops` in so many micro-batches.
+    pub fn step_time(&self, flops: f64, micro_batches: f64, cluster: Cluster, rates: &Rates) -> StepTime {
         let compute = flops / rates.flops;
-        let seconds = |bytes: u64, rate: f64| bytes as f64 / rate;
-        let added = seconds(self.gradients_down, rates.adding) * devices as f64;
-        // Links work side by side with each other and with the host, which works for all devices.
-        let gradients = seconds(self.gradients_down, rates.down).max(added) + seconds(self.sums_up, rates.up);
+        let seconds = |bytes: f64, rate: f64| bytes / rate;
+        let rounds = if cluster.passing { micro_batches.max(1.0) } else { 1.0 };
+        let down = self.gradients_down as f64;
+        // Links work side by side with each other and with the host, which works for all of its devices.
+        let added = seconds(down, rates.adding) * (cluster.devices as f64 / cluster.hosts as f64);
+        // A slice of the sum to every other host, and the added slices back.
+        let between = 2.0 * (down / rounds) * (1.0 - 1.0 / cluster.hosts as f64) / rates.network;
+        let gradients =
+            seconds(down, rates.down).max(added).max(between) + seconds(self.sums_up as f64, rates.up);
         let one = compute / micro_batches.max(1.0);
         // Gradients that pass leave from every backward, and hide behind the next forward too.
-        let hiding = if passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
-        let waiting = (gradients - hiding).max(0.0) + (seconds(self.layers_up, rates.up) - compute).max(0.0);
-        let weights = seconds(self.weights_down, rates.down) + seconds(self.weights_up, rates.up);
+        let hiding = if cluster.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
+        let waiting = (gradients - hiding).max(0.0) + (seconds(self.layers_up as f64, rates.up) - compute).max(0.0);
+        let others = if cluster.hosts > 1 { seconds(self.weights_up as f64, rates.network) } else { 0.0 };
+        let weights = seconds(self.weights_down as f64, rates.down) + seconds(self.weights_up as f64, rates.up) + others;
         StepTime { compute, waiting, weights }
     }
 }
@@ -115,23 +132,32 @@ impl Traffic {
 mod tests {
     use super::*;
 
-    const RATES: Rates = Rates { flops: 10.0, down: 2.0, up: 2.0, adding: 1000.0 };
+    const RATES: Rates = Rates { flops: 10.0, down: 2.0, up: 2.0, adding: 1000.0, network: 1.0 };
+    const TWO: Cluster = Cluster { devices: 2, hosts: 1, passing: false };
 
     #[test]
     fn gradients_hide_behind_the_backward() {
         let traffic = Traffic { gradients_down: 4, sums_up: 4, ..Traffic::default() };
         // 9 s of computation in three micro-batches: the last backward takes 2 s, the gradients 4.
-        let time = traffic.step_time(90.0, 3.0, 2, false, &RATES);
+        let time = traffic.step_time(90.0, 3.0, TWO, &RATES);
         assert!((time.compute - 9.0).abs() < 1e-9 && (time.waiting - 2.0).abs() < 1e-9, "{time:?}");
-        let passing = traffic.step_time(90.0, 3.0, 2, true, &RATES);
+        let passing = traffic.step_time(90.0, 3.0, Cluster { passing: true, ..TWO }, &RATES);
         assert_eq!((passing.waiting, passing.seconds()), (0.0, 9.0));
+    }
+
+    #[test]
+    fn a_network_bounds_what_several_hosts_add_up() {
+        let traffic = Traffic { gradients_down: 4, ..Traffic::default() };
+        // Half of the sum leaves and comes back: 4 s, of which the backward hides 2.
+        let time = traffic.step_time(30.0, 1.0, Cluster { hosts: 2, ..TWO }, &RATES);
+        assert!((time.waiting - 2.0).abs() < 1e-9, "{time:?}");
     }
 
     #[test]
     fn nothing_hides_weights_and_a_slow_host_bounds_links() {
         let traffic = Traffic { gradients_down: 4, weights_down: 2, weights_up: 6, ..Traffic::default() };
         let slow = Rates { adding: 0.5, ..RATES };
-        let time = traffic.step_time(30.0, 1.0, 2, false, &slow);
+        let time = traffic.step_time(30.0, 1.0, TWO, &slow);
         assert!((time.waiting - 14.0).abs() < 1e-9 && (time.weights - 4.0).abs() < 1e-9, "{time:?}");
     }
 }
