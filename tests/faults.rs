@@ -221,6 +221,47 @@ fn a_killed_process_goes_on_to_the_same_bytes() {
     kill_processes(4, 2);
 }
 
+/// Whatever is asked of a device that is lost, before or while it is waited for, is answered at once.
+#[test]
+fn nothing_waits_for_a_lost_device() {
+    const BYTES: usize = 96 << 20;
+    for lost_meanwhile in [false, true] {
+        let gpu = open(1).remove(0);
+        let buffer = gpu.buffer(BYTES as u64);
+        gpu.write(&buffer, 0, &[1, 2, 3, 4]);
+        assert_eq!(gpu.read(&buffer, 0, 4).unwrap(), [1, 2, 3, 4]);
+        let thief = gpu.clone();
+        let steal = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(if lost_meanwhile { 30 } else { 0 }));
+            thief.lose();
+        });
+        if !lost_meanwhile {
+            steal.join().unwrap();
+        }
+        let begun = Instant::now();
+        // More than staging memory holds, each way.
+        let bytes = vec![7; BYTES];
+        while gpu.check().is_ok() {
+            gpu.write(&buffer, 0, &bytes);
+            gpu.downloaded(gpu.download(&[(&buffer, (0, BYTES as u64))]));
+        }
+        gpu.write(&buffer, 0, &bytes);
+        assert_eq!(gpu.downloaded(gpu.download(&[(&buffer, (0, BYTES as u64))])).len(), BYTES);
+        let mut arriving = gpu.arriving(BYTES as u64);
+        arriving.write(0, &bytes);
+        let other = arriving.finish();
+        gpu.copy(&other, 0, &buffer, 0, 256);
+        gpu.clear(&other, 0, 256);
+        for error in [gpu.sync().unwrap_err(), gpu.read(&buffer, 0, 256).unwrap_err(), gpu.check().unwrap_err()] {
+            assert_eq!(error.kind, ErrorKind::Device, "{error:?}");
+            assert_eq!(error.message, format!("{} was lost", gpu.facts().name));
+        }
+        gpu.trim();
+        drop((buffer, other, gpu));
+        assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+    }
+}
+
 /// A device for itself: nobody has to be told which.
 #[test]
 fn a_lost_device_is_told_where_it_is_the_only_one() {
