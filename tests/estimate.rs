@@ -132,7 +132,7 @@ fn the_kernels_of_a_run_are_known_before_it() {
         });
         let run = run.unwrap();
         let gpu = Gpu::open(&AdapterOptions { profile: true, treat_as_gpu: true, ..Default::default() }).unwrap();
-        let known = of_stages::estimate(&run.stages, gpu.facts()).unwrap().remove(0).launches;
+        let known = of_stages::estimate(&run.stages, gpu.facts(), 1).unwrap().remove(0).launches;
         let known: BTreeSet<&str> = known.names().collect();
         let devices = Devices { checked: true, ..Devices::one(&gpu) };
         of_run::train(&run, false, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).unwrap();

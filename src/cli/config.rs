@@ -143,7 +143,7 @@ mod tests {
         let global =
             GlobalArgs { device: Some("Radeon RX".into()), precision: Some(Precision::Float32), ..Default::default() };
         let run = run_config(&TrainArgs::default(), &global, Path::new("/"), UNIX_EPOCH).unwrap();
-        assert_eq!(run.device, Some(DeviceChoice::Name("Radeon RX".into())));
+        assert_eq!(run.devices, [DeviceChoice::Name("Radeon RX".into())]);
         assert_eq!(run.stages[1].precision, Some(Precision::Float32));
     }
 

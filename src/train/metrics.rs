@@ -89,6 +89,7 @@ pub(crate) fn example(step: u64, loss: f64) -> StepMetrics {
         device_bytes: 1 << 20,
         loss_scale: None,
         skipped_steps: None,
+        devices: Vec::new(),
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 use wgpu_llava::{
     error::Result,
     gpu::{AdapterOptions, Gpu},
+    hosts::Alone,
     train::{
         config::{Request, RunConfig},
         events::{Observer, Silent, StepMetrics},
@@ -110,7 +111,7 @@ impl Run {
     pub fn train_on(&self, gpus: &[Gpu], layout: Layout, observer: &mut dyn Observer) -> Result<Outcome> {
         let config = self.config(layout)?;
         let devices = Devices { gpus: gpus[..layout.devices].to_vec(), checked: false, slow: self.slow };
-        train(&config, self.resume, &devices, &AtomicBool::new(false), observer)?;
+        train(&config, self.resume, &devices, &mut Alone, &AtomicBool::new(false), observer)?;
         Ok(Outcome::read(&self.out))
     }
 

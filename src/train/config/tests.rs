@@ -46,7 +46,7 @@ save_steps = 50
 fn defaults_are_those_of_the_documentation() {
     let run = resolve(MINIMAL, &[]).unwrap();
     assert_eq!(run.output_dir, Path::new("/home/ada/runs/today"));
-    assert_eq!((run.device, run.eval_limit, run.eval_after.len()), (None, None, 0));
+    assert_eq!((run.devices.len(), run.eval_limit, run.eval_after.len()), (0, None, 0));
     let stage = &run.stages[0];
     assert_eq!((stage.name.as_str(), stage.output_dir.as_path()), ("", run.output_dir.as_path()));
     assert_eq!(stage.model_name_or_path, Some(Source::Local("/home/ada/conf/base".into())));

@@ -116,14 +116,14 @@ impl Traffic {
         let added = seconds(down, rates.adding) * (cluster.devices as f64 / cluster.hosts as f64);
         // A slice of the sum to every other host, and the added slices back.
         let between = 2.0 * (down / rounds) * (1.0 - 1.0 / cluster.hosts as f64) / rates.network;
-        let gradients =
-            seconds(down, rates.down).max(added).max(between) + seconds(self.sums_up as f64, rates.up);
+        let gradients = seconds(down, rates.down).max(added).max(between) + seconds(self.sums_up as f64, rates.up);
         let one = compute / micro_batches.max(1.0);
         // Gradients that pass leave from every backward, and hide behind the next forward too.
         let hiding = if cluster.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
         let waiting = (gradients - hiding).max(0.0) + (seconds(self.layers_up as f64, rates.up) - compute).max(0.0);
         let others = if cluster.hosts > 1 { seconds(self.weights_up as f64, rates.network) } else { 0.0 };
-        let weights = seconds(self.weights_down as f64, rates.down) + seconds(self.weights_up as f64, rates.up) + others;
+        let weights =
+            seconds(self.weights_down as f64, rates.down) + seconds(self.weights_up as f64, rates.up) + others;
         StepTime { compute, waiting, weights }
     }
 }
