@@ -82,9 +82,10 @@ fn a_run_holds_what_was_estimated() {
 fn devices_hold_what_was_estimated_and_less_with_every_stage() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
-    // Shared: moments of full fine-tuning, gradients, and the layers of a base that does not train.
+    // Stage 2 gains nothing here: two of four layers' gradients have their places, and the embeddings'.
     for (method, layouts) in [
-        ("full", &["zero_stage=0", "zero_stage=1", "zero_stage=2"][..]),
+        ("full", &["zero_stage=0", "zero_stage=1"][..]),
+        ("full", &["zero_stage=0", "zero_stage=2"][..]),
         ("full", &["zero_stage=0", "offload=true"][..]),
         ("lora", &["zero_stage=2", "zero_stage=3"][..]),
     ] {
@@ -107,6 +108,38 @@ fn devices_hold_what_was_estimated_and_less_with_every_stage() {
             before = told;
         }
     }
+}
+
+/// Of full fine-tuning of 7B with f32 gradients and bf16 weights each device of eight has: with stage 1 an eighth of the
+/// moments and masters, with stage 2 of the gradients too, but for those of two layers and of the embeddings.
+#[test]
+fn stages_share_what_they_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("run.toml");
+    std::fs::write(&config, "model_name_or_path = \"llama-7b\"\ndata_path = \"none.json\"\nmethod = \"full\"\n")
+        .unwrap();
+    let of = |stage: &str| {
+        let set = ["precision=bfloat16", "model_max_length=64", stage].map(str::to_owned);
+        let set: Vec<String> = set.into_iter().flat_map(|set| ["--set".to_owned(), set]).collect();
+        let others = ["--devices", "8", "--tflops", "1", "--link", "1"];
+        estimate(&config.display().to_string(), &set, &others)["stages"][0].clone()
+    };
+    let stages = ["zero_stage=0", "zero_stage=1", "zero_stage=2", "offload=true"].map(of);
+    let bytes = |at: usize, kind: &str| stages[at]["bytes"][kind].as_f64().unwrap();
+    let parameters = stages[0]["trainable_parameters"].as_f64().unwrap();
+    let near = |value: f64, expected: f64| (value / expected - 1.0).abs() < 0.05;
+    // trained: a copy in 16 bits and an f32 master.
+    assert!(near(bytes(0, "trained"), 6.0 * parameters) && near(bytes(0, "optimizer"), 8.0 * parameters));
+    for at in [1, 2] {
+        assert!(near(bytes(at, "trained"), 2.5 * parameters) && near(bytes(at, "optimizer"), parameters), "{at}");
+    }
+    assert!(near(bytes(1, "gradients"), 4.0 * parameters));
+    let layer = 202_383_360.0 + 131_072_000.0 / 32.0;
+    let passing = 4.0 * (2.0 * layer + 131_072_000.0);
+    let gradients = bytes(2, "gradients");
+    assert!((0.5 * parameters + 0.9 * passing..0.5 * parameters + 1.1 * passing).contains(&gradients), "{gradients}");
+    assert!(near(bytes(3, "trained"), 2.0 * parameters) && bytes(3, "optimizer") < 1e6);
+    assert!(stages[3]["host_bytes"].as_f64().unwrap() > 16.0 * parameters);
 }
 
 /// What weights pass on their way to the device, which a device that only counts does not read.

@@ -113,7 +113,7 @@ pub fn advise(
         apply(stage);
         let stage = stage.clone();
         let known = open_last(&changed)?;
-        let steps = Steps::of(&stage, &known.prepared, known.found)?;
+        let steps = Steps::of(&stage, &known.prepared, known.found, devices)?;
         let needed = simulate(&stage, &known.prepared, known.found, &steps, facts, devices)?.bytes();
         if needed > bytes - bytes / 100 {
             continue;

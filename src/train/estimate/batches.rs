@@ -56,16 +56,16 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// Those of the stage's data where model and data are here, else one made up.
+    /// Those of the stage's data on so many devices where model and data are here, else one made up.
     ///
     /// # Errors
     /// What is wrong with the data.
-    pub fn of(stage: &StageConfig, prepared: &Prepared, model_found: bool) -> Result<Self> {
+    pub fn of(stage: &StageConfig, prepared: &Prepared, model_found: bool, devices: usize) -> Result<Self> {
         if !(model_found && stage.data_path.iter().all(|entry| entry.path.is_here())) {
             return Ok(Self::made_up(stage, prepared.config()));
         }
         let dataset = prepared.dataset(stage, &mut Silent)?;
-        let plan = trainer::plan(stage, &dataset, 1)?;
+        let plan = trainer::plan(stage, &dataset, devices)?;
         let shown = trainer::used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         Self::of_data(prepared.config(), &dataset, &plan, &shown)
     }

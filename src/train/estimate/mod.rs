@@ -125,7 +125,7 @@ pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts, devices: usize) ->
     let mut estimates = Vec::new();
     for stage in stages {
         let known = open(stage, before.take())?;
-        let steps = Steps::of(stage, &known.prepared, known.found)?;
+        let steps = Steps::of(stage, &known.prepared, known.found, devices)?;
         estimates.push(simulate(stage, &known.prepared, known.found, &steps, facts, devices)?);
         before = Some(known);
     }
@@ -197,7 +197,9 @@ pub(super) fn simulate(
         stepper.step(stage, &step, &pictures, &mut updates, None)?;
         flops = flops.max(gpu.flops() - before);
     }
-    let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(0);
+    // Steps of the data are those of all devices.
+    let of_all = if steps.largest.from_data { devices } else { 1 };
+    let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(0).div_ceil(of_all);
     let traffic = Traffic::of(stage, &stepper, micro_batches);
     Ok(Estimate {
         title: stage.title().to_owned(),
@@ -217,7 +219,7 @@ pub(super) fn simulate(
         host: traffic.host_bytes(&sharing),
         traffic,
         devices,
-        flops,
+        flops: flops / of_all as u64,
         launches: gpu.launches(),
     })
 }
