@@ -1,0 +1,134 @@
+//! What several devices cost: how much of a slow link hides behind the backward, and how much time two devices lose on the
+//! same processor beside one.
+//!
+//! Runs by hand, on a machine that does nothing else:
+//! `cargo test --release --test overlap -- --ignored --nocapture --test-threads 1`
+
+mod common;
+#[path = "common/team.rs"]
+mod team;
+
+use std::{fs, path::Path};
+
+use common::{copy_folder, forget_the_tower, golden, hash_values, read_json};
+use serde_json::json;
+use team::{Layout, Outcome, Run};
+use wgpu_llava::{
+    formats::safetensors_writer::{TensorData, TensorHead, write_safetensors},
+    models::{config::ModelConfig, names},
+    train::team::SlowLink,
+};
+
+const LAYERS: usize = 8;
+const HIDDEN: usize = 64;
+/// Steps before those that count.
+const WARM_UP: usize = 2;
+
+/// A LLaMA of [`LAYERS`] layers, and long records for it, in `folder`; gives how many weights it has.
+fn write_case(folder: &Path) -> usize {
+    let model = folder.join("model");
+    copy_folder(&golden("parity/mha_untied_linear/model"), &model);
+    forget_the_tower(&model);
+    let path = model.join("config.json");
+    let mut config = read_json(&path);
+    for (key, value) in [
+        ("hidden_size", HIDDEN),
+        ("intermediate_size", 3 * HIDDEN),
+        ("num_hidden_layers", LAYERS),
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 4),
+        ("head_dim", HIDDEN / 4),
+    ] {
+        config[key] = json!(value);
+    }
+    fs::write(&path, config.to_string()).unwrap();
+    let tensors = names::expected_tensors(&ModelConfig::load(&path).unwrap());
+    let elements = |shape: &[usize]| shape.iter().product::<usize>();
+    let own = |name: &str| name.strip_prefix("language_model.").unwrap_or(name).to_owned();
+    let heads = tensors.iter().map(|(name, shape)| TensorHead::f32(own(name), shape.clone())).collect();
+    write_safetensors(&model.join("model.safetensors"), heads, &mut |head| {
+        let offset = if head.shape.len() == 1 { 1.0 } else { 0.0 };
+        Ok(TensorData::F32(hash_values(head.name.len() as u32, elements(&head.shape), 0.05, offset).into()))
+    })
+    .unwrap();
+    let record = |at: usize| {
+        json!({"id": at, "conversations": [
+            {"from": "human", "value": format!("What is number {at}?")},
+            {"from": "gpt", "value": format!("It is {at}, and no other. ").repeat(40)}]})
+    };
+    fs::write(folder.join("data.json"), json!((0..16).map(record).collect::<Vec<_>>()).to_string()).unwrap();
+    tensors.iter().map(|(_, shape)| elements(shape)).sum()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Seconds of a step.
+fn seconds(outcome: &Outcome) -> f64 {
+    median(outcome.steps[WARM_UP..].iter().map(|step| step.step_seconds).collect())
+}
+
+fn run_in(folder: &Path, steps: usize, micro_batches: usize) -> Run {
+    let settings =
+        format!("method = \"full\"\nshuffle = false\nmodel_max_length = 160\nmax_steps = {}", WARM_UP + steps);
+    Run::new(&folder.display().to_string(), &settings, micro_batches, &folder.join("run"))
+}
+
+/// With a transfer that takes so many times what is computed, a step takes the longer of both, and what cannot hide: of one
+/// micro-batch its forward, and the last bucket's way.
+#[test]
+#[ignore = "a measurement, of minutes"]
+fn transfers_hide_behind_the_backward() {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = write_case(folder.path());
+    println!("{weights} weights");
+    let mut wrong = Vec::new();
+    for (layout, each) in [(Layout::new(2, 0), 1), (Layout::new(2, 2), 1), (Layout::new(2, 2), 4)] {
+        let mut run = run_in(folder.path(), 3, each * layout.devices);
+        let compute = seconds(&run.train(layout));
+        // Up in every round, the sum down once.
+        let rounds = if layout.zero_stage == 2 { each } else { 1 };
+        let down = if layout.zero_stage == 2 { 1.0 + 2.0 } else { 1.0 };
+        let bytes = 4.0 * weights as f64 * (rounds as f64 + down);
+        for ratio in [0.25, 0.5, 1.0, 2.0, 4.0] {
+            let transfer = ratio * compute;
+            run.slow = Some(SlowLink { bytes_per_second: bytes / transfer });
+            let step = seconds(&run.train(layout));
+            run.slow = None;
+            let (longer, sum) = (step / compute.max(transfer), step / (compute + transfer));
+            let line = format!(
+                "ZeRO {}, {each} micro-batches each: compute {compute:.2} s, transfer {transfer:.2} s: step {step:.2} s, \
+                 {longer:.2} of the longer, {sum:.2} of the sum",
+                layout.zero_stage,
+            );
+            println!("{line}");
+            // What hides behind a backward is no more than that. Weights that come back (ZeRO) do not hide at all.
+            let hides =
+                if each == 1 { ratio >= 4.0 || (ratio <= 0.25 && layout.zero_stage == 0) } else { ratio >= 2.0 };
+            wrong.extend((sum >= 1.0 || (hides && longer > 1.15)).then_some(line));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Two devices that share a processor do the work of one in about its time.
+#[test]
+#[ignore = "a measurement, of minutes"]
+fn two_devices_on_one_processor_cost_little_more_than_one() {
+    let folder = tempfile::tempdir().unwrap();
+    write_case(folder.path());
+    for (micro_batches, layout) in [(2, Layout::new(2, 0)), (8, Layout::new(2, 0)), (8, Layout::new(2, 2))] {
+        let run = run_in(folder.path(), 4, micro_batches);
+        let (mut one, mut two) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            for (layout, times) in [(Layout::ONE, &mut one), (layout, &mut two)] {
+                times.extend(run.train(layout).steps[WARM_UP..].iter().map(|step| step.step_seconds));
+            }
+        }
+        let (one, two) = (median(one), median(two));
+        println!("{micro_batches} micro-batches, {layout:?}: {one:.2} s on one, {two:.2} s on two: {:.3}", two / one);
+        assert!(two / one < 1.1);
+    }
+}
