@@ -94,7 +94,7 @@ fn devices_hold_what_was_estimated_and_less_with_every_stage() {
             let set = settings(method, &[layout, "devices=[0, 0, 0]"], "full");
             let estimated = estimate(&config, &set, &[]);
             let stage = &estimated["stages"][0];
-            let out = dir.path().join(format!("{method}-{layout}"));
+            let out = dir.path().join(format!("{method}-{layout}-{}", layouts[1]));
             let mut arguments = vec!["train".to_owned(), config.clone(), "--quiet".to_owned()];
             arguments.extend(set.iter().cloned());
             arguments.extend(["--output-dir".to_owned(), out.display().to_string()]);
@@ -138,7 +138,7 @@ fn stages_share_what_they_say() {
     let passing = 4.0 * (2.0 * layer + 131_072_000.0);
     let gradients = bytes(2, "gradients");
     assert!((0.5 * parameters + 0.9 * passing..0.5 * parameters + 1.1 * passing).contains(&gradients), "{gradients}");
-    assert!(near(bytes(3, "trained"), 2.0 * parameters) && bytes(3, "optimizer") < 1e6);
+    assert!(near(bytes(3, "trained"), 2.0 * parameters) && bytes(3, "optimizer") < 1e7);
     assert!(stages[3]["host_bytes"].as_f64().unwrap() > 16.0 * parameters);
 }
 

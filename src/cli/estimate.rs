@@ -30,7 +30,7 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
     let memory = args.memory.or(gpu.as_ref().and_then(Gpu::available_memory));
     let devices = args.devices.map_or(config.devices.len().max(1), usize::from);
     let estimates = estimate(&config.stages, &facts, devices)?;
-    if devices % usize::from(args.hosts) > 0 {
+    if !devices.is_multiple_of(args.hosts.into()) {
         return Err(Error::usage(format!("{devices} devices do not divide by --hosts {}", args.hosts))
             .hint("--devices counts those of all hosts, each of which has equally many"));
     }
@@ -185,7 +185,7 @@ impl Row<'_> {
         };
         row("total", format!("{:>9}  {fits}", gigabytes(total)));
         if self.estimate.host > 0 {
-            row("on the host", format!("{:>9}  for all devices of a host together", gigabytes(self.estimate.host)));
+            row("on the host", format!("{:>9}  at most, for all devices together", gigabytes(self.estimate.host)));
         }
         let time = match self.time(context) {
             Some(time) => format!(

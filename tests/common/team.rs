@@ -23,6 +23,9 @@ use wgpu_llava::{
 
 use super::common::golden;
 
+/// Of a step: its number, loss, gradient norm, supervised tokens, and the bytes that each device moved.
+pub type Figures = (u64, f64, Option<f64>, u64, Vec<u64>);
+
 /// How a run is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -151,7 +154,7 @@ impl Outcome {
     }
 
     /// Of every step what does not depend on the clock; where steps were skipped the norm is none.
-    pub fn figures(&self) -> Vec<(u64, f64, Option<f64>, u64, Vec<u64>)> {
+    pub fn figures(&self) -> Vec<Figures> {
         let norm = |step: &StepMetrics| step.grad_norm.is_finite().then_some(step.grad_norm);
         let moved = |step: &StepMetrics| step.devices.iter().map(|device| device.bytes_moved).collect();
         self.steps.iter().map(|s| (s.step, s.loss, norm(s), s.target_tokens, moved(s))).collect()

@@ -47,7 +47,7 @@ pub struct Estimate {
     /// Of the host's memory that the device sees: what goes to it and comes back passes through.
     pub staging: u64,
     /// Of the host's memory, for all of its devices together: moments and masters under `offload`, layers at rest under
-    /// `zero_stage = 3`, and gradients that meet.
+    /// `zero_stage = 3`, and gradients that meet, which are fewer where the devices keep step.
     pub host: u64,
     /// What moves in a step.
     pub traffic: Traffic,

@@ -54,6 +54,9 @@ pub enum Broken {
     Hosts(Error),
 }
 
+/// A device and its gradients of a bucket.
+type Part = (usize, Vec<f32>);
+
 /// The place where a step's devices meet.
 pub struct Exchange {
     arriving: Receiver<Sent>,
@@ -61,7 +64,7 @@ pub struct Exchange {
     slow: Option<SlowLink>,
     link_is_free: Instant,
     /// What has come before its turn.
-    parts: HashMap<(usize, usize), Vec<(usize, Vec<f32>)>>,
+    parts: HashMap<(usize, usize), Vec<Part>>,
 }
 
 impl Exchange {
@@ -100,7 +103,7 @@ impl Exchange {
         Ok(square_sum)
     }
 
-    fn wait_for(&mut self, round: usize, bucket: usize) -> Result<Vec<(usize, Vec<f32>)>, Broken> {
+    fn wait_for(&mut self, round: usize, bucket: usize) -> Result<Vec<Part>, Broken> {
         loop {
             if self.parts.get(&(round, bucket)).is_some_and(|parts| parts.len() == self.leaving.len()) {
                 return Ok(self.parts.remove(&(round, bucket)).unwrap_or_default());
@@ -195,7 +198,7 @@ pub fn adding_rate() -> f64 {
 }
 
 /// Adds the parts of devices to what is there, in their order.
-fn add_up(mut sum: Vec<f32>, mut parts: Vec<(usize, Vec<f32>)>) -> Vec<f32> {
+fn add_up(mut sum: Vec<f32>, mut parts: Vec<Part>) -> Vec<f32> {
     parts.sort_by_key(|(device, _)| *device);
     for (_, part) in parts {
         if sum.is_empty() {
