@@ -5,6 +5,7 @@
 //! Read first: `run.rs` (stages in order), then `trainer.rs` (one stage), `step.rs` and `stepper.rs` (one step, on one
 //! device), `team` (on several), `trainable.rs` (what trains), `optimizer.rs`, `checkpoint.rs`.
 
+mod agreement;
 pub mod check;
 pub mod checkpoint;
 pub mod config;

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    agreement::{alike, any},
     checkpoint::{self, TrainerState},
     config::{ImageAspectRatio, Method, Precision, StageConfig},
     estimate,
@@ -33,7 +34,7 @@ use crate::{
     },
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
-    hosts::{Alike, Digest, Hosts, same_on_all},
+    hosts::{Hosts, same_on_all},
     hub::id_or_path,
     models::{adapter, batch::PackedBatch, names, streaming::Resting},
 };
@@ -331,39 +332,6 @@ impl<'a> Trainer<'a> {
         observer.event(Event::StageEnd { name: self.stage.title(), output: &output, seconds: self.state.seconds });
         Ok(StageOutcome::of(dir, &finished))
     }
-}
-
-/// Whether it is so on any host.
-fn any(here: bool, hosts: &mut dyn Hosts) -> Result<bool> {
-    Ok(hosts.gather(&[u8::from(here)])?.iter().flatten().any(|&there| there != 0))
-}
-
-/// What must be the same on all hosts: settings, records, and of the weights the shapes and the ends.
-fn alike(stage: &StageConfig, prepared: &Prepared, dataset: &Dataset) -> Result<Vec<Alike>> {
-    let settings: Vec<String> = (stage.values.iter())
-        .filter(|setting| !matches!(setting.key, "output_dir" | "logging_steps" | "save_steps" | "save_total_limit"))
-        .map(|setting| format!("{} = {}", setting.key, setting.value))
-        .collect();
-    let mut records = Digest::default();
-    for index in 0..dataset.len() {
-        let sample = dataset.sample(index)?;
-        records.add(bytemuck::cast_slice(&sample.tokens));
-        records.add(bytemuck::cast_slice(&sample.labels));
-    }
-    let mut weights = Digest::default();
-    let tensors = names::expected_tensors(prepared.config());
-    for (name, shape) in tensors.into_iter().filter(|(name, _)| prepared.folder.has(name)) {
-        let stored = prepared.folder.stored(&name)?;
-        weights.add(name.as_bytes());
-        weights.add(bytemuck::cast_slice(&shape));
-        weights.add(&stored.bytes(0..1)?);
-        weights.add(&stored.bytes(stored.rows() - 1..stored.rows())?);
-    }
-    Ok(vec![
-        Alike::setting("config", Digest::of(settings.join("\n").as_bytes())),
-        Alike::file("records", records.value()),
-        Alike::file("weights", weights.value()),
-    ])
 }
 
 /// Says that step `t` was skipped, whose loss was multiplied with `scale`, and what the `next` one's will be.
