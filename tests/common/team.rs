@@ -124,6 +124,9 @@ impl Run {
     }
 }
 
+/// Step, loss, norm, supervised tokens, and bytes moved by each device.
+type Figures = (u64, f64, Option<f64>, u64, Vec<u64>);
+
 /// What a run left.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -150,7 +153,7 @@ impl Outcome {
     }
 
     /// Of every step what does not depend on the clock; where steps were skipped the norm is none.
-    pub fn figures(&self) -> Vec<(u64, f64, Option<f64>, u64, Vec<u64>)> {
+    pub fn figures(&self) -> Vec<Figures> {
         let norm = |step: &StepMetrics| step.grad_norm.is_finite().then_some(step.grad_norm);
         let moved = |step: &StepMetrics| step.devices.iter().map(|device| device.bytes_moved).collect();
         self.steps.iter().map(|s| (s.step, s.loss, norm(s), s.target_tokens, moved(s))).collect()
