@@ -131,7 +131,10 @@ fn compare(form: &Form, micro_batches: usize, layouts: &[Layout], folder: &Path)
 #[test]
 fn several_devices_give_the_losses_of_one() {
     let folder = tempfile::tempdir().unwrap();
-    let of = |form: &Form| compare(form, 6, form.layouts, folder.path());
+    let of = |form: &Form| {
+        let fewer = form.layouts.iter().all(|layout| layout.devices == 2);
+        compare(form, if fewer { 4 } else { 6 }, form.layouts, folder.path())
+    };
     let wrong: Vec<_> = FORMS.iter().flat_map(of).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
@@ -211,6 +214,10 @@ fn micro_batches_may_lack_pictures_tokens_or_themselves() {
     ];
     for (settings, micro_batches, layouts) in runs {
         for method in ["method = \"full\"\nweight_decay = 0.1", "method = \"lora\"\nr = 2\nlora_dropout = 0.2"] {
+            // What lacks is the same for adapters: one run says so.
+            if method.contains("lora") && settings != "max_steps = 8" {
+                continue;
+            }
             let mut text = format!("{common}{settings}\n{method}");
             if settings.contains("shuffle") {
                 text = text.replacen("shuffle = false\n", "", 1);
