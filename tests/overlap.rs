@@ -88,10 +88,10 @@ fn transfers_hide_behind_the_backward() {
     for (layout, each) in [(Layout::new(2, 0), 1), (Layout::new(2, 2), 1), (Layout::new(2, 2), 4)] {
         let mut run = run_in(folder.path(), 3, each * layout.devices);
         let compute = seconds(&run.train(layout));
-        // Up in every round, the sum down once.
-        let rounds = if layout.zero_stage == 2 { each } else { 1 };
-        let down = if layout.zero_stage == 2 { 1.0 + 2.0 } else { 1.0 };
-        let bytes = 4.0 * weights as f64 * (rounds as f64 + down);
+        // To the host gradients, in every round under stage 2, and the weights that are updated here; from there the sum,
+        // or the part of it that is updated here and the weights that are not. The first are never fewer.
+        let of_all = if layout.zero_stage == 2 { each as f64 + 0.5 } else { 1.0 };
+        let bytes = 4.0 * weights as f64 * of_all;
         for ratio in [0.25, 0.5, 1.0, 2.0, 4.0] {
             let transfer = ratio * compute;
             run.slow = Some(SlowLink { bytes_per_second: bytes / transfer });

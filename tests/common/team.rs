@@ -23,9 +23,6 @@ use wgpu_llava::{
 
 use super::common::golden;
 
-/// Of a step: its number, loss, gradient norm, supervised tokens, and the bytes that each device moved.
-pub type Figures = (u64, f64, Option<f64>, u64, Vec<u64>);
-
 /// How a run is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -129,7 +126,7 @@ impl Run {
 }
 
 /// Step, loss, norm, supervised tokens, and bytes moved by each device.
-type Figures = (u64, f64, Option<f64>, u64, Vec<u64>);
+pub type Figures = (u64, f64, Option<f64>, u64, Vec<u64>);
 
 /// What a run left.
 #[derive(Clone, Debug)]

@@ -1,18 +1,11 @@
 //! Gradients meet in the host's memory: each bucket is added up in the order of the devices once all have sent it. The
 //! order is fixed, so that the same devices give the same bytes. Weights pass through from who has updated them.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        mpsc::{Receiver, Sender},
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use rayon::prelude::*;
 
+use super::link::{Receiver, Sender};
 use crate::{error::Error, hosts::Hosts, train::optimizer::Bucket};
 
 /// Elements that one core adds up at once; also what a square sum's order follows from.
@@ -39,13 +32,6 @@ pub enum Got {
     Weights { owner: Option<usize>, bytes: Arc<Vec<u8>> },
 }
 
-/// A link between devices and host that is slower than the machine's: for tests of what hides behind the backward.
-#[derive(Clone, Copy, Debug)]
-pub struct SlowLink {
-    /// Each way.
-    pub bytes_per_second: f64,
-}
-
 /// Why nobody gets anything more.
 #[derive(Debug)]
 pub enum Broken {
@@ -61,16 +47,16 @@ type Part = (usize, Vec<f32>);
 pub struct Exchange {
     arriving: Receiver<Sent>,
     leaving: Vec<Sender<Got>>,
-    slow: Option<SlowLink>,
-    link_is_free: Instant,
+    /// Of how many devices each takes an equal part of every sum.
+    owners: usize,
     /// What has come before its turn.
     parts: HashMap<(usize, usize), Vec<Part>>,
 }
 
 impl Exchange {
-    /// `leaving` has a way to each device, in their order.
-    pub fn new(arriving: Receiver<Sent>, leaving: Vec<Sender<Got>>, slow: Option<SlowLink>) -> Self {
-        Self { arriving, leaving, slow, link_is_free: Instant::now(), parts: HashMap::new() }
+    /// `leaving` has a way to each device, in their order; of sums each takes all, or its part of so many `owners`.
+    pub fn new(arriving: Receiver<Sent>, leaving: Vec<Sender<Got>>, owners: usize) -> Self {
+        Self { arriving, leaving, owners, parts: HashMap::new() }
     }
 
     /// Adds up what leaves the devices in so many rounds: round by round, and in each in the order of the devices. A
@@ -80,22 +66,19 @@ impl Exchange {
         buckets: &[Bucket],
         rounds: usize,
         hosts: &mut dyn Hosts,
-        mut finished: impl FnMut(&Self, usize, Vec<f32>),
+        mut finished: impl FnMut(&mut Self, usize, Vec<f32>),
     ) -> Result<f64, Broken> {
         let mut sums: Vec<Vec<f32>> = vec![Vec::new(); buckets.len()];
         let mut square_sum = 0.0;
         for round in 0..rounds {
             for (index, bucket) in buckets.iter().enumerate() {
                 let parts = self.wait_for(round, index)?;
-                let moved = parts.iter().map(|(_, values)| values.len()).max().unwrap_or(0);
                 sums[index] = add_up(std::mem::take(&mut sums[index]), parts);
-                self.pass_time(moved * 4);
                 if round + 1 == rounds {
                     let mut sum = std::mem::take(&mut sums[index]);
                     sum.resize(bucket.elements(), 0.0);
                     hosts.add_up(&mut sum).map_err(Broken::Hosts)?;
                     square_sum += square(&sum);
-                    self.pass_time(sum.len() * 4);
                     finished(self, index, sum);
                 }
             }
@@ -123,12 +106,11 @@ impl Exchange {
         let mut mine: Vec<(usize, Arc<Vec<u8>>)> = Vec::new();
         for _ in 0..self.leaving.len() {
             let Ok(Sent::Weights { device, bytes }) = self.arriving.recv() else { return Err(Broken::DeviceGone) };
-            self.pass_time(2 * bytes.len());
             let bytes = Arc::new(bytes);
             let got = Got::Weights { owner: Some(first + device), bytes: bytes.clone() };
-            let others = self.leaving.iter().enumerate().filter(|(other, _)| *other != device);
+            let others = self.leaving.iter_mut().enumerate().filter(|(other, _)| *other != device);
             // One that is gone says so itself.
-            others.for_each(|(_, to)| drop(to.send(got.clone())));
+            others.for_each(|(_, to)| drop(to.send(got.clone(), bytes.len())));
             mine.push((first + device, bytes));
         }
         if hosts.count() > 1 {
@@ -144,17 +126,13 @@ impl Exchange {
     }
 
     /// Sends the same to all devices.
-    pub fn tell(&self, got: &Got) {
-        self.leaving.iter().for_each(|to| drop(to.send(got.clone())));
-    }
-
-    /// What so many bytes take on a slow link.
-    pub fn pass_time(&mut self, bytes: usize) {
-        if let Some(SlowLink { bytes_per_second }) = self.slow {
-            let time = Duration::from_secs_f64(bytes as f64 / bytes_per_second);
-            self.link_is_free = self.link_is_free.max(Instant::now()) + time;
-            thread::sleep(self.link_is_free - Instant::now());
-        }
+    pub fn tell(&mut self, got: &Got) {
+        let bytes = match got {
+            Got::Sum { values, .. } => values.len() * 4 / self.owners,
+            Got::SquareSum(_) => 0,
+            Got::Weights { bytes, .. } => bytes.len(),
+        };
+        self.leaving.iter_mut().for_each(|to| drop(to.send(got.clone(), bytes)));
     }
 }
 
@@ -220,10 +198,11 @@ fn square(values: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-
     use super::*;
-    use crate::{hosts::Alone, train::optimizer::Span};
+    use crate::{
+        hosts::Alone,
+        train::{optimizer::Span, team::link::way},
+    };
 
     fn bucket(count: usize) -> Bucket {
         Bucket { milestone: None, spans: vec![Span { shard: 0, first: 0, count }] }
@@ -234,14 +213,14 @@ mod tests {
         // 1e8 + 1 - 1e8 is 0 in one order and 1 in another.
         let given = [vec![1e8, 1.0], vec![1.0, 2.0], vec![-1e8, 3.0]];
         for order in [[0, 1, 2], [2, 0, 1], [1, 2, 0]] {
-            let (send, arriving) = mpsc::channel();
+            let (mut send, arriving) = way(None);
             for device in order {
-                send.send(Sent::Part { device, round: 0, bucket: 1, values: Vec::new() }).unwrap();
-                send.send(Sent::Part { device, round: 0, bucket: 0, values: given[device].clone() }).unwrap();
+                send.send(Sent::Part { device, round: 0, bucket: 1, values: Vec::new() }, 0).unwrap();
+                send.send(Sent::Part { device, round: 0, bucket: 0, values: given[device].clone() }, 0).unwrap();
             }
-            let (leaving, _got): (Vec<_>, Vec<_>) = (0..3).map(|_| mpsc::channel()).unzip();
+            let (leaving, _got): (Vec<_>, Vec<_>) = (0..3).map(|_| way(None)).unzip();
             let mut sums = Vec::new();
-            let mut exchange = Exchange::new(arriving, leaving, None);
+            let mut exchange = Exchange::new(arriving, leaving, 1);
             let total = exchange.sums(&[bucket(2), bucket(1)], 1, &mut Alone, |_, index, sum| sums.push((index, sum)));
             assert_eq!(total.unwrap(), 36.0);
             assert_eq!(sums, [(0, vec![0.0, 6.0]), (1, vec![0.0])]);
@@ -250,29 +229,28 @@ mod tests {
 
     #[test]
     fn rounds_are_added_one_after_the_other() {
-        let (send, arriving) = mpsc::channel();
+        let (mut send, arriving) = way(None);
         // The first device is a round ahead of the second, which has nothing in the last.
         for (device, round, values) in [(0, 0, vec![1e8]), (0, 1, vec![-1e8]), (1, 0, vec![1.0]), (1, 1, Vec::new())] {
-            send.send(Sent::Part { device, round, bucket: 0, values }).unwrap();
+            send.send(Sent::Part { device, round, bucket: 0, values }, 0).unwrap();
         }
-        let (leaving, _got): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel()).unzip();
+        let (leaving, _got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
         let mut sums = Vec::new();
-        let total =
-            Exchange::new(arriving, leaving, None).sums(&[bucket(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
+        let total = Exchange::new(arriving, leaving, 1).sums(&[bucket(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
         assert_eq!((total.unwrap(), sums), (0.0, vec![vec![0.0]]));
     }
 
     #[test]
     fn weights_go_to_all_but_their_owner() {
-        let (send, arriving) = mpsc::channel();
+        let (mut send, arriving) = way(None);
         for device in [1, 0] {
-            send.send(Sent::Weights { device, bytes: vec![device as u8] }).unwrap();
+            send.send(Sent::Weights { device, bytes: vec![device as u8] }, 0).unwrap();
         }
-        let (leaving, got): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel()).unzip();
-        let mut exchange = Exchange::new(arriving, leaving, None);
+        let (leaving, got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
+        let mut exchange = Exchange::new(arriving, leaving, 1);
         exchange.pass_weights(0, &mut Alone).unwrap();
         drop(exchange);
-        for (device, got) in got.into_iter().enumerate() {
+        for (device, mut got) in got.into_iter().enumerate() {
             let Got::Weights { owner, bytes } = got.recv().unwrap() else { panic!("weights") };
             assert_eq!((owner, &bytes[..]), (Some(1 - device), &[1 - device as u8][..]));
             assert!(got.recv().is_err());
@@ -288,11 +266,11 @@ mod tests {
 
     #[test]
     fn a_device_that_is_gone_ends_it_for_all() {
-        let (send, arriving) = mpsc::channel();
-        let (leaving, got) = mpsc::channel();
-        send.send(Sent::Part { device: 0, round: 0, bucket: 0, values: vec![1.0] }).unwrap();
-        send.send(Sent::Gone).unwrap();
-        let mut exchange = Exchange::new(arriving, vec![leaving.clone(), leaving], None);
+        let (mut send, arriving) = way(None);
+        let (leaving, mut got) = way(None);
+        send.send(Sent::Part { device: 0, round: 0, bucket: 0, values: vec![1.0] }, 0).unwrap();
+        send.send(Sent::Gone, 0).unwrap();
+        let mut exchange = Exchange::new(arriving, vec![leaving.beside(), leaving], 1);
         assert!(matches!(exchange.sums(&[bucket(1)], 1, &mut Alone, |_, _, _| ()), Err(Broken::DeviceGone)));
         drop(exchange);
         assert!(got.recv().is_err());

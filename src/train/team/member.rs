@@ -1,15 +1,14 @@
 //! One device's part of a step, in a thread of its own: its micro-batches, gradients that leave while the backward still
 //! runs, sums that come back, the update.
 
-use std::{
-    collections::VecDeque,
-    sync::mpsc::{Receiver, Sender},
-    time::Instant,
-};
+use std::{collections::VecDeque, time::Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::exchange::{Got, Sent};
+use super::{
+    exchange::{Got, Sent},
+    link::{Receiver, Sender},
+};
 use crate::{
     error::{Error, Result},
     tensor::Downloading,
@@ -180,7 +179,8 @@ impl Moving {
     fn send(&mut self, round: usize, bucket: usize, values: Vec<f32>) {
         self.bytes += values.len() as u64 * 4;
         // Where nobody hears, somebody has failed: that is told when nothing comes back.
-        let _ = self.link.to.send(Sent::Part { device: self.link.device, round, bucket, values });
+        let bytes = values.len() * 4;
+        let _ = self.link.to.send(Sent::Part { device: self.link.device, round, bucket, values }, bytes);
     }
 
     fn send_oldest(&mut self) {
@@ -236,8 +236,9 @@ impl Moving {
         let mut missing = 1;
         if !sharing.offload {
             let bytes = optimizer.download_weights().bytes()?;
-            self.bytes += bytes.len() as u64;
-            let _ = self.link.to.send(Sent::Weights { device: self.link.device, bytes });
+            let count = bytes.len();
+            self.bytes += count as u64;
+            let _ = self.link.to.send(Sent::Weights { device: self.link.device, bytes }, count);
             missing = sharing.devices - 1;
         }
         (0..missing).try_for_each(|_| self.wait(optimizer))
@@ -254,7 +255,7 @@ impl Drop for Moving {
     /// Whatever ends a member early, a panic too, the others must not wait for it.
     fn drop(&mut self) {
         if !self.finished {
-            let _ = self.link.to.send(Sent::Gone);
+            let _ = self.link.to.send(Sent::Gone, 0);
         }
     }
 }

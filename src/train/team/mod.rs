@@ -6,25 +6,21 @@
 
 mod devices;
 mod exchange;
+mod link;
 mod member;
 mod shares;
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        mpsc::{Sender, channel},
-    },
-    thread,
-};
+use std::{path::Path, sync::Arc, thread};
 
 pub use devices::{Devices, Standing};
-pub use exchange::{SlowLink, adding_rate};
+pub use exchange::adding_rate;
+pub use link::SlowLink;
 pub use member::DeviceTimes;
 pub use shares::Shares;
 
 use exchange::{Broken, Exchange, Got};
 pub(super) use exchange::{frame, unframe};
+use link::way;
 use member::{Done, Link, Member, Stopped, Task};
 
 use super::{
@@ -237,20 +233,21 @@ impl Team {
         let weights_return = self.members[0].stepper.optimizer.sharing().weights_return();
         let Self { members, host, slow, standing, .. } = self;
         let first = standing.first;
-        let (to, arriving) = channel();
+        let owners = if weights_return && host.is_none() { standing.total } else { 1 };
+        let (to, arriving) = way(*slow);
         thread::scope(|scope| {
-            let (leaving, threads): (Vec<Sender<_>>, Vec<_>) = members
+            let (leaving, threads): (Vec<_>, Vec<_>) = members
                 .iter_mut()
                 .enumerate()
                 .map(|(device, member)| {
-                    let (send, from) = channel();
-                    let link = Link { device, to: to.clone(), from };
+                    let (send, from) = way(*slow);
+                    let link = Link { device, to: to.beside(), from };
                     let mine: Vec<usize> = (0..dealt.len()).filter(|&index| dealt[index] == first + device).collect();
                     (send, scope.spawn(move || member.run(task, &mine, link)))
                 })
                 .unzip();
             drop(to);
-            let mut exchange = Exchange::new(arriving, leaving, *slow);
+            let mut exchange = Exchange::new(arriving, leaving, owners);
             let mut meet = || {
                 let square_sum =
                     exchange.sums(&buckets, task.rounds, hosts, |exchange, bucket, sum| match &mut *host {
@@ -261,7 +258,6 @@ impl Team {
                 if let Some(host) = host {
                     host.step(task.update, square_sum);
                     let bytes = host.weights();
-                    exchange.pass_time(bytes.len());
                     exchange.tell(&Got::Weights { owner: None, bytes: Arc::new(bytes) });
                 } else if weights_return {
                     exchange.pass_weights(first, hosts)?;
