@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Assumed of each card, in the places of what `estimate` measures where it can.
 CARD = {"memory": "24GB", "tflops": 50.0, "link": 12.0, "network": 10.0, "devices_of_a_host": 8}
 SIZES = ["7b", "13b", "33b", "65b"]
-COUNTS = [1, 2, 4, 8, 16, 32, 64]
+COUNTS = [1, 4, 16, 64]
 # Method, and what a run of that size needs on cards of 24 GB.
 LAYOUTS = [
     ("qlora", ["zero_stage=2", "optim=adamw_8bit"]),
@@ -55,7 +55,7 @@ def measured(program):
             for devices in [1, 2, 4]:
                 pairs = [f"method={method}", f"devices={[0] * devices}", f"gradient_accumulation_steps={4 // devices}"]
                 pairs += others
-                out = pathlib.Path(folder, f"{method}-{len(rows)}")
+                out = pathlib.Path(tempfile.mkdtemp(dir=folder), "run")
                 subprocess.run([program, "--quiet", "train", config, "--output-dir", out, *settings(pairs)], check=True)
                 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 seconds = statistics.median(line["step_seconds"] for line in lines[2:])
