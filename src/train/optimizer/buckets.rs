@@ -1,6 +1,6 @@
 //! Which gradients leave a device together: those that are finished at the same time, as neighbours in the arenas.
 
-use crate::{models::names, tensor::ALIGNMENT};
+use crate::models::names;
 
 /// A run of gradients: `count` elements of the shard's, from `first` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,10 +51,9 @@ fn layer(name: &str) -> Option<usize> {
     name.strip_prefix(names::DECODER_LAYERS)?.split_once('.')?.0.parse().ok()
 }
 
-/// All gradients, given by name, in the order in which a backward finishes them, in buckets of at least `least` elements,
-/// and with `cut` of no more than twice as many: while one comes back the next one leaves. What is whole only at the end
-/// stands by itself.
-pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, least: usize, cut: bool) -> Vec<Bucket> {
+/// All gradients, given by name, in the order in which a backward finishes them, in buckets of at least `least` elements.
+/// The last one, of what is whole only at the end, stands by itself.
+pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, least: usize) -> Vec<Bucket> {
     let layers = gradients.clone().filter_map(|(name, _)| layer(name)).max().map_or(0, |last| last + 1);
     let milestone = |name: &str| match name {
         // Embeddings that are the head too have another name.
@@ -76,34 +75,7 @@ pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, lea
         }
     }
     buckets.iter_mut().for_each(|bucket| join(&mut bucket.spans));
-    if cut {
-        buckets.into_iter().flat_map(|bucket| pieces(bucket, least.next_multiple_of(ALIGNMENT))).collect()
-    } else {
-        buckets
-    }
-}
-
-/// Cuts a bucket of more than twice `most` elements.
-fn pieces(bucket: Bucket, most: usize) -> Vec<Bucket> {
-    if bucket.elements() <= 2 * most {
-        return vec![bucket];
-    }
-    let mut pieces: Vec<Bucket> = Vec::new();
-    for mut span in bucket.spans {
-        while span.count > 0 {
-            let room = pieces.last().map_or(0, |piece| most - piece.elements());
-            if room == 0 {
-                pieces.push(Bucket { milestone: bucket.milestone, spans: Vec::new() });
-                continue;
-            }
-            let count = span.count.min(room);
-            if let Some(piece) = pieces.last_mut() {
-                piece.spans.push(Span { count, ..span });
-            }
-            (span.first, span.count) = (span.first + count, span.count - count);
-        }
-    }
-    pieces
+    buckets
 }
 
 /// Makes one span of neighbours.
@@ -122,19 +94,6 @@ fn join(spans: &mut Vec<Span>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn large_buckets_are_cut_and_nothing_is_lost() {
-        let span = |first, count| Span { shard: 0, first, count };
-        let bucket = Bucket { milestone: Some(1), spans: vec![span(0, 192), span(512, 320)] };
-        let cut = pieces(bucket.clone(), 128);
-        assert_eq!(cut.iter().map(Bucket::elements).collect::<Vec<_>>(), [128, 128, 128, 128]);
-        assert!(cut.iter().all(|piece| piece.milestone == Some(1)));
-        let mut spans: Vec<Span> = cut.into_iter().flat_map(|piece| piece.spans).collect();
-        join(&mut spans);
-        assert_eq!(spans, bucket.spans);
-        assert_eq!(pieces(bucket.clone(), 256), [bucket]);
-    }
 
     #[test]
     fn neighbours_are_one_span() {
@@ -164,18 +123,18 @@ mod tests {
         ];
         let gradients =
             names.iter().enumerate().map(|(at, name)| (*name, Span { shard: 0, first: at * 64, count: 64 }));
-        let made = buckets(gradients.clone(), 100, false);
+        let made = buckets(gradients.clone(), 100);
         assert_eq!(made.iter().map(|bucket| bucket.milestone).collect::<Vec<_>>(), [Some(12), Some(0), None]);
         assert_eq!(made[0].spans, [Span { shard: 0, first: 192, count: 128 }]);
         assert_eq!(made[1].spans, [Span { shard: 0, first: 64, count: 128 }]);
         assert_eq!(made[2].spans.len(), 2);
         assert_eq!((made[2].place(0, 64 * 5 + 3), made[2].place(0, 64)), (Some(67), None));
-        let small = buckets(gradients.clone(), 1, false);
+        let small = buckets(gradients.clone(), 1);
         assert_eq!(
             small.iter().map(|bucket| bucket.milestone).collect::<Vec<_>>(),
             [Some(12), Some(11), Some(0), None]
         );
         // What is whole only at the end may be begun long before: it shares with nothing.
-        assert_eq!(buckets(gradients, 1 << 20, false).len(), 2);
+        assert_eq!(buckets(gradients, 1 << 20).len(), 2);
     }
 }

@@ -130,11 +130,8 @@ impl Optimizer {
             // What the weights were loaded to goes before there is more than the weights.
             gpu.trim();
         }
-        let buckets = if sharing.is_alone() {
-            Vec::new()
-        } else {
-            self::buckets(gradients(&placed), sharing.bucket_elements, !sharing.gradients_pass())
-        };
+        let buckets =
+            if sharing.is_alone() { Vec::new() } else { self::buckets(gradients(&placed), sharing.bucket_elements) };
         let homes = if sharing.gradients_pass() { homes(&gpu, &buckets) } else { Vec::new() };
         let home = |shard: usize, entry: &Entry| {
             let first = entry.places.gradient;
