@@ -11,6 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    agreement::told_by_all,
     loss_scale::LossScaler,
     optimizer::{Remembers, State, Updates},
     run_folder::{self, CheckpointWriter},
@@ -75,8 +76,12 @@ pub fn save(
         for (holder, state) in states.get(name).into_iter().flatten() {
             mine.push((state.part.start as u64, readers[*holder](state)?));
         }
-        let framed: Vec<(u64, &[u8])> = mine.iter().map(|(start, bytes)| (*start, &bytes[..])).collect();
-        let gathered = hosts.gather(&frame(&framed))?;
+        // Whoever is alone needs no copies to say so.
+        if hosts.count() == 1 {
+            mine.sort_by_key(|(start, _)| *start);
+            return Ok(mine.into_iter().map(|(_, bytes)| bytes).reduce(|a, b| [a, b].concat()).unwrap_or_default());
+        }
+        let gathered = hosts.gather(&frame(&mine))?;
         let mut parts: Vec<(u64, &[u8])> = gathered.iter().flat_map(|framed| unframe(framed)).collect();
         parts.sort_by_key(|(start, _)| *start);
         Ok(parts.into_iter().flat_map(|(_, bytes)| bytes).copied().collect())
@@ -104,12 +109,8 @@ fn heads(states: &BTreeMap<String, Vec<(usize, State)>>, hosts: &mut dyn Hosts) 
         (name.clone(), *dtype, shape.clone())
     };
     let mine: Vec<(String, Dtype, Vec<usize>)> = states.iter().map(head).collect();
-    let failed = |error: serde_json::Error| Error::failed("hosts do not understand each other").caused_by(error);
-    let mut all = BTreeMap::new();
-    for told in hosts.gather(&serde_json::to_vec(&mine).map_err(failed)?)? {
-        let told: Vec<(String, Dtype, Vec<usize>)> = serde_json::from_slice(&told).map_err(failed)?;
-        all.extend(told.into_iter().map(|(name, dtype, shape)| (name, (dtype, shape))));
-    }
+    let told = told_by_all(&mine, hosts)?.into_iter().flatten();
+    let all: BTreeMap<_, _> = told.map(|(name, dtype, shape)| (name, (dtype, shape))).collect();
     Ok(all.into_iter().map(|(name, (dtype, shape))| TensorHead { name, dtype, shape }).collect())
 }
 
@@ -150,10 +151,7 @@ pub fn load(
     }
     let checkpoint = Checkpoint::open(&folder.join(STATE_FILE))?;
     let mine: BTreeSet<String> = holders.iter().flat_map(|holder| holder.states()).map(|state| state.name).collect();
-    let mine: Vec<String> = mine.into_iter().collect();
-    let gathered = hosts.gather(mine.join("\n").as_bytes())?;
-    let gathered: Vec<_> = gathered.iter().map(|names| String::from_utf8_lossy(names)).collect();
-    let names: BTreeSet<&str> = gathered.iter().flat_map(|names| names.lines()).collect();
+    let names: BTreeSet<String> = told_by_all(&mine, hosts)?.into_iter().flatten().collect();
     if checkpoint.names().count() != names.len() {
         return Err(other("other tensors trained, or the optimizer kept them otherwise".into()));
     }

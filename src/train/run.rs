@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::atomic::AtomicBool};
 
 use super::{
+    agreement::told_by_first,
     config::{Method, RunConfig, Source, StageConfig},
     events::{Event, Observer},
     run_folder::{self, CONFIG_FILE, StartPoint},
@@ -83,13 +84,7 @@ fn open_run(run: &RunConfig, dirs: &[PathBuf], resume: bool, hosts: &mut dyn Hos
     if hosts.count() == 1 {
         return run_folder::open_run(&run.output_dir, dirs, resume);
     }
-    let failed = |error: serde_json::Error| Error::failed("hosts do not understand each other").caused_by(error);
-    let mut told = Vec::new();
-    if hosts.rank() == 0 {
-        told = serde_json::to_vec(&run_folder::open_run(&run.output_dir, dirs, resume)?).map_err(failed)?;
-    }
-    hosts.broadcast(0, &mut told)?;
-    let start: StartPoint = serde_json::from_slice(&told).map_err(failed)?;
+    let start: StartPoint = told_by_first(|| run_folder::open_run(&run.output_dir, dirs, resume), hosts)?;
     let missing = dirs.iter().chain(start.checkpoint.as_ref().map(|(_, path)| path)).find(|path| !path.exists());
     match missing {
         Some(path) => Err(Error::usage(format!("host {} does not see {}", hosts.name(), path.display()))

@@ -1,6 +1,7 @@
 //! One stage: records into steps, metrics, checkpoints, and what is written at the end.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
@@ -34,6 +35,7 @@ use crate::{
     },
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
+    gpu::Launches,
     hosts::{Hosts, same_on_all},
     hub::id_or_path,
     models::{adapter, batch::PackedBatch, names, streaming::Resting},
@@ -93,16 +95,16 @@ impl<'a> Trainer<'a> {
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if devices.checked {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
+            // The same adapter needs the same again.
+            let mut known: HashMap<usize, Launches> = HashMap::new();
             for gpu in &devices.gpus {
-                if let Some(memory) = devices.memory_of(gpu) {
-                    gpu.compile_ahead(estimate::check(
-                        stage,
-                        &prepared,
-                        &steps,
-                        gpu.facts(),
-                        (memory, standing.total),
-                    )?);
-                }
+                let Some(memory) = devices.memory_of(gpu) else { continue };
+                let launches = match known.get(&gpu.facts().index) {
+                    Some(launches) => launches.clone(),
+                    None => estimate::check(stage, &prepared, &steps, gpu.facts(), (memory, standing.total))?,
+                };
+                known.insert(gpu.facts().index, launches.clone());
+                gpu.compile_ahead(launches);
             }
         }
         let micro_batches = plan.micro_batches();

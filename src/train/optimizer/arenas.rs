@@ -82,6 +82,15 @@ impl Group {
         let key = |group: &Self| (group.class, group.learning_rate, group.weight_decay, group.of_pictures);
         key(self) == key(other)
     }
+
+    /// What of it lies among these gradients; none where nothing does.
+    pub fn within(&self, gradients: &Range<usize>) -> Option<Self> {
+        let first = self.places.gradient;
+        let range = clamp(first..first + self.count, gradients);
+        let mut places = self.places;
+        places.pass(self.class, range.start - first);
+        (!range.is_empty()).then(|| Self { places, count: range.len(), ..self.clone() })
+    }
 }
 
 /// Weights in their arenas; what they were loaded to can go before there are gradients and moments.
@@ -177,8 +186,9 @@ impl Placed {
             let dtype = if let Keep::Master(dtype) = settings.keep { dtype } else { Dtype::Bf16 };
             arena(gpu, Account::Trained, end.copy / 2).reinterpreted(dtype)
         });
-        let owned_packed = |group: &&Group| group.class.packed && matches!(settings.keep, Keep::Master(_));
-        let masters: usize = groups.iter().filter(owned_packed).map(|group| overlap(group, &owned).len()).sum();
+        let has_master = |group: &Group| group.class.packed && matches!(settings.keep, Keep::Master(_));
+        let owned_groups = groups.iter().filter_map(|group| group.within(&owned));
+        let masters: usize = owned_groups.filter(has_master).map(|group| group.count).sum();
         let masters = (masters > 0).then(|| arena(gpu, Account::Trained, masters));
         let mut next_master = 0;
         for (trainable, entry) in trainables.iter().zip(&entries) {
@@ -234,9 +244,4 @@ pub(super) fn on_host(parameters: &Parameters, trainables: &[Trainable], setting
 pub(super) fn clamp(range: Range<usize>, within: &Range<usize>) -> Range<usize> {
     let start = range.start.max(within.start).min(range.end);
     start..range.end.min(within.end).max(start)
-}
-
-/// The gradients of a group that lie in `owned`.
-pub(super) fn overlap(group: &Group, owned: &Range<usize>) -> Range<usize> {
-    clamp(group.places.gradient..group.places.gradient + group.count, owned)
 }

@@ -24,6 +24,15 @@ impl Bucket {
         self.spans.iter().map(|span| span.count).sum()
     }
 
+    /// Values in the bucket's order, each span's by themselves.
+    pub fn split<'a>(&'a self, mut values: &'a [f32]) -> impl Iterator<Item = (&'a Span, &'a [f32])> {
+        self.spans.iter().map(move |span| {
+            let (these, rest) = values.split_at(span.count);
+            values = rest;
+            (span, these)
+        })
+    }
+
     /// How far into the bucket these gradients are.
     pub fn place(&self, shard: usize, first: usize) -> Option<usize> {
         let mut before = 0;

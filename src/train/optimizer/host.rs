@@ -1,6 +1,8 @@
 //! `offload`: the host's memory holds masters and moments of all that trains, and the host's cores make the updates, once
 //! for all devices. These get the weights that follow, as their models read them.
 
+use std::sync::Arc;
+
 use super::{
     AdamW, Keep, Optimizer, Update,
     arenas::{Entry, Group},
@@ -25,7 +27,7 @@ struct HostShard {
 /// All that trains, updated by the host.
 pub struct HostOptimizer {
     shards: Vec<HostShard>,
-    buckets: Vec<Bucket>,
+    buckets: Arc<[Bucket]>,
     settings: AdamW,
 }
 
@@ -47,11 +49,9 @@ impl HostOptimizer {
     }
 
     /// Takes a bucket's sum.
-    pub fn take_sum(&mut self, bucket: usize, mut values: &[f32]) {
-        for span in &self.buckets[bucket].spans {
-            let (these, rest) = values.split_at(span.count);
-            self.shards[span.shard].gradients[span.first..span.first + span.count].copy_from_slice(these);
-            values = rest;
+    pub fn take_sum(&mut self, bucket: usize, values: &[f32]) {
+        for (span, values) in self.buckets[bucket].split(values) {
+            self.shards[span.shard].gradients[span.first..span.first + span.count].copy_from_slice(values);
         }
     }
 

@@ -4,6 +4,8 @@
 //! Weights are f32; or f32 masters with copies in 16 bits, which the model reads; or bfloat16 alone, rounded at random.
 //! Moments are f32, or with `adamw_8bit` those of tensors that are not small in eight bits. Gradients are f32.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 mod arenas;
@@ -97,7 +99,7 @@ pub struct Optimizer {
     gpu: Gpu,
     shards: Vec<Shard>,
     sharing: Sharing,
-    buckets: Vec<Bucket>,
+    buckets: Arc<[Bucket]>,
     /// Where the gradients of each bucket are made, where they pass; buckets take turns.
     homes: Vec<Tensor>,
     /// What the host updates begins with, by shard.
@@ -147,7 +149,7 @@ impl Optimizer {
             let homes = passing.then(|| placed.entries.iter().map(|entry| home(index, entry)).collect());
             shards.push(Shard::new(parameters, placed, settings, homes));
         }
-        Ok(Self { gpu, shards, sharing, buckets, homes, begin_on_host })
+        Ok(Self { gpu, shards, sharing, buckets: buckets.into(), homes, begin_on_host })
     }
 
     /// How many numbers train.
@@ -166,7 +168,7 @@ impl Optimizer {
     }
 
     /// What leaves together, in the order in which a backward finishes it.
-    pub fn buckets(&self) -> &[Bucket] {
+    pub fn buckets(&self) -> &Arc<[Bucket]> {
         &self.buckets
     }
 
@@ -178,7 +180,7 @@ impl Optimizer {
     /// Begins to send a bucket's gradients to the host. Where gradients pass, the next bucket may be made in their place.
     pub fn download(&self, bucket: usize) -> Downloading {
         if let Some(home) = self.homes.get(bucket) {
-            let downloading = Downloading::of(home.gpu(), std::slice::from_ref(home));
+            let downloading = Downloading::of(&self.gpu, std::slice::from_ref(home));
             elementwise::fill(home, 0.0);
             return downloading;
         }
@@ -187,14 +189,9 @@ impl Optimizer {
     }
 
     /// Takes what is updated here out of a bucket's sum: how many elements.
-    pub fn take_sum(&self, bucket: usize, mut values: &[f32]) -> usize {
-        let mut taken = 0;
-        for span in &self.buckets[bucket].spans {
-            let (these, rest) = values.split_at(span.count);
-            taken += self.shards[span.shard].take_sum(span.first, these);
-            values = rest;
-        }
-        taken
+    pub fn take_sum(&self, bucket: usize, values: &[f32]) -> usize {
+        let parts = self.buckets[bucket].split(values);
+        parts.map(|(span, values)| self.shards[span.shard].take_sum(span.first, values)).sum()
     }
 
     /// The weights that this device updates, as [`Optimizer::write_weights`] takes them.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{
     AdamW, Keep, Update,
-    arenas::{Entry, Group, Placed, Places, arena, clamp, overlap},
+    arenas::{Entry, Group, Placed, Places, arena, clamp},
 };
 use crate::{
     gpu::Account,
@@ -62,15 +62,9 @@ pub(super) struct Shard {
 /// The owned parts of groups.
 fn pieces(groups: &[Group], owned: &Range<usize>, keep: Keep) -> (Vec<Piece>, Kept) {
     let (mut pieces, mut next) = (Vec::new(), Kept::default());
-    for group in groups {
-        let range = overlap(group, owned);
-        if range.is_empty() {
-            continue;
-        }
-        let mut places = group.places;
-        places.pass(group.class, range.start - group.places.gradient);
-        let (count, class) = (range.len(), group.class);
-        pieces.push(Piece { group: Group { places, count, ..group.clone() }, kept: next });
+    for group in groups.iter().filter_map(|group| group.within(owned)) {
+        let (count, class) = (group.count, group.class);
+        pieces.push(Piece { group, kept: next });
         next.master += if class.packed && matches!(keep, Keep::Master(_)) { count } else { 0 };
         *(if class.eight_bits { &mut next.moments_8bit } else { &mut next.moments }) += count;
     }
@@ -152,17 +146,11 @@ impl Shard {
 
     /// The weights that the model reads of the gradients in `range`, in arena order.
     pub fn weights(&self, range: &Range<usize>) -> Vec<Tensor> {
-        let part = |group: &Group| {
-            let range = overlap(group, range);
-            let mut places = group.places;
-            places.pass(group.class, range.start - group.places.gradient);
-            let part = match self.copies.as_ref().filter(|_| group.class.packed) {
-                Some(copies) => copies.part(places.copy, &[range.len()]),
-                None => self.values.part(places.value, &[range.len()]),
-            };
-            (!range.is_empty()).then_some(part)
+        let part = |Group { class, places, count, .. }: Group| match self.copies.as_ref().filter(|_| class.packed) {
+            Some(copies) => copies.part(places.copy, &[count]),
+            None => self.values.part(places.value, &[count]),
         };
-        self.groups.iter().filter_map(part).collect()
+        self.groups.iter().filter_map(|group| group.within(range)).map(part).collect()
     }
 
     /// Adds the gradients' square sum to `out[slot]`.

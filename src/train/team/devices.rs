@@ -5,6 +5,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     gpu::Gpu,
     hosts::Hosts,
+    train::agreement::told_by_all,
 };
 
 /// What a run trains on.
@@ -57,11 +58,7 @@ impl Standing {
     /// # Errors
     /// A host that does not answer.
     pub fn of(devices: usize, hosts: &mut dyn Hosts) -> Result<Self> {
-        let counts = hosts.gather(&(devices as u64).to_le_bytes())?;
-        let counts: Vec<usize> = counts
-            .iter()
-            .map(|bytes| bytes.as_chunks().0.first().map_or(0, |count| u64::from_le_bytes(*count) as usize))
-            .collect();
+        let counts = told_by_all(&devices, hosts)?;
         Ok(Self { first: counts[..hosts.rank()].iter().sum(), total: counts.iter().sum() })
     }
 }

@@ -103,7 +103,7 @@ impl Exchange {
     /// Passes the weights of each device on to all others, those of other hosts' devices too: the first of this host's
     /// is number `first` of all.
     pub fn pass_weights(&mut self, first: usize, hosts: &mut dyn Hosts) -> Result<(), Broken> {
-        let mut mine: Vec<(usize, Arc<Vec<u8>>)> = Vec::new();
+        let mut mine = Vec::new();
         for _ in 0..self.leaving.len() {
             let Ok(Sent::Weights { device, bytes }) = self.arriving.recv() else { return Err(Broken::DeviceGone) };
             let bytes = Arc::new(bytes);
@@ -111,11 +111,11 @@ impl Exchange {
             let others = self.leaving.iter_mut().enumerate().filter(|(other, _)| *other != device);
             // One that is gone says so itself.
             others.for_each(|(_, to)| drop(to.send(got.clone(), bytes.len())));
-            mine.push((first + device, bytes));
+            mine.push(((first + device) as u64, bytes));
         }
         if hosts.count() > 1 {
             mine.sort_by_key(|(device, _)| *device);
-            let framed: Vec<(u64, &[u8])> = mine.iter().map(|(device, bytes)| (*device as u64, &bytes[..])).collect();
+            let framed: Vec<(u64, &[u8])> = mine.iter().map(|(device, bytes)| (*device, &bytes[..])).collect();
             let gathered = hosts.gather(&frame(&framed)).map_err(Broken::Hosts)?;
             let others = gathered.iter().enumerate().filter(|(rank, _)| *rank != hosts.rank());
             for (owner, bytes) in others.flat_map(|(_, framed)| unframe(framed)) {
@@ -137,9 +137,10 @@ impl Exchange {
 }
 
 /// Numbered bytes, one behind the other.
-pub fn frame(parts: &[(u64, &[u8])]) -> Vec<u8> {
+pub fn frame<B: AsRef<[u8]>>(parts: &[(u64, B)]) -> Vec<u8> {
     let mut framed = Vec::new();
     for (number, bytes) in parts {
+        let bytes = bytes.as_ref();
         framed.extend(number.to_le_bytes());
         framed.extend((bytes.len() as u64).to_le_bytes());
         framed.extend_from_slice(bytes);

@@ -1,7 +1,7 @@
 //! One device's part of a step, in a thread of its own: its micro-batches, gradients that leave while the backward still
 //! runs, sums that come back, the update.
 
-use std::{collections::VecDeque, time::Instant};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +84,7 @@ impl Member {
     pub fn run(&mut self, task: &Task<'_>, mine: &[usize], link: Link) -> Result<Done, Stopped> {
         let begun = Instant::now();
         let Self { stepper, pictures } = self;
-        let mut moving = Moving::new(stepper.optimizer.buckets(), link);
+        let mut moving = Moving::new(stepper.optimizer.buckets().clone(), link);
         let passing = stepper.optimizer.sharing().gradients_pass();
         stepper.begin();
         for round in 0..task.rounds {
@@ -121,7 +121,7 @@ impl Member {
 
 /// What moves between this device and the others.
 struct Moving {
-    buckets: Vec<Bucket>,
+    buckets: Arc<[Bucket]>,
     link: Link,
     round: usize,
     /// Nothing is computed here in this round.
@@ -137,9 +137,9 @@ struct Moving {
 }
 
 impl Moving {
-    fn new(buckets: &[Bucket], link: Link) -> Self {
+    fn new(buckets: Arc<[Bucket]>, link: Link) -> Self {
         Self {
-            buckets: buckets.to_vec(),
+            buckets,
             link,
             round: 0,
             empty: false,

@@ -24,6 +24,7 @@ use link::way;
 use member::{Done, Link, Member, Stopped, Task};
 
 use super::{
+    agreement::told_by_all,
     checkpoint::{self, TrainerState},
     config::StageConfig,
     events::{Event, Observer},
@@ -68,8 +69,8 @@ impl Team {
         };
         let mut kinds: Vec<String> = steppers.iter().map(facts).collect();
         kinds.dedup();
-        let kinds = hosts.gather(kinds.join("\n").as_bytes())?;
-        let alike = kinds.windows(2).all(|two| two[0] == two[1]) && !kinds[0].contains(&b'\n');
+        let kinds = told_by_all(&kinds, hosts)?.concat();
+        let alike = kinds.windows(2).all(|two| two[0] == two[1]);
         let shares = Shares::new(standing.total, alike);
         let offload = steppers[0].optimizer.sharing().offload;
         let host = offload.then(|| HostOptimizer::new(&mut steppers[0].optimizer, settings(stage)));
@@ -123,7 +124,6 @@ impl Team {
         for owner in optimizers().filter(|optimizer| optimizer.sharing().weights_return()) {
             mine.push((owner.sharing().device as u64, owner.download_weights().bytes()?));
         }
-        let mine: Vec<(u64, &[u8])> = mine.iter().map(|(device, bytes)| (*device, &bytes[..])).collect();
         for framed in hosts.gather(&frame(&mine))? {
             for (device, bytes) in unframe(&framed) {
                 let others = optimizers().filter(|optimizer| optimizer.sharing().device as u64 != device);
@@ -229,7 +229,7 @@ impl Team {
         dealt: &[usize],
         hosts: &mut dyn Hosts,
     ) -> (Vec<Result<Done, Stopped>>, Result<f64, Broken>) {
-        let buckets = self.members[0].stepper.optimizer.buckets().to_vec();
+        let buckets = self.members[0].stepper.optimizer.buckets().clone();
         let weights_return = self.members[0].stepper.optimizer.sharing().weights_return();
         let Self { members, host, slow, standing, .. } = self;
         let first = standing.first;
@@ -302,14 +302,7 @@ fn everywhere(mine: Vec<Done>, hosts: &mut dyn Hosts) -> Result<Vec<Done>> {
     }
     // Numbers that are not finite survive as bits.
     let bits = |done: &Done| (done.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>(), done.times.clone());
-    let failed = |error: serde_json::Error| Error::failed("hosts do not understand each other").caused_by(error);
-    let told = serde_json::to_vec(&mine.iter().map(bits).collect::<Vec<_>>()).map_err(failed)?;
-    let mut all = Vec::new();
-    for told in hosts.gather(&told)? {
-        let of_host: Vec<(Vec<u32>, DeviceTimes)> = serde_json::from_slice(&told).map_err(failed)?;
-        let done =
-            |(bits, times): (Vec<u32>, _)| Done { losses: bits.into_iter().map(f32::from_bits).collect(), times };
-        all.extend(of_host.into_iter().map(done));
-    }
-    Ok(all)
+    let told = told_by_all(&mine.iter().map(bits).collect::<Vec<_>>(), hosts)?;
+    let done = |(bits, times): (Vec<u32>, _)| Done { losses: bits.into_iter().map(f32::from_bits).collect(), times };
+    Ok(told.into_iter().flatten().map(done).collect())
 }
