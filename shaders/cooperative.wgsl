@@ -23,8 +23,10 @@ var<workgroup> most: array<atomic<u32>, 4>; // one is used; whole vec4s keep wha
 // A workgroup owns ROWS x COLS of C and stages DEPTH of what is summed of both operands, in rows padded by 8 (against
 // bank conflicts; columns begin at multiples of 16 bytes). A subgroup computes a unit of it, UNIT_ROWS x UNIT_COLS, in
 // matrices of SIDE x SIDE. There is a text for the usual number of lanes, but any number works: subgroups without a
-// unit only help to stage, and where there are fewer subgroups than units, all is done again for the rest. K may be summed in
-// parts, as by matmul.tiled.
+// unit only help to stage, and where there are fewer subgroups than units, all is done again for the rest. K may be summed
+// in parts, as by matmul.tiled.
+// EXACT: there are as many subgroups as units, M and N have a whole tile at least, and the last tiles begin where they end
+// with C. So no load needs a test but those at the end of K: tests make loads wait for one another.
 #ifdef VEC
 @group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
 #else
@@ -41,7 +43,11 @@ alias Element = f32;
 @group(0) @binding(1) var<storage, read_write> b: array<Element>; // [K, N], or [N, K] in NT
 #endif
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
+#ifdef VEC
+@group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [M, N]
+#else
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
+#endif
 #ifdef SCALED
 @group(0) @binding(4) var<storage, read_write> largest: array<u32>; // [PARTS], bits of |x|
 #endif
@@ -49,23 +55,27 @@ alias Element = f32;
 const DEPTH: u32 = #{DEPTH}u;
 const ACROSS: u32 = #{COLS / UNIT_COLS}u; // units side by side
 const UNITS: u32 = #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS)}u;
-const CELLS: u32 = #{OUT * SIDE * SIDE}u; // that a subgroup hands out at a time
 
+// Tiles and results lie in fours, so that four neighbours are stored at once; strides count fours too.
 #ifdef TN
-const A_STRIDE: u32 = #{ROWS + 8}u;
-var<workgroup> tile_a: array<f16, #{DEPTH * (ROWS + 8)}>; // [DEPTH, ROWS + 8]
+const A_STRIDE: u32 = #{ROWS / 4 + 2}u;
+var<workgroup> tile_a: array<vec4<f16>, #{DEPTH * (ROWS / 4 + 2)}>; // [DEPTH, ROWS + 8]
 #else
-const A_STRIDE: u32 = #{DEPTH + 8}u;
-var<workgroup> tile_a: array<f16, #{ROWS * (DEPTH + 8)}>; // [ROWS, DEPTH + 8]
+const A_STRIDE: u32 = #{DEPTH / 4 + 2}u;
+var<workgroup> tile_a: array<vec4<f16>, #{ROWS * (DEPTH / 4 + 2)}>; // [ROWS, DEPTH + 8]
 #endif
 #ifdef NT
-const B_STRIDE: u32 = #{DEPTH + 8}u;
-var<workgroup> tile_b: array<f16, #{COLS * (DEPTH + 8)}>; // [COLS, DEPTH + 8]
+const B_STRIDE: u32 = #{DEPTH / 4 + 2}u;
+var<workgroup> tile_b: array<vec4<f16>, #{COLS * (DEPTH / 4 + 2)}>; // [COLS, DEPTH + 8]
 #else
-const B_STRIDE: u32 = #{COLS + 8}u;
-var<workgroup> tile_b: array<f16, #{DEPTH * (COLS + 8)}>; // [DEPTH, COLS + 8]
+const B_STRIDE: u32 = #{COLS / 4 + 2}u;
+var<workgroup> tile_b: array<vec4<f16>, #{DEPTH * (COLS / 4 + 2)}>; // [DEPTH, COLS + 8]
 #endif
-var<workgroup> results: array<f32, #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS) * OUT * SIDE * SIDE}>; // [UNITS, SIDE, OUT * SIDE]
+// What a subgroup hands out at a time, SIDE x OUT * SIDE. Memory is dear here: with 4 KiB of it the large tile has as many
+// neighbours on a core as without, with 10 KiB half of them.
+const OUT_STRIDE: u32 = #{OUT * SIDE / 4}u;
+const OUT_FOURS: u32 = #{OUT * SIDE * SIDE / 4}u;
+var<workgroup> results: array<vec4<f32>, #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS) * OUT * SIDE * SIDE / 4}>; // [UNITS, SIDE, OUT * SIDE]
 
 alias Left = coop_mat#{SIDE}x#{SIDE}<f16, A>;
 alias Right = coop_mat#{SIDE}x#{SIDE}<f16, B>;
@@ -73,13 +83,8 @@ alias Sum = coop_mat#{SIDE}x#{SIDE}<f32, C>;
 
 // Operands come in fours of neighbours in storage, zeros where the matrix ends: of A those at (row, k) and on along K, in
 // TN along M; of B at (k, col) and on along N, in NT along K. VEC: these lie in storage as whole vectors.
-fn load_a(row: u32, k: u32) -> vec4<f32> {
+fn load_a(at: u32, row: u32, k: u32) -> vec4<f32> {
     var x = vec4<f32>();
-#ifdef TN
-    let at = params.a_offset + k * params.lda + row;
-#else
-    let at = params.a_offset + row * params.lda + k;
-#endif
     if (row < params.m && k < params.k) {
 #ifdef VEC
         x = a[at / 4u];
@@ -99,13 +104,8 @@ fn load_a(row: u32, k: u32) -> vec4<f32> {
     return x;
 }
 
-fn load_b(k: u32, col: u32) -> vec4<Element> {
+fn load_b(at: u32, k: u32, col: u32) -> vec4<Element> {
     var x = vec4<Element>();
-#ifdef NT
-    let at = params.b_offset + col * params.ldb + k;
-#else
-    let at = params.b_offset + k * params.ldb + col;
-#endif
     if (col < params.n && k < params.k) {
 #ifdef VEC
         x = b[at / 4u];
@@ -124,6 +124,39 @@ fn load_b(k: u32, col: u32) -> vec4<Element> {
     return x;
 }
 
+fn bias_at(col: u32) -> f32 {
+    if ((params.flags & ADD_BIAS) != 0u) {
+        return bias[col];
+    }
+    return 0.0;
+}
+
+// Four neighbours of C.
+fn write_out(c_first: u32, row: u32, col: u32, sums: vec4<f32>) {
+    if (row >= params.m || col >= params.n) {
+        return;
+    }
+    let at = c_first + row * params.ldc + col;
+#ifdef VEC
+    let shift = vec4<f32>(bias_at(col), bias_at(col + 1u), bias_at(col + 2u), bias_at(col + 3u));
+    var value = fma(vec4<f32>(params.alpha), sums, shift);
+    if ((params.flags & ACCUMULATE) != 0u) {
+        value += c[at / 4u];
+    }
+    c[at / 4u] = value;
+#else
+#unroll i in 0..4
+    if (col + #{i}u < params.n) {
+        var value = fma(params.alpha, sums[#{i}], bias_at(col + #{i}u));
+        if ((params.flags & ACCUMULATE) != 0u) {
+            value += c[at + #{i}u];
+        }
+        c[at + #{i}u] = value;
+    }
+#end
+#endif
+}
+
 @compute @workgroup_size(#{THREADS})
 fn product(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -131,13 +164,19 @@ fn product(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(num_subgroups) subgroups: u32,
 ) {
+#ifdef EXACT
+    let row = min(group.y * #{ROWS}u, params.m - #{ROWS}u);
+    let col = min(group.x * #{COLS}u, params.n - #{COLS}u);
+#else
     let row = group.y * #{ROWS}u;
     let col = group.x * #{COLS}u;
+#endif
     let k_first = group.z * params.window;
+    let k_end = min(k_first + params.window, params.k);
     let c_first = params.c_offset + group.z * params.m * params.ldc;
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
-    for (var at = local; at < CELLS; at += #{THREADS}u) {
-        results[at] = 0.0;
+    for (var at = local; at < #{SIDE * SIDE / 4}u; at += #{THREADS}u) {
+        results[at] = vec4<f32>();
     }
     var scale = 1.0;
     var unscale = 1.0;
@@ -159,8 +198,55 @@ fn product(
 #else
     workgroupBarrier();
 #endif
-    let zeros = coopLoadT<Sum>(&results[0], #{SIDE}u);
+    let zeros = coopLoadT<Sum>(&results[0], #{SIDE / 4}u);
+    // A thread's first four of each tile: neighbours read neighbours, fours along the rows. The others are at distances
+    // that are the same for all threads.
+#ifdef TN
+    let a_k = local / #{ROWS / 4}u;
+    let a_row = row + local % #{ROWS / 4}u * 4u;
+    let a_to = a_k * A_STRIDE + local % #{ROWS / 4}u;
+    let a_first = params.a_offset + (k_first + a_k) * params.lda + a_row;
+    let a_step = DEPTH * params.lda;
+    let a_apart = #{THREADS / (ROWS / 4)}u;
+    let a_apart_k = a_apart;
+    let a_apart_row = 0u;
+#else
+    let a_k = local % #{DEPTH / 4}u * 4u;
+    let a_row = row + local / #{DEPTH / 4}u;
+    let a_to = local / #{DEPTH / 4}u * A_STRIDE + local % #{DEPTH / 4}u;
+    let a_first = params.a_offset + a_row * params.lda + k_first + a_k;
+    let a_step = DEPTH;
+    let a_apart = #{THREADS / (DEPTH / 4)}u;
+    let a_apart_k = 0u;
+    let a_apart_row = a_apart;
+#endif
+#ifdef NT
+    let b_k = local % #{DEPTH / 4}u * 4u;
+    let b_col = col + local / #{DEPTH / 4}u;
+    let b_to = local / #{DEPTH / 4}u * B_STRIDE + local % #{DEPTH / 4}u;
+    let b_first = params.b_offset + b_col * params.ldb + k_first + b_k;
+    let b_step = DEPTH;
+    let b_apart = #{THREADS / (DEPTH / 4)}u;
+    let b_apart_k = 0u;
+    let b_apart_col = b_apart;
+#else
+    let b_k = local / #{COLS / 4}u;
+    let b_col = col + local % #{COLS / 4}u * 4u;
+    let b_to = b_k * B_STRIDE + local % #{COLS / 4}u;
+    let b_first = params.b_offset + (k_first + b_k) * params.ldb + b_col;
+    let b_step = DEPTH * params.ldb;
+    let b_apart = #{THREADS / (COLS / 4)}u;
+    let b_apart_k = b_apart;
+    let b_apart_col = 0u;
+#endif
+    let a_far = a_apart * params.lda;
+    let b_far = b_apart * params.ldb;
+#ifdef EXACT
+    {
+        let first = 0u;
+#else
     for (var first = 0u; first < UNITS; first += subgroups) {
+#endif
         let unit = first + subgroup;
         let unit_row = unit / ACROSS * #{UNIT_ROWS}u;
         let unit_col = unit % ACROSS * #{UNIT_COLS}u;
@@ -169,105 +255,99 @@ fn product(
         var c#{i}_#{j} = zeros;
 #end
 #end
-        // What is staged next is on its way while the last is multiplied: neighbours read neighbours, fours along the rows.
+        // What is staged next is on its way while the last is multiplied, in f16: the registers are few.
+        var a_from = a_first;
+        var b_from = b_first;
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-        let a_at#{s} = local + #{s * THREADS}u;
-#ifdef TN
-        let a_row#{s} = a_at#{s} % #{ROWS / 4}u * 4u;
-        let a_k#{s} = a_at#{s} / #{ROWS / 4}u;
-        let a_to#{s} = a_k#{s} * A_STRIDE + a_row#{s};
-#else
-        let a_row#{s} = a_at#{s} / #{DEPTH / 4}u;
-        let a_k#{s} = a_at#{s} % #{DEPTH / 4}u * 4u;
-        let a_to#{s} = a_row#{s} * A_STRIDE + a_k#{s};
-#endif
-        var x#{s} = load_a(row + a_row#{s}, k_first + a_k#{s});
+        var x#{s} = vec4<f16>(scale * load_a(a_from + #{s}u * a_far, a_row + #{s}u * a_apart_row, k_first + a_k + #{s}u * a_apart_k));
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-        let b_at#{s} = local + #{s * THREADS}u;
-#ifdef NT
-        let b_col#{s} = b_at#{s} / #{DEPTH / 4}u;
-        let b_k#{s} = b_at#{s} % #{DEPTH / 4}u * 4u;
-        let b_to#{s} = b_col#{s} * B_STRIDE + b_k#{s};
-#else
-        let b_col#{s} = b_at#{s} % #{COLS / 4}u * 4u;
-        let b_k#{s} = b_at#{s} / #{COLS / 4}u;
-        let b_to#{s} = b_k#{s} * B_STRIDE + b_col#{s};
-#endif
-        var y#{s} = load_b(k_first + b_k#{s}, col + b_col#{s});
+        var y#{s} = vec4<f16>(load_b(b_from + #{s}u * b_far, k_first + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col));
 #end
-        for (var depth = k_first; depth < min(k_first + params.window, params.k); depth += DEPTH) {
+        for (var depth = k_first; depth < k_end; depth += DEPTH) {
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-            let a_half#{s} = vec4<f16>(x#{s} * scale);
-#unroll i in 0..4
-            tile_a[a_to#{s} + #{i}u] = a_half#{s}[#{i}];
-#end
+            tile_a[a_to + #{s}u * a_apart * A_STRIDE] = x#{s};
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-            let b_half#{s} = vec4<f16>(y#{s});
-#unroll i in 0..4
-            tile_b[b_to#{s} + #{i}u] = b_half#{s}[#{i}];
-#end
+            tile_b[b_to + #{s}u * b_apart * B_STRIDE] = y#{s};
 #end
             workgroupBarrier();
+            let next = depth + DEPTH;
+            a_from += a_step;
+            b_from += b_step;
+#ifdef EXACT
+            if (next + DEPTH <= params.k) {
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-            x#{s} = load_a(row + a_row#{s}, depth + DEPTH + a_k#{s});
+                x#{s} = vec4<f16>(scale * a[(a_from + #{s}u * a_far) / 4u]);
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-            y#{s} = load_b(depth + DEPTH + b_k#{s}, col + b_col#{s});
+                y#{s} = vec4<f16>(b[(b_from + #{s}u * b_far) / 4u]);
 #end
+            } else {
+#else
+            {
+#endif
+#unroll s in 0..ROWS*DEPTH/4/THREADS
+                x#{s} = vec4<f16>(scale * load_a(a_from + #{s}u * a_far, a_row + #{s}u * a_apart_row, next + a_k + #{s}u * a_apart_k));
+#end
+#unroll s in 0..COLS*DEPTH/4/THREADS
+                y#{s} = vec4<f16>(load_b(b_from + #{s}u * b_far, next + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col));
+#end
+            }
+#ifndef EXACT
             // Once, or not at all: a loop, because matrices may not be used under a condition.
             for (var mine = unit; mine < UNITS; mine += UNITS) {
-                for (var k = 0u; k < DEPTH; k += #{STEPS * SIDE}u) {
-#unroll s in 0..STEPS
+#endif
+#unroll s in 0..DEPTH/SIDE
 #unroll i in 0..UNIT_ROWS/SIDE
 #ifdef TN
-                    let a#{s}_#{i} = coopLoad<Left>(&tile_a[(k + #{s * SIDE}u) * A_STRIDE + unit_row + #{i * SIDE}u], A_STRIDE);
+                let a#{s}_#{i} = coopLoad<Left>(&tile_a[#{s * SIDE}u * A_STRIDE + (unit_row + #{i * SIDE}u) / 4u], A_STRIDE);
 #else
-                    let a#{s}_#{i} = coopLoadT<Left>(&tile_a[(unit_row + #{i * SIDE}u) * A_STRIDE + k + #{s * SIDE}u], A_STRIDE);
+                let a#{s}_#{i} = coopLoadT<Left>(&tile_a[(unit_row + #{i * SIDE}u) * A_STRIDE + #{s * SIDE / 4}u], A_STRIDE);
 #endif
 #end
 #unroll j in 0..UNIT_COLS/SIDE
 #ifdef NT
-                    let b#{s}_#{j} = coopLoad<Right>(&tile_b[(unit_col + #{j * SIDE}u) * B_STRIDE + k + #{s * SIDE}u], B_STRIDE);
+                let b#{s}_#{j} = coopLoad<Right>(&tile_b[(unit_col + #{j * SIDE}u) * B_STRIDE + #{s * SIDE / 4}u], B_STRIDE);
 #else
-                    let b#{s}_#{j} = coopLoadT<Right>(&tile_b[(k + #{s * SIDE}u) * B_STRIDE + unit_col + #{j * SIDE}u], B_STRIDE);
+                let b#{s}_#{j} = coopLoadT<Right>(&tile_b[#{s * SIDE}u * B_STRIDE + (unit_col + #{j * SIDE}u) / 4u], B_STRIDE);
 #endif
 #unroll i in 0..UNIT_ROWS/SIDE
-                    c#{i}_#{j} = coopMultiplyAdd(a#{s}_#{i}, b#{s}_#{j}, c#{i}_#{j});
+                c#{i}_#{j} = coopMultiplyAdd(a#{s}_#{i}, b#{s}_#{j}, c#{i}_#{j});
 #end
 #end
 #end
-                }
+#ifndef EXACT
             }
+#endif
             workgroupBarrier();
         }
         // Out by way of workgroup memory, OUT matrices side by side of each subgroup at a time.
         let ready = min(subgroups, UNITS - first);
 #unroll i in 0..UNIT_ROWS/SIDE
 #unroll j in 0..UNIT_COLS/SIDE/OUT
+#ifndef EXACT
         for (var mine = unit; mine < UNITS; mine += UNITS) {
+#endif
 #unroll o in 0..OUT
-            coopStoreT(c#{i}_#{j * OUT + o}, &results[subgroup * CELLS + #{o * SIDE}u], #{OUT * SIDE}u);
+            coopStoreT(c#{i}_#{j * OUT + o}, &results[subgroup * OUT_FOURS + #{o * SIDE / 4}u], OUT_STRIDE);
 #end
+#ifndef EXACT
         }
+#endif
         workgroupBarrier();
-        for (var at = local; at < ready * CELLS; at += #{THREADS}u) {
-            let its = first + at / CELLS;
-            let at_row = row + its / ACROSS * #{UNIT_ROWS}u + #{i * SIDE}u + at % CELLS / #{OUT * SIDE}u;
-            let at_col = col + its % ACROSS * #{UNIT_COLS}u + #{j * OUT * SIDE}u + at % #{OUT * SIDE}u;
-            if (at_row < params.m && at_col < params.n) {
-                var shift = 0.0;
-                if ((params.flags & ADD_BIAS) != 0u) {
-                    shift = bias[at_col];
-                }
-                let to = c_first + at_row * params.ldc + at_col;
-                var value = fma(params.alpha, results[at] * unscale, shift);
-                if ((params.flags & ACCUMULATE) != 0u) {
-                    value += c[to];
-                }
-                c[to] = value;
+        for (var at = local; at < ready * OUT_FOURS; at += #{THREADS}u) {
+            let its = at / OUT_FOURS;
+            let c_row = row + (first + its) / ACROSS * #{UNIT_ROWS}u + #{i * SIDE}u + at % OUT_FOURS / OUT_STRIDE;
+            let c_col = col + (first + its) % ACROSS * #{UNIT_COLS}u + #{j * OUT * SIDE}u + at % OUT_STRIDE * 4u;
+#ifdef EXACT
+            // What is before this tile's own rows and columns, the tile before writes.
+            if (c_row >= group.y * #{ROWS}u && c_col >= group.x * #{COLS}u) {
+                write_out(c_first, c_row, c_col, results[at] * unscale);
             }
+#else
+            write_out(c_first, c_row, c_col, results[at] * unscale);
+#endif
         }
         workgroupBarrier();
 #end

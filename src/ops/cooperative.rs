@@ -28,12 +28,23 @@ use crate::{
 struct Kernel {
     /// Of the matrices: 8 or 16.
     side: u32,
-    /// For 64 lanes a subgroup.
-    wide: bool,
+    /// How many lanes a subgroup has.
+    lanes: Lanes,
     /// A tile of 128 x 128 instead of 64 x 64, in 30 KiB of workgroup memory.
     large: bool,
-    /// Rows of both operands are whole vectors of four.
+    /// Rows of all operands are whole vectors of four.
     vectors: bool,
+}
+
+/// What is known of the lanes of a device's subgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lanes {
+    /// Nothing.
+    Any,
+    /// There may be 64.
+    Wide,
+    /// As many as the matrices' sides ask for: 32 (16), 8 (8); and C has a whole tile at least.
+    Exact,
 }
 
 /// Bytes of workgroup memory of the large tile, and threads.
@@ -78,6 +89,16 @@ pub(super) fn has_large(gpu: &Gpu) -> bool {
         && limits.max_compute_invocations_per_workgroup >= LARGE_THREADS
 }
 
+/// The side of a tile.
+fn tile(large: bool) -> usize {
+    if large { 128 } else { 64 }
+}
+
+/// Lanes of a subgroup of which there are then as many as a workgroup has units of work.
+fn exact_lanes(side: u32) -> u32 {
+    if side == 16 { 32 } else { 8 }
+}
+
 /// Whether a product of m x n has so many large tiles that they are worth it.
 pub(super) fn wants_large(m: usize, n: usize) -> bool {
     m.div_ceil(128) * n.div_ceil(128) >= split::ENOUGH
@@ -103,23 +124,36 @@ impl Product<'_> {
 
     fn kernel(&self, side: u32, large: bool) -> Kernel {
         let (facts, vectors) = (self.gpu.facts(), self.vectors());
-        // Metal tells the largest size that there might be; it is 32.
-        let wide = side == 16 && facts.limits.subgroup_max_size >= 64 && facts.backend != "metal";
-        Kernel { side, wide, large: large && vectors && has_large(self.gpu), vectors }
+        let large = large && vectors && has_large(self.gpu);
+        let lanes = match side {
+            _ if self.exact(side, large) => Lanes::Exact,
+            // Metal tells the largest size that there might be; it is 32.
+            16 if facts.limits.subgroup_max_size >= 64 && facts.backend != "metal" => Lanes::Wide,
+            _ => Lanes::Any,
+        };
+        Kernel { side, lanes, large, vectors }
     }
 
-    /// Whether four neighbours in a row of an operand lie as a vector, from the first on.
+    /// Whether the text for so many lanes can run: these are what the device has, and C has a whole tile.
+    fn exact(&self, side: u32, large: bool) -> bool {
+        let (limits, [m, n, _]) = (&self.gpu.facts().limits, self.sizes());
+        let lanes = [limits.subgroup_min_size, limits.subgroup_max_size];
+        let metal = self.gpu.facts().backend == "metal";
+        !metal && self.vectors() && lanes == [exact_lanes(side); 2] && m.min(n) >= tile(large)
+    }
+
+    /// Whether four neighbours in a row of A, B and C lie as a vector, from the first on.
     fn vectors(&self) -> bool {
-        let [m, n, k, lda, ldb, _, a_offset, b_offset] = std::array::from_fn(|at| self.params[at]);
-        let (a_row, b_row) =
-            (if self.layout == Layout::Tn { m } else { k }, if self.layout == Layout::Nt { k } else { n });
-        [a_row, b_row, lda, ldb, a_offset, b_offset].iter().all(|x| x.is_multiple_of(4))
+        let [m, n, k, lda, ldb, ldc, a_offset, b_offset, c_offset] = std::array::from_fn(|at| self.params[at]);
+        let a_row = if self.layout == Layout::Tn { m } else { k };
+        let b_row = if self.layout == Layout::Nt { k } else { n };
+        [a_row, b_row, n, lda, ldb, ldc, a_offset, b_offset, c_offset].iter().all(|x| x.is_multiple_of(4))
     }
 
     fn launch(&self, kernel: Kernel) {
         let Self { gpu, layout, bindings, params, .. } = *self;
         let [m, n, k] = self.sizes();
-        let tile = if kernel.large { 128 } else { 64 };
+        let tile = tile(kernel.large);
         let groups = [n.div_ceil(tile) as u32, m.div_ceil(tile) as u32, 1];
         let name = kernel.name(layout, self.b);
         let params = &params[..13];
@@ -147,9 +181,13 @@ impl Kernel {
             (Layout::Tn, _) => "tn",
         };
         let part = |wanted, part| if wanted { part } else { "" };
-        let (large, wide) = (part(self.large, "_large"), part(self.wide, "_wide"));
-        let odd = part(!self.vectors, "_odd");
-        format!("cooperative.product.{operands}_{}{large}{wide}{odd}", self.side)
+        let lanes = match self.lanes {
+            Lanes::Any => "",
+            Lanes::Wide => "_wide",
+            Lanes::Exact => "_exact",
+        };
+        let (large, odd) = (part(self.large, "_large"), part(!self.vectors, "_odd"));
+        format!("cooperative.product.{operands}_{}{large}{lanes}{odd}", self.side)
     }
 
     /// Every kernel that a device can run on these operands, whether it is meant for it or not.
@@ -158,11 +196,18 @@ impl Kernel {
         let vectors = product.vectors();
         let memory = gpu.facts().limits.max_compute_workgroup_storage_size;
         let mut all = Vec::new();
-        for (wide, large) in [(false, false), (true, false), (false, true), (true, true)] {
-            let fits = !large || (vectors && memory >= LARGE_BYTES);
-            if fits && (side == 16 || !(wide || large)) {
-                all.push(Self { side, wide, large, vectors });
-                all.extend((vectors && !large).then_some(Self { side, wide, large, vectors: false }));
+        for (lanes, large) in
+            [Lanes::Any, Lanes::Wide, Lanes::Exact].into_iter().flat_map(|one| [(one, false), (one, true)])
+        {
+            let fits = match lanes {
+                Lanes::Any => side == 16 || !large,
+                Lanes::Wide => side == 16,
+                Lanes::Exact => product.exact(side, large) && (side == 16 || !large),
+            };
+            if fits && (!large || (vectors && memory >= LARGE_BYTES)) {
+                all.push(Self { side, lanes, large, vectors });
+                let odd = vectors && !large && lanes != Lanes::Exact;
+                all.extend(odd.then_some(Self { side, lanes, large, vectors: false }));
             }
         }
         all
