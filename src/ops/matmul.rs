@@ -281,8 +281,9 @@ pub(super) fn reference_at(
     (0..k).map(|l| of_a(l) * of_b(l)).sum()
 }
 
-/// Products with longer sides are checked in the chosen way alone.
-const EACH_WAY: usize = 280;
+/// Products with longer sides are checked in the chosen way alone, where they are not of whole vectors.
+const EACH_WAY: usize = 80;
+const EACH_WAY_OF_VECTORS: usize = 280;
 
 fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
@@ -311,7 +312,8 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         // As chosen; and of small ones, every way that there is.
         let c = Tensor::empty(gpu, &[m, n]);
         let call = |epilogue| Call::new(layout, &ta, &tb, &c, epilogue);
-        let ways = if m.max(n).max(k) <= EACH_WAY { call(first).ways() } else { Vec::new() };
+        let most = if [m, n, k].iter().all(|x| x % 4 == 0) { EACH_WAY_OF_VECTORS } else { EACH_WAY };
+        let ways = if m.max(n).max(k) <= most { call(first).ways() } else { Vec::new() };
         for way in [None].into_iter().chain(ways.into_iter().map(Some)) {
             for epilogue in [first, second] {
                 match way {
