@@ -239,9 +239,85 @@ fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
 }
 
 #kernel tiled
-// For GPUs: a workgroup owns a TILE x TILE part of C and stages DEPTH columns of both operands, k-major and padded
-// by 4 words (against bank conflicts of the transposing store); a thread owns BLOCK x BLOCK of C. K may be summed in parts
-// (src/ops/matmul/split.rs): then C is [parts, M, N].
+// For GPUs, of operands that lie as whole vec4s, C too: a workgroup owns a TILE x TILE part of C, a thread blocks of 4 x 4
+// spread over it, BLOCK x BLOCK in all. DEPTH of what is summed is staged k-major while the next vec4s are on their way to
+// registers. Those that lie along K are transposed as they are staged, with vec4s of a row in another order for every
+// four rows, so that the stores of a subgroup meet no bank twice. K may be summed in parts (src/ops/matmul/split.rs):
+// then C is [parts, M, N].
+#import vector_tile
+
+@compute @workgroup_size(#{TILE / BLOCK * (TILE / BLOCK)})
+fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let row = group.y * #{TILE}u;
+    let col = group.x * #{TILE}u;
+    // The thread's first block, in vec4s.
+    let my_row = local / #{TILE / BLOCK}u;
+    let my_col = local % #{TILE / BLOCK}u;
+#unroll i in 0..BLOCK
+#unroll j in 0..BLOCK/4
+    var c#{i}_#{j} = vec4<f32>(0.0);
+#end
+#end
+    let k_first = group.z * params.window;
+    let k_end = min(k_first + params.window, params.k);
+#import vector_tile_staging
+    var buffer = 0u;
+    // Each turn but the first multiplies what the one before it has staged; the last one stages nothing but zeros.
+    for (var depth = k_first; depth < k_end + #{DEPTH}u; depth += #{DEPTH}u) {
+#unroll s in 0..DEPTH*BLOCK*BLOCK/TILE/4
+        var a#{s} = vec4<f32>(0.0);
+        if (depth + k_of_a#{s} < k_end) {
+            a#{s} = a[from_a#{s}];
+        }
+        from_a#{s} += step_a;
+#ifdef PACKED
+        var b#{s} = vec2<u32>(0u);
+#else
+        var b#{s} = vec4<f32>(0.0);
+#endif
+        if (depth + k_of_b#{s} < k_end) {
+            b#{s} = b[from_b#{s}];
+        }
+        from_b#{s} += step_b;
+#end
+        if (depth > k_first) {
+#import vector_tile_product
+        }
+#if BUFFERS == 2
+        buffer = #{DEPTH * TILE / 4}u - buffer;
+#else
+        workgroupBarrier();
+#endif
+#unroll s in 0..DEPTH*BLOCK*BLOCK/TILE/4
+#ifdef TN
+        tile_a[buffer + to_a#{s}] = a#{s};
+#else
+#unroll i in 0..4
+        tile_a[buffer + to_a#{s} + #{i * TILE / 4}u][row_of_a#{s} % 4u] = a#{s}[#{i}];
+#end
+#endif
+#ifdef PACKED
+        let wide#{s} = widen_four(b#{s});
+#else
+        let wide#{s} = b#{s};
+#endif
+#ifdef NT
+#unroll i in 0..4
+        tile_b[buffer + to_b#{s} + #{i * TILE / 4}u][col_of_b#{s} % 4u] = wide#{s}[#{i}];
+#end
+#else
+        tile_b[buffer + to_b#{s}] = wide#{s};
+#endif
+#end
+        workgroupBarrier();
+    }
+    let c_first = params.c_offset + group.z * params.m * params.ldc;
+#import vector_tile_write
+}
+
+#kernel tiled_odd
+// The same of operands that lie anyhow, element by element: staged rows are padded by 4 words (against bank conflicts of
+// the transposing store), a thread owns BLOCK x BLOCK of C.
 #import storage_operands
 #import tile
 
@@ -273,7 +349,7 @@ fn load_b(k: u32, col: u32) -> f32 {
 }
 
 @compute @workgroup_size(#{TILE / BLOCK * (TILE / BLOCK)})
-fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+fn tiled_odd(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{TILE}u;
     let col = group.x * #{TILE}u;
     let my_row = (local / SIDE) * #{BLOCK}u;
@@ -348,30 +424,14 @@ fn sum_parts(@builtin(global_invocation_id) id: vec3<u32>) {
 // by one pass over W. The sums meet in workgroup memory, always in the same order.
 // Of several WEIGHTS, a workgroup owns a row of one, counted through them all, and each has its C; with two SUMS the same
 // row of both, and C = silu(A W_0^T) * (A W_1^T). Such operands are whole, and their C is written as it is.
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K]
-#unroll w in 0..WEIGHTS
-#ifdef PACKED
-#import packed
-@group(0) @binding(#{1 + w}) var<storage, read_write> b#{w}: array<u32>; // [N_w, K], packed
-#else
-@group(0) @binding(#{1 + w}) var<storage, read_write> b#{w}: array<f32>; // [N_w, K]
-#endif
-#end
-#if WEIGHTS == 1
-@group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
-@group(0) @binding(3) var<storage, read_write> c0: array<f32>; // [M, N]
-#else
-#unroll w in 0..WEIGHTS - SUMS + 1
-@group(0) @binding(#{1 + WEIGHTS + w}) var<storage, read_write> c#{w}: array<f32>; // [M, N_w]
-#end
-#endif
+// VEC: rows of W and A are whole vec4s, of which a thread loads TURNS at a time, each with VEC elements of W.
+#import rows_operands
 
-var<workgroup> partial: array<vec4<f32>, #{SUMS * THREADS}>;
+var<workgroup> partial: array<f32, #{SUMS * ROWS * THREADS}>;
 
 @compute @workgroup_size(#{THREADS})
 fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{ROWS}u;
-    let last_row = params.m - 1u;
     let n0 = params.n;
     let offset0 = params.b_offset;
     let col0 = group.x + group.z * 32768u;
@@ -384,12 +444,46 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let col#{w} = col0;
 #endif
 #end
+#unroll i in 0..ROWS
+    let a_at#{i} = params.a_offset + min(row + #{i}u, params.m - 1u) * params.lda;
 #unroll s in 0..SUMS
-    var sum#{s} = vec4<f32>(0.0);
+#ifdef VEC
+    var sum#{s}_#{i} = vec4<f32>(0.0);
+#else
+    var sum#{s}_#{i} = 0.0;
+#endif
+#end
 #end
 #unroll w in 0..WEIGHTS
     if (col#{w} < n#{w}) {
         let weight = offset#{w} + col#{w} * params.ldb;
+#ifdef VEC
+        var at = local;
+#unroll t in 0..2
+        // Several at a time, then the rest one by one.
+        for (; at + #{(1 - t) * (TURNS - 1) * THREADS}u < params.k / #{VEC}u; at += #{(t + (1 - t) * TURNS) * THREADS}u) {
+#unroll q in 0..t + (1 - t) * TURNS
+            let y#{q} = b#{w}[weight / #{VEC}u + at + #{q * THREADS}u];
+#end
+#unroll q in 0..t + (1 - t) * TURNS
+#ifdef PACKED
+            let even#{q} = widen_even(y#{q});
+            let odd#{q} = widen_odd(y#{q});
+#endif
+#unroll i in 0..ROWS
+#ifdef PACKED
+            let x#{q}_#{i} = a[a_at#{i} / 4u + 2u * at + #{2 * q * THREADS}u];
+            let z#{q}_#{i} = a[a_at#{i} / 4u + 2u * at + #{2 * q * THREADS + 1}u];
+            sum#{w % SUMS}_#{i} = fma(vec4<f32>(x#{q}_#{i}.xz, z#{q}_#{i}.xz), even#{q}, sum#{w % SUMS}_#{i});
+            sum#{w % SUMS}_#{i} = fma(vec4<f32>(x#{q}_#{i}.yw, z#{q}_#{i}.yw), odd#{q}, sum#{w % SUMS}_#{i});
+#else
+            sum#{w % SUMS}_#{i} = fma(a[a_at#{i} / 4u + at + #{q * THREADS}u], y#{q}, sum#{w % SUMS}_#{i});
+#endif
+#end
+#end
+        }
+#end
+#else
 #ifdef PACKED
         // Word by word, of which the first and the last may be half a neighbour's.
         let skipped = weight & 1u;
@@ -399,12 +493,12 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let k = 2u * at - skipped; // wraps where the first half is a neighbour's
             if (k < params.k) {
 #unroll i in 0..ROWS
-                sum#{w % SUMS}[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], y.x, sum#{w % SUMS}[#{i}]);
+                sum#{w % SUMS}_#{i} = fma(a[a_at#{i} + k], y.x, sum#{w % SUMS}_#{i});
 #end
             }
             if (k + 1u < params.k) {
 #unroll i in 0..ROWS
-                sum#{w % SUMS}[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k + 1u], y.y, sum#{w % SUMS}[#{i}]);
+                sum#{w % SUMS}_#{i} = fma(a[a_at#{i} + k + 1u], y.y, sum#{w % SUMS}_#{i});
 #end
             }
         }
@@ -412,19 +506,27 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var k = local; k < params.k; k += #{THREADS}u) {
             let y = b#{w}[weight + k];
 #unroll i in 0..ROWS
-            sum#{w % SUMS}[#{i}] = fma(a[params.a_offset + min(row + #{i}u, last_row) * params.lda + k], y, sum#{w % SUMS}[#{i}]);
+            sum#{w % SUMS}_#{i} = fma(a[a_at#{i} + k], y, sum#{w % SUMS}_#{i});
 #end
         }
+#endif
 #endif
     }
 #end
 #unroll s in 0..SUMS
-    partial[#{s * THREADS}u + local] = sum#{s};
+#unroll i in 0..ROWS
+#ifdef VEC
+    let total#{s}_#{i} = (sum#{s}_#{i}.x + sum#{s}_#{i}.y) + (sum#{s}_#{i}.z + sum#{s}_#{i}.w);
+#else
+    let total#{s}_#{i} = sum#{s}_#{i};
+#endif
+    partial[#{(s * ROWS + i) * THREADS}u + local] = total#{s}_#{i};
+#end
 #end
     workgroupBarrier();
     for (var width = #{THREADS / 2}u; width > 0u; width /= 2u) {
         if (local < width) {
-#unroll s in 0..SUMS
+#unroll s in 0..SUMS*ROWS
             partial[#{s * THREADS}u + local] += partial[#{s * THREADS}u + local + width];
 #end
         }
@@ -433,10 +535,11 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (local >= #{ROWS}u || row + local >= params.m) {
         return;
     }
+    let total = partial[local * #{THREADS}u];
 #if WEIGHTS == 1
     if (col0 < n0) {
         let at = params.c_offset + (row + local) * params.ldc + col0;
-        var value = params.alpha * partial[0][local];
+        var value = params.alpha * total;
         if ((params.flags & ADD_BIAS) != 0u) {
             value += bias[col0];
         }
@@ -449,13 +552,13 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #if SUMS == 1
 #unroll w in 0..WEIGHTS
     if (col#{w} < n#{w}) {
-        c#{w}[(row + local) * n#{w} + col#{w}] = partial[0][local];
+        c#{w}[(row + local) * n#{w} + col#{w}] = total;
     }
 #end
 #else
     if (col0 < n0) {
-        let gate = partial[0][local];
-        c0[(row + local) * n0 + col0] = gate * (1.0 / (1.0 + exp(-gate))) * partial[#{THREADS}][local];
+        let gate = total;
+        c0[(row + local) * n0 + col0] = gate * (1.0 / (1.0 + exp(-gate))) * partial[#{ROWS * THREADS}u + local * #{THREADS}u];
     }
 #endif
 #endif

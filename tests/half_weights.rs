@@ -15,7 +15,9 @@ use wgpu_llava::{
     ops::{
         Random,
         cast::{self, cast},
-        elementwise, nf4,
+        elementwise,
+        matmul::{Layout, product},
+        nf4,
     },
     quant::QuantType,
     tensor::{Dtype, Tensor},
@@ -74,6 +76,27 @@ fn every_16_bit_pattern_widens_to_its_value() {
                 assert_eq!(got, want.to_bits(), "{dtype:?} {bits:04x}");
                 assert_eq!(to_other[usize::from(bits)], other, "{dtype:?} {bits:04x} in the other type");
             }
+        }
+    }
+}
+
+/// Kernels of products widen what they load in ways of their own; bfloat16 is cut out of f32 in all of them.
+#[test]
+fn every_finite_f16_is_itself_in_products() {
+    let finite = |bits: u16| if f16::from_bits(bits).is_finite() { bits } else { 0 };
+    let bytes: Vec<u8> = (0..=u16::MAX).flat_map(|bits| finite(bits).to_le_bytes()).collect();
+    let want: Vec<f32> = (0..=u16::MAX).map(|bits| f16::from_bits(finite(bits)).to_f32()).collect();
+    let identity: Vec<f32> = (0..64).map(|at| f32::from(u8::from(at % 9 == 0))).collect();
+    for gpu in [gpu(), &as_gpu()] {
+        // Rows of 8 columns, or as many columns in 8 rows; one row of the left side, a few, and all.
+        for (layout, rows) in [(Layout::Nt, 1), (Layout::Nt, 4), (Layout::Nt, 8), (Layout::Nn, 8)] {
+            let (n, shape) = (8192, if layout == Layout::Nt { [8192, 8] } else { [8, 8192] });
+            let weight = Tensor::from_bytes(gpu, Dtype::F16, &bytes, &shape);
+            let y =
+                product(layout, &Tensor::from_f32(gpu, &identity[..8 * rows], &[rows, 8]), &weight).to_vec().unwrap();
+            let at = |at: usize| if layout == Layout::Nt { want[at % n * 8 + at / n] } else { want[at] };
+            let wrong = (0..rows * n).find(|&place| y[place] != at(place));
+            assert_eq!(wrong.map(|place| (place, y[place], at(place))), None, "{layout:?}, {rows} rows");
         }
     }
 }

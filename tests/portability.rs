@@ -32,7 +32,7 @@ const EXTENSIONS: [(&str, Capabilities); 2] =
 const COOPERATIVE: &str = "wgpu_cooperative_matrix";
 
 /// Part of the names of kernels that are launched only where there is as much workgroup memory.
-const LARGE: (&str, u32) = ("_large", 30 << 10);
+const LARGE: (&str, u32) = ("_large", 32 << 10);
 
 /// The same of those that are launched only where there are as many uniform buffers, parameters among them.
 const BY_LANE: (&str, u32) = ("matmul.by_lane.", 15);

@@ -16,13 +16,13 @@ fn widen_one(word: u32, at: u32) -> f32 {
     return widen(word >> (16u * (at & 1u))).x;
 }
 
-// Of eight elements in a row, those at even places, and those at odd ones.
-fn widen_even(words: vec4<u32>) -> vec4<f32> {
-    return vec4<f32>(widen(words.x).x, widen(words.y).x, widen(words.z).x, widen(words.w).x);
-}
-
-fn widen_odd(words: vec4<u32>) -> vec4<f32> {
-    return vec4<f32>(widen(words.x).y, widen(words.y).y, widen(words.z).y, widen(words.w).y);
+// The halves in the upper parts of words. Exponents are moved so that infinity stays what it is, and multiplied back;
+// below 2^-14, the smallest normal number, that reads a leading one that is not there. Nothing is subnormal on the way.
+fn widen_upper(words: vec4<u32>) -> vec4<f32> {
+    let moved = bitcast<vec4<u32>>(bitcast<vec4<i32>>(words) >> vec4<u32>(3u)) & vec4<u32>(0x8fffe000u);
+    let value = bitcast<vec4<f32>>(moved | vec4<u32>(0x70000000u)) * 0x1p-112f;
+    let edge = bitcast<vec4<f32>>((words & vec4<u32>(0x80000000u)) | vec4<u32>(0x38800000u));
+    return select(value, value + value - edge, abs(value) < vec4<f32>(0x1p-14f));
 }
 #else
 fn widen(word: u32) -> vec2<f32> {
@@ -34,12 +34,21 @@ fn widen_one(word: u32, at: u32) -> f32 {
     return bitcast<f32>((word << (16u - 16u * (at & 1u))) & 0xffff0000u);
 }
 
-// Of eight elements in a row, those at even places, and those at odd ones.
-fn widen_even(words: vec4<u32>) -> vec4<f32> {
-    return bitcast<vec4<f32>>(words << vec4<u32>(16u));
-}
-
-fn widen_odd(words: vec4<u32>) -> vec4<f32> {
+fn widen_upper(words: vec4<u32>) -> vec4<f32> {
     return bitcast<vec4<f32>>(words & vec4<u32>(0xffff0000u));
 }
 #endif
+
+// Of eight elements in a row, those at even places, and those at odd ones.
+fn widen_even(words: vec4<u32>) -> vec4<f32> {
+    return widen_upper(words << vec4<u32>(16u));
+}
+
+fn widen_odd(words: vec4<u32>) -> vec4<f32> {
+    return widen_upper(words);
+}
+
+// Four elements in a row.
+fn widen_four(words: vec2<u32>) -> vec4<f32> {
+    return widen_upper(vec4<u32>(words.x << 16u, words.x, words.y << 16u, words.y));
+}

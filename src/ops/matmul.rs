@@ -236,9 +236,11 @@ impl<'a> Call<'a> {
             let product = cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params };
             return product.run(large);
         }
-        let (kernel, groups) = way.kernel(layout, b.dtype(), [m, n]);
+        let (kernel, groups) = self.kernel(way, region);
         match way {
-            Way::Tiles { .. } => split::launch(c.gpu(), &kernel, &bindings, &params, groups),
+            // Of 256 threads, or of 64.
+            Way::Tiles(128) => split::launch(c.gpu(), &kernel, &bindings, &params, groups),
+            Way::Tiles(_) => split::launch_until(4 * split::ENOUGH, c.gpu(), &kernel, &bindings, &params, groups),
             _ => c.gpu().dispatch(&kernel, &bindings, &params, groups),
         }
     }
@@ -279,17 +281,26 @@ pub(super) fn reference_at(
     (0..k).map(|l| of_a(l) * of_b(l)).sum()
 }
 
-/// Products with longer sides are checked in the chosen way alone.
-const EACH_WAY: usize = 72;
+/// Products with longer sides are checked in the chosen way alone, where they are not of whole vectors.
+const EACH_WAY: usize = 80;
+const EACH_WAY_OF_VECTORS: usize = 280;
 
 fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
-    // Square, a few rows, a narrow result, sides that fill whole vectors, one row; and each side longer than a block.
+    // Square, a few rows, a narrow result; sides that fill whole vectors, all or some, one row and a few; and each side
+    // longer than a block.
     let (even, long) = (n.next_multiple_of(8), n + 2051);
-    let short = [[n, n + 2, n + 1], [3, n, n], [n, 8, n], [even, n, even], [1, n, even]];
-    for [m, n, k] in short.into_iter().chain([[long, 34, n], [34, long, n], [34, n, long]]) {
+    let short = [[n, n + 2, n + 1], [3, n, n], [n, 8, n], [1, n, n]];
+    let vectors = [[even, even + 4, even + 12], [even, n, even], [even, even, n], [1, n, even], [3, even, even]];
+    let longer = [[long, 34, n], [34, long, n], [34, n, long], [36, even, even + 2056]];
+    for [m, n, k] in short.into_iter().chain(vectors).chain(longer) {
         let mut random = Random::new((m * 31 + n * 7 + k) as u64);
-        let (a, ta) = random.tensor(gpu, &if layout == Layout::Tn { [k, m] } else { [m, k] });
+        let mut a = random.values(m * k);
+        // What kernels that may round have nothing to round of: those have checks of their own.
+        if dtype == Dtype::F16 && cooperative::serves(gpu) {
+            a = cooperative::rounded(&a, 1.0).into_iter().map(|x| x as f32).collect();
+        }
+        let ta = Tensor::from_f32(gpu, &a, &if layout == Layout::Tn { [k, m] } else { [m, k] });
         let b = dtype.narrow(&random.values(n * k));
         let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
         let b = dtype.widen(&b);
@@ -301,7 +312,8 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         // As chosen; and of small ones, every way that there is.
         let c = Tensor::empty(gpu, &[m, n]);
         let call = |epilogue| Call::new(layout, &ta, &tb, &c, epilogue);
-        let ways = if m.max(n).max(k) <= EACH_WAY { call(first).ways() } else { Vec::new() };
+        let most = if [m, n, k].iter().all(|x| x % 4 == 0) { EACH_WAY_OF_VECTORS } else { EACH_WAY };
+        let ways = if m.max(n).max(k) <= most { call(first).ways() } else { Vec::new() };
         for way in [None].into_iter().chain(ways.into_iter().map(Some)) {
             for epilogue in [first, second] {
                 match way {

@@ -283,6 +283,11 @@ impl Tensor {
         (Binding { buffer: &self.buffer, offset, size, uniform: false }, before)
     }
 
+    /// How many elements earlier than `start` a binding of [`Self::range`] or [`Self::packed_range`] begins.
+    pub fn binding_before(&self, start: usize) -> usize {
+        if self.dtype.is_packed() { (self.offset + start) % self.dtype.alignment() } else { 0 }
+    }
+
     /// The four-byte elements from `start` on as a uniform of fixed size, and how many elements before `start` it
     /// begins (offsets of uniforms are aligned). For devices that run on the host's processor.
     pub fn uniform(&self, start: usize) -> (Binding<'_>, usize) {

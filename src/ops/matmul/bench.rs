@@ -24,6 +24,10 @@ pub fn cases(layout: Layout, dtype: Dtype, shapes: &Shapes) -> Vec<Case> {
     if layout == Layout::Nt {
         all.push(("up_proj, decode", 1, intermediate, hidden));
     }
+    // A figure that is known of many programs. On host processors passes are short, and this would take minutes.
+    if layout == Layout::Nt && dtype == Dtype::F32 && 2 * tokens == hidden {
+        all.push(("square", hidden, hidden, hidden));
+    }
     let roof: Arithmetic = match dtype {
         Dtype::F16 => cooperative::roof_in_f16,
         _ => |_| roof::FMA,

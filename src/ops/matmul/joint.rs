@@ -1,10 +1,13 @@
 //! Products of one left side with several weights W_w [N_w, K], Y_w = X W_w^T, in one dispatch: where a token costs more
 //! launches than work. PyTorch: `F.linear` of the weights one behind the other, `F.silu(F.linear(x, g)) * F.linear(x, u)`.
 //!
-//! One dispatch serves a few rows of X on GPUs, and weights of one type in 16 or 32 bits. Elsewhere each weight has a
-//! product of its own. Either way sums run in the same order.
+//! One dispatch serves a few rows of X on GPUs, and weights of one type in 16 or 32 bits, whose rows are whole vectors.
+//! Elsewhere each weight has a product of its own. Either way sums run in the same order.
 
-use super::{Layout, product, reference, typed, ways::ROWS_KERNEL_MOST};
+use super::{
+    Layout, product, reference, typed,
+    ways::{ROWS_KERNEL_MOST, vector_of},
+};
 use crate::{
     error::Result,
     gpu::Gpu,
@@ -16,19 +19,14 @@ use crate::{
     tensor::{ALIGNMENT, Dtype, Tensor},
 };
 
-/// X W_w^T [M, N_w] of two or three weights.
+/// X W_w^T [M, N_w] of several weights; three of them, query, key and value, can be one dispatch.
 pub fn joint<const N: usize>(x: &Tensor, weights: [&Tensor; N]) -> [Tensor; N] {
-    let names = match N {
-        2 => ["matmul.rows.joint2", "matmul.rows.joint2_bf16", "matmul.rows.joint2_f16"],
-        3 => ["matmul.rows.joint3", "matmul.rows.joint3_bf16", "matmul.rows.joint3_f16"],
-        _ => return weights.map(|weight| product(Layout::Nt, x, weight)),
-    };
-    if !one_serves(x, &weights) {
+    if N != 3 || !one_serves(x, &weights) {
         return weights.map(|weight| product(Layout::Nt, x, weight));
     }
     let results = weights.map(|weight| Tensor::empty(x.gpu(), &[x.rows(), weight.rows()]));
     let columns = weights.iter().map(|weight| weight.rows()).sum();
-    launch(names, x, &weights, &results, columns);
+    launch("joint3", x, &weights, &results, columns);
     results
 }
 
@@ -41,8 +39,7 @@ pub fn gated(x: &Tensor, gate: &Tensor, up: &Tensor) -> Tensor {
         return activation::swiglu(&gate, &up);
     }
     let y = Tensor::empty(x.gpu(), &[x.rows(), gate.rows()]);
-    let names = ["matmul.rows.gated", "matmul.rows.gated_bf16", "matmul.rows.gated_f16"];
-    launch(names, x, &weights, std::slice::from_ref(&y), gate.rows());
+    launch("gated", x, &weights, std::slice::from_ref(&y), gate.rows());
     y
 }
 
@@ -54,6 +51,7 @@ fn one_serves(x: &Tensor, weights: &[&Tensor]) -> bool {
     let bindable = |tensor: &Tensor| tensor.len() * tensor.dtype().bytes() + 4 * ALIGNMENT <= most;
     let fits = |weight: &&Tensor| {
         weight.dtype() == dtype
+            && weight.binding_before(0).is_multiple_of(vector_of(dtype))
             && bindable(weight)
             && 4 * ROWS_KERNEL_MOST * weight.rows() <= most
             && !weight.is_empty()
@@ -61,11 +59,12 @@ fn one_serves(x: &Tensor, weights: &[&Tensor]) -> bool {
     !gpu.is_cpu()
         && (1..=ROWS_KERNEL_MOST).contains(&x.rows())
         && (dtype == Dtype::F32 || dtype.is_packed())
+        && x.cols().is_multiple_of(vector_of(dtype))
         && bindable(x)
         && weights.iter().all(fits)
 }
 
-fn launch(names: [&'static str; 3], x: &Tensor, weights: &[&Tensor], results: &[Tensor], columns: usize) {
+fn launch(kind: &str, x: &Tensor, weights: &[&Tensor], results: &[Tensor], columns: usize) {
     let (gpu, k, dtype) = (x.gpu(), x.cols(), weights[0].dtype());
     let mut bindings = vec![x.binding()];
     let (mut rows, mut offsets) = ([0; 3], [0; 3]);
@@ -84,13 +83,24 @@ fn launch(names: [&'static str; 3], x: &Tensor, weights: &[&Tensor], results: &[
     params[7] = offsets[0];
     params[15..].copy_from_slice(&[rows[1], rows[2], offsets[1], offsets[2]]);
     let groups = [columns.min(32_768) as u32, 1, columns.div_ceil(32_768) as u32];
-    gpu.dispatch(typed(dtype, names), &bindings, &params, groups);
+    let dtype = typed(dtype, ["", "_bf16", "_f16"]);
+    let rows = if x.rows() == 1 { "_one" } else { "" };
+    gpu.dispatch(&format!("matmul.rows.{kind}{dtype}{rows}"), &bindings, &params, groups);
 }
 
 fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let mut out = Vec::new();
-    for (dtype, m) in [(Dtype::F32, 1), (Dtype::Bf16, 1), (Dtype::F16, 4), (Dtype::Bf16, 9)] {
-        let (rows, k) = ([n + 2, n / 3 + 1, n], n + m);
+    let whole = n.next_multiple_of(8);
+    for (dtype, m, k) in [
+        (Dtype::F32, 1, whole + 4),
+        (Dtype::F32, 3, whole),
+        (Dtype::Bf16, 1, whole),
+        (Dtype::Bf16, 1, n + 1),
+        (Dtype::F16, 1, whole),
+        (Dtype::F16, 4, whole + 1024),
+        (Dtype::Bf16, 9, n + 9),
+    ] {
+        let rows = [n + 2, n / 3 + 1, n];
         let mut random = Random::new((m * 31 + n * 7) as u64);
         let (x, tx) = random.tensor(gpu, &[m, k]);
         let mut weight = |rows: usize| {

@@ -7,7 +7,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// So many workgroups keep a GPU busy. Reasoned: the largest have about as many cores.
+/// So many workgroups of 128 threads and more keep a GPU busy. Reasoned: the largest have about as many cores.
 pub const ENOUGH: usize = 128;
 /// K from which it may pay, what a part has at least, in multiples of which it comes, and the most parts.
 const LEAST_K: usize = 2048;
@@ -15,8 +15,8 @@ const GRAIN: usize = 256;
 const MOST_PARTS: usize = 8;
 
 /// How much of K each part has, and how many parts there are.
-fn parts(tiles: usize, k: usize) -> (usize, usize) {
-    let wanted = if k < LEAST_K || tiles == 0 { 1 } else { (ENOUGH / tiles).clamp(1, MOST_PARTS) };
+fn parts(enough: usize, tiles: usize, k: usize) -> (usize, usize) {
+    let wanted = if k < LEAST_K || tiles == 0 { 1 } else { (enough / tiles).clamp(1, MOST_PARTS) };
     let part = k.div_ceil(wanted).next_multiple_of(GRAIN);
     (part, k.div_ceil(part))
 }
@@ -24,8 +24,20 @@ fn parts(tiles: usize, k: usize) -> (usize, usize) {
 /// Launches a kernel of products that may sum K in parts. Bindings are A, B, bias, C and what more it reads; parameters
 /// are `matmul`'s, of which this fills in what a part has.
 pub fn launch(gpu: &Gpu, kernel: &str, bindings: &[Binding<'_>], params: &[u32], groups: [u32; 3]) {
+    launch_until(ENOUGH, gpu, kernel, bindings, params, groups);
+}
+
+/// The same of workgroups of which `enough` keep a GPU busy.
+pub fn launch_until(
+    enough: usize,
+    gpu: &Gpu,
+    kernel: &str,
+    bindings: &[Binding<'_>],
+    params: &[u32],
+    groups: [u32; 3],
+) {
     let [m, n, k] = [params[0], params[1], params[2]].map(|size| size as usize);
-    let (part, count) = parts(groups[0] as usize * groups[1] as usize, k);
+    let (part, count) = parts(enough, groups[0] as usize * groups[1] as usize, k);
     let whole = count < 2 || (count * m * n * 4) as u64 > gpu.max_binding();
     let mut of_part = params.to_vec();
     of_part[12] = if whole { k } else { part } as u32;
@@ -51,12 +63,13 @@ mod tests {
     #[test]
     fn parts_cover_k_where_tiles_are_few_and_k_is_long() {
         // lora_A of 7B over 2048 tokens, its gradient, a square product, a short sum.
-        assert_eq!(parts(32, 4096), (1024, 4));
-        assert_eq!(parts(64, 2048), (1024, 2));
-        assert_eq!(parts(4096, 4096).1, 1);
-        assert_eq!(parts(1, 2047).1, 1);
+        assert_eq!(parts(ENOUGH, 32, 4096), (1024, 4));
+        assert_eq!(parts(ENOUGH, 64, 2048), (1024, 2));
+        assert_eq!(parts(4 * ENOUGH, 64, 4096), (512, 8));
+        assert_eq!(parts(ENOUGH, 4096, 4096).1, 1);
+        assert_eq!(parts(ENOUGH, 1, 2047).1, 1);
         for (tiles, k) in [(1, 2048), (1, 2049), (3, 11_008), (100, 5000), (17, 65_537)] {
-            let (part, count) = parts(tiles, k);
+            let (part, count) = parts(ENOUGH, tiles, k);
             assert!((count - 1) * part < k && k <= count * part && count <= MOST_PARTS, "{tiles} {k}: {part} {count}");
         }
     }

@@ -1,8 +1,6 @@
 //! The ways of one product: which there are, which one the rule takes, which one was measured to be the best.
 
-use std::borrow::Cow;
-
-use super::{Call, Epilogue, Layout, Region, host, length, reference_at, typed};
+use super::{Call, Epilogue, Layout, Region, host, length, reference_at, split, typed};
 use crate::{
     gpu::{Gpu, Question, bucket},
     ops::{
@@ -23,22 +21,23 @@ pub(in crate::ops) enum Way {
     Staged(usize),
     /// GPUs: W read once for a few rows of A.
     Rows,
-    /// GPUs: tiles of 32 or of 64.
-    Tiles { large: bool },
+    /// GPUs: tiles of 32, of 64 or of 128.
+    Tiles(usize),
     /// GPUs, operands rounded to f16: tiles of 64 or of 128.
     Cooperative { large: bool },
 }
 
 /// Every way, by the name that it has in files.
-const WAYS: [(&str, Way); 10] = [
+const WAYS: [(&str, Way); 11] = [
     ("lanes", Way::Lanes),
     ("columns", Way::Columns),
     ("staged_wide", Way::Staged(0)),
     ("staged_narrow", Way::Staged(1)),
     ("staged_few", Way::Staged(2)),
     ("rows", Way::Rows),
-    ("tiles_32", Way::Tiles { large: false }),
-    ("tiles_64", Way::Tiles { large: true }),
+    ("tiles_32", Way::Tiles(32)),
+    ("tiles_64", Way::Tiles(64)),
+    ("tiles_128", Way::Tiles(128)),
     ("cooperative_64", Way::Cooperative { large: false }),
     ("cooperative_128", Way::Cooperative { large: true }),
 ];
@@ -68,38 +67,31 @@ impl Way {
     fn named(name: &str) -> Option<Self> {
         WAYS.iter().find(|(known, _)| *known == name).map(|(_, way)| *way)
     }
+}
 
-    /// The kernel and its workgroups for a product [m, n] on bound storage: not of lanes, columns or cooperative
-    /// matrices, which launch theirs themselves.
-    pub fn kernel(self, layout: Layout, b: Dtype, [m, n]: [usize; 2]) -> (Cow<'static, str>, [u32; 3]) {
-        let typed = |names| Cow::Borrowed(typed(b, names));
-        let tiles = |name, side| (name, [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1]);
-        match (self, layout) {
-            (Self::Staged(block), _) => {
-                let (name, groups) = host::staged(layout, b, [m, n], block);
-                (Cow::Owned(name), groups)
-            }
-            (Self::Rows, _) => {
-                let name = typed(["matmul.rows.nt", "matmul.rows.nt_bf16", "matmul.rows.nt_f16"]);
-                (name, [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32])
-            }
-            (Self::Tiles { large: false }, Layout::Nt) => {
-                tiles(typed(["matmul.tiled.nt_small", "matmul.tiled.nt_small_bf16", "matmul.tiled.nt_small_f16"]), 32)
-            }
-            (Self::Tiles { large: false }, Layout::Nn) => {
-                tiles(typed(["matmul.tiled.nn_small", "matmul.tiled.nn_small_bf16", "matmul.tiled.nn_small_f16"]), 32)
-            }
-            (Self::Tiles { large: false }, Layout::Tn) => tiles("matmul.tiled.tn_small".into(), 32),
-            (_, Layout::Nt) => tiles(typed(["matmul.tiled.nt", "matmul.tiled.nt_bf16", "matmul.tiled.nt_f16"]), 64),
-            (_, Layout::Nn) => tiles(typed(["matmul.tiled.nn", "matmul.tiled.nn_bf16", "matmul.tiled.nn_f16"]), 64),
-            (_, Layout::Tn) => tiles("matmul.tiled.tn".into(), 64),
-        }
-    }
+/// Bytes of workgroup memory of tiles of 128, and threads.
+const LARGE_BYTES: u32 = 32 << 10;
+const LARGE_THREADS: u32 = 256;
+
+fn has_large_tiles(gpu: &Gpu) -> bool {
+    let limits = &gpu.facts().limits;
+    limits.max_compute_workgroup_storage_size >= LARGE_BYTES
+        && limits.max_compute_invocations_per_workgroup >= LARGE_THREADS
 }
 
 /// Whether a product of m x n on GPUs has sides and tiles enough for those of 64.
 pub(in crate::ops) fn wants_large_tiles(m: usize, n: usize) -> bool {
     m > 32 && n > 32 && m.div_ceil(64) * n.div_ceil(64) >= 32
+}
+
+/// The same for those of 128.
+fn wants_largest_tiles(m: usize, n: usize) -> bool {
+    m > 64 && n > 64 && m.div_ceil(128) * n.div_ceil(128) >= split::ENOUGH
+}
+
+/// Elements of a row of B in what `matmul.rows` loads at once: 16 bytes.
+pub(super) fn vector_of(b: Dtype) -> usize {
+    16 / b.bytes()
 }
 
 fn region_sizes(region: Region) -> [usize; 3] {
@@ -144,7 +136,64 @@ impl Call<'_> {
         if nt && m <= ROWS_KERNEL_MOST {
             return Way::Rows;
         }
-        Way::Tiles { large: wants_large_tiles(m, n) }
+        // What does not lie as vectors has tiles of one size.
+        Way::Tiles(match self.tiles_are_vectors(region) {
+            true if has_large_tiles(gpu) && wants_largest_tiles(m, n) => 128,
+            true if !wants_large_tiles(m, n) => 32,
+            _ => 64,
+        })
+    }
+
+    /// Whether rows of A and B that a region reads are whole vectors of `width` elements, from the first on.
+    fn reads_vectors(&self, region: Region, width: usize) -> bool {
+        let Self { layout, a, b, b_first, .. } = *self;
+        let (a_cols, b_cols) = (
+            if layout == Layout::Tn { region.m } else { region.k },
+            if layout == Layout::Nt { region.k } else { region.n },
+        );
+        let b_before = b.binding_before((self.operand_rows(region).1.0 - b_first[0]) * b.cols());
+        let of_b = [b.cols(), b_before, b_cols.0 - b_first[1], length(b_cols)];
+        let of_a = [a.cols(), a_cols.0, length(a_cols)];
+        of_b.into_iter().chain(of_a).all(|x| x.is_multiple_of(width)) && length(a_cols) > 0 && length(b_cols) > 0
+    }
+
+    /// The same of what tiles read and write, in vec4s.
+    fn tiles_are_vectors(&self, region: Region) -> bool {
+        let of_c = [self.c.cols(), region.n.0, length(region.n)];
+        self.reads_vectors(region, 4) && of_c.iter().all(|x| x.is_multiple_of(4))
+    }
+
+    /// The kernel and its workgroups for a region on bound storage: not of lanes, columns or cooperative matrices, which
+    /// launch theirs themselves.
+    pub(super) fn kernel(&self, way: Way, region: Region) -> (String, [u32; 3]) {
+        let [m, n, _] = region_sizes(region);
+        let b = self.b.dtype();
+        let operands = match self.layout {
+            Layout::Nt => typed(b, ["nt", "nt_bf16", "nt_f16"]),
+            Layout::Nn => typed(b, ["nn", "nn_bf16", "nn_f16"]),
+            Layout::Tn => "tn",
+        };
+        let tiles = |side| [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1];
+        match way {
+            Way::Staged(block) => host::staged(self.layout, b, [m, n], block),
+            Way::Rows => {
+                let part = match (self.reads_vectors(region, vector_of(b)), m) {
+                    (false, _) => "_odd",
+                    (true, 1) => "_one",
+                    (true, _) => "",
+                };
+                (format!("matmul.rows.{operands}{part}"), [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32])
+            }
+            Way::Tiles(side) if self.tiles_are_vectors(region) => {
+                let size = match side {
+                    32 => "_small",
+                    64 => "",
+                    _ => "_large",
+                };
+                (format!("matmul.tiled.{operands}{size}"), tiles(side))
+            }
+            _ => (format!("matmul.tiled_odd.{operands}"), tiles(64)),
+        }
     }
 
     /// All of C.
@@ -175,7 +224,9 @@ impl Call<'_> {
             Way::Cooperative { large } => {
                 self.rounded && cooperative::fits(gpu, sizes) && (!large || cooperative::has_large(gpu))
             }
-            Way::Columns | Way::Staged(_) | Way::Tiles { .. } => true,
+            Way::Tiles(128) => has_large_tiles(gpu) && self.tiles_are_vectors(region),
+            Way::Tiles(32) => self.tiles_are_vectors(region),
+            Way::Columns | Way::Staged(_) | Way::Tiles(_) => true,
         };
         can && on_host == gpu.is_cpu()
     }
