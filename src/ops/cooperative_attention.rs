@@ -185,7 +185,10 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         (4, 128, Mask::Window(70), 4.0, 1.0),
         (1, 128, Mask::Full, 1.0, 1e-12),
     ];
-    for (kv_heads, head_size, mask, sharpness, size) in cases {
+    for (index, (kv_heads, head_size, mask, sharpness, size)) in cases.into_iter().enumerate() {
+        if n > 100 && index % 3 > 0 {
+            continue;
+        }
         let heads = Heads { heads: 4, kv_heads, head_size, in_f16: true };
         let lengths = [n, 1, n / 3 + 1];
         let case = Checked::new(gpu, heads, &lengths, mask, sharpness, size);
