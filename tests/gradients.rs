@@ -272,7 +272,7 @@ fn attention() {
             let ranges = Ranges::packed(gpu(), &[5, 1, 9], mask);
             let (q, kv) = ([15, heads * head_size], [15, kv_heads * head_size]);
             let inputs = [Leaf(&q), Leaf(&kv), Leaf(&kv)];
-            let shape = Heads { heads, kv_heads, head_size };
+            let shape = Heads { heads, kv_heads, head_size, in_f16: false };
             let function: Function<'_> = &|tape, x, _| {
                 let [q, k, v] = [0, 1, 2].map(|at| x[at].clone());
                 functions::attention(tape, q, k, v, &ranges, shape)

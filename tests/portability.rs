@@ -31,8 +31,12 @@ const EXTENSIONS: [(&str, Capabilities); 2] =
 /// Only naga's WGSL has it, and its HLSL has not.
 const COOPERATIVE: &str = "wgpu_cooperative_matrix";
 
-/// Part of the names of kernels that are launched only where there is as much workgroup memory.
-const LARGE: (&str, u32) = ("_large", 32 << 10);
+/// Parts of the names of kernels that are launched only where there is as much workgroup memory.
+const LARGE: [(&[&str], u32); 3] = [
+    (&["_large"], 32 << 10),
+    (&["cooperative_attention.", "_8"], 32 << 10),
+    (&["cooperative_attention.", "_16"], 48 << 10),
+];
 
 /// The same of those that are launched only where there are as many uniform buffers, parameters among them.
 const BY_LANE: (&str, u32) = ("matmul.by_lane.", 15);
@@ -193,7 +197,8 @@ impl<'t> Kernel<'t> {
         let in_groups = globals().filter(|global| matches!(global.space, AddressSpace::WorkGroup));
         let uniforms = globals().filter(|global| matches!(global.space, AddressSpace::Uniform));
         let params = globals().filter(|global| global.name.as_deref() == Some("params"));
-        let memory = if name.contains(LARGE.0) { LARGE.1 } else { 16 << 10 };
+        let large = LARGE.iter().find(|(parts, _)| parts.iter().all(|part| name.contains(part)));
+        let memory = large.map_or(16 << 10, |(_, bytes)| *bytes);
         let uniform_buffers = if name.starts_with(BY_LANE.0) { BY_LANE.1 } else { 12 };
         let mut over = Vec::new();
         for (what, found, most) in [

@@ -112,7 +112,7 @@ fn use_ops(gpu: &Gpu) {
     for layout in [Layout::Nt, Layout::Nn] {
         product(layout, &a(9), &quantized);
     }
-    let heads = Heads { heads: 4, kv_heads: 2, head_size: MAX_HEAD_SIZE / 4 };
+    let heads = Heads { heads: 4, kv_heads: 2, head_size: MAX_HEAD_SIZE / 4, in_f16: false };
     let keys = Tensor::empty(gpu, &[300, 2 * heads.head_size]);
     let query = Tensor::empty(gpu, &[1, 4 * heads.head_size]);
     forward(&query, &keys, &keys, &Ranges::cached(gpu, &[0, 300]), heads);

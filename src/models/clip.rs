@@ -97,6 +97,7 @@ impl ClipVision {
             heads: self.config.num_attention_heads,
             kv_heads: self.config.num_attention_heads,
             head_size: self.config.hidden_size / self.config.num_attention_heads,
+            in_f16: false,
         };
         let ranges = Ranges::packed(gpu, &vec![tokens; images], Mask::Full);
 
@@ -146,6 +147,7 @@ impl Layer {
     fn forward(&self, forward: &mut Forward<'_>, x: Var, ranges: &Ranges, heads: Heads, eps: f32) -> Var {
         let h = self.layer_norm1.forward(forward, &x, eps);
         forward.tape.dear_products(true);
+        let heads = Heads { in_f16: self.q_proj.may_round(forward), ..heads };
         let q = self.q_proj.forward(forward, &h);
         let k = self.k_proj.forward(forward, &h);
         let v = self.v_proj.forward(forward, &h);

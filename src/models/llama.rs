@@ -97,7 +97,7 @@ impl Layer {
         places: &Places<'_>,
         cached: Cached<'_>,
     ) -> Var {
-        let heads = shape.heads;
+        let heads = Heads { in_f16: self.q_proj.may_round(forward), ..shape.heads };
         forward.tape.dear_products(true);
         let [q, k, mut v] = Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], forward, &x);
         forward.tape.dear_products(false);
@@ -304,6 +304,7 @@ impl Llama {
             heads: self.config.num_attention_heads,
             kv_heads: self.config.num_key_value_heads,
             head_size: self.config.head_dim,
+            in_f16: false,
         };
         Shape { heads, eps: self.config.rms_norm_eps as f32 }
     }

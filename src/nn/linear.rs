@@ -104,6 +104,11 @@ impl Linear {
         functions::swiglu(forward.tape, gate, up)
     }
 
+    /// Whether its products may round what they multiply to f16.
+    pub fn may_round(&self, forward: &Forward<'_>) -> bool {
+        forward.parameters.weight(self.weight).value.may_round()
+    }
+
     fn is_weight_alone(&self) -> bool {
         self.bias.is_none() && self.lora.is_none()
     }

@@ -5,7 +5,10 @@
 //! What a query may see is a half-open range of keys, so causal, full, packed and cached attention are one kernel
 //! with other ranges. Query head h reads key/value head h * K / H.
 
-use super::{Case, Comparison, Cost, Op, Random, Shapes, case::floats, decode_attention, flash_attention, groups_for};
+use super::{
+    Case, Comparison, Cost, Op, Random, Shapes, case::floats, cooperative, cooperative_attention, decode_attention,
+    flash_attention, groups_for, roof,
+};
 use std::sync::Arc;
 
 use crate::{
@@ -131,10 +134,12 @@ pub struct Heads {
     pub kv_heads: usize,
     /// E, [`MAX_HEAD_SIZE`] at most
     pub head_size: usize,
+    /// Whether products may round what they multiply to f16 ([`Tensor::may_round`] of the weights that make q, k and v).
+    pub in_f16: bool,
 }
 
 impl Heads {
-    fn params(self, queries: usize, keys: usize) -> [u32; 6] {
+    pub(super) fn params(self, queries: usize, keys: usize) -> [u32; 6] {
         let scale = 1.0 / (self.head_size as f32).sqrt();
         [queries as u32, keys as u32, self.heads as u32, self.kv_heads as u32, self.head_size as u32, scale.to_bits()]
     }
@@ -232,6 +237,9 @@ fn whole(tiled: Option<&'static str>, [q, k, v]: [&Tensor; 3], ranges: &Ranges, 
     let width = heads.heads * heads.head_size;
     let (queries, keys) = (q.len() / width, k.len() / (heads.kv_heads * heads.head_size));
     let alone = queries < 8 || ranges.apart;
+    if let Some(kernels) = cooperative_attention::chosen(gpu, heads, [queries, keys]).filter(|_| !alone) {
+        return kernels.forward([q, k, v], &ranges.of_queries, heads);
+    }
     let out = Tensor::empty(gpu, &[queries, width]);
     let stats = Tensor::empty(gpu, &[queries, heads.heads, 2]);
     if let Some((windows, suffix)) = heads.lanes(gpu, ranges).filter(|_| tiled.is_none()) {
@@ -255,6 +263,14 @@ fn whole(tiled: Option<&'static str>, [q, k, v]: [&Tensor; 3], ranges: &Ranges, 
     (out, stats)
 }
 
+/// Writes the sum of out * dout of each query and head into its place in stats.
+pub(super) fn add_delta([out, dout, stats]: [&Tensor; 3], heads: Heads) {
+    let rows = out.len() / heads.head_size;
+    let bindings = [out.binding(), dout.binding(), stats.binding()];
+    let params = heads.params(rows / heads.heads, 0);
+    out.gpu().dispatch("attention.backward_delta", &bindings, &params, groups_for(rows, 64));
+}
+
 /// The gradients of q, k and v from dout [T, H, E].
 ///
 /// # Panics
@@ -274,14 +290,11 @@ fn backward_by(
     let gpu = q.gpu();
     let (queries, keys) = (q.len() / (heads.heads * heads.head_size), k.len() / (heads.kv_heads * heads.head_size));
     let params = heads.params(queries, keys);
-    let rows = queries * heads.heads;
     gpu.add_flops(10 * ranges.pairs * (heads.heads * heads.head_size) as u64);
-    gpu.dispatch(
-        "attention.backward_delta",
-        &[out.binding(), dout.binding(), stats.binding()],
-        &params,
-        groups_for(rows, 64),
-    );
+    add_delta([out, dout, stats], heads);
+    if let Some(kernels) = cooperative_attention::chosen(gpu, heads, [queries, keys]) {
+        return kernels.backward([q, k, v, stats], dout, ranges, heads);
+    }
     let [dq, dk, dv] = [q, k, v].map(|x| Tensor::empty(gpu, x.shape()));
     let of_keys = ranges.of_keys.as_ref().expect("training ranges know both sides");
     if let Some((windows, suffix)) = heads.lanes(gpu, ranges).filter(|_| tiled.is_none()) {
@@ -337,7 +350,7 @@ fn backward_by(
 
 /// Output, dq, dk and dv on the host; `lengths` as in [`Ranges::packed`].
 pub fn reference([q, k, v, dout]: [&[f64]; 4], lengths: &[usize], mask: Mask, heads: Heads) -> [Vec<f64>; 4] {
-    let Heads { heads: h_count, kv_heads, head_size } = heads;
+    let Heads { heads: h_count, kv_heads, head_size, .. } = heads;
     let scale = 1.0 / (head_size as f64).sqrt();
     let mut result = [q, q, k, v].map(|x| vec![0.0; x.len()]);
     let [out, dq, dk, dv] = &mut result;
@@ -384,7 +397,7 @@ pub(super) fn check(mask: Mask, tiled: bool, gpu: &Gpu, n: usize) -> Result<Vec<
         if n > 100 && head_size > 33 {
             continue;
         }
-        let heads = Heads { heads: 4, kv_heads, head_size };
+        let heads = Heads { heads: 4, kv_heads, head_size, in_f16: false };
         let by = if tiled { flash_attention::of_size(head_size) } else { flash_attention::variant(gpu, heads) };
         if tiled && by.is_none() {
             continue;
@@ -431,9 +444,10 @@ pub(super) fn cases(tokens: usize, mask: Mask, heads: Heads, tiled: bool) -> Vec
         _ => (0..tokens).map(|position| position + 1 - mask.first_key(position)).sum(),
     };
     let elements = size[0] * size[1];
+    let roof: fn(&Gpu) -> _ = if heads.in_f16 { cooperative::roof_in_f16 } else { |_| roof::FMA };
     let case = |pass, products: usize, tensors: usize| {
         let cost = Cost { flops: (2 * products * pairs * size[1]) as u64, bytes: (4 * tensors * elements) as u64 };
-        Case::of(pass, shape.clone(), cost)
+        Case::of(pass, shape.clone(), cost).limited_by(roof)
     };
     let by = move |gpu: &Gpu| {
         if tiled { flash_attention::of_size(head_size) } else { flash_attention::variant(gpu, heads) }
@@ -455,14 +469,14 @@ pub(super) fn cases(tokens: usize, mask: Mask, heads: Heads, tiled: bool) -> Vec
 impl Shapes {
     /// The decoder's heads.
     pub(super) fn decoder_heads(&self) -> Heads {
-        Heads { heads: self.heads, kv_heads: self.heads, head_size: self.head_size }
+        Heads { heads: self.heads, kv_heads: self.heads, head_size: self.head_size, in_f16: false }
     }
 
     /// The tower's, of 64 channels, or as many as the tiny model's.
-    fn tower_heads(&self) -> Heads {
+    pub(super) fn tower_heads(&self) -> Heads {
         let head_size = self.head_size.min(64);
         let heads = self.vision_hidden / head_size;
-        Heads { heads, kv_heads: heads, head_size }
+        Heads { heads, kv_heads: heads, head_size, in_f16: false }
     }
 }
 

@@ -160,12 +160,9 @@ impl Product<'_> {
         if layout == Layout::Nt {
             return split::launch(gpu, &name, &bindings, params, groups);
         }
-        let largest = Tensor::empty(gpu, &[PARTS]);
         // All of the rows that are bound, though it may be some columns of them that are multiplied.
         let rows = if layout == Layout::Tn { k } else { m };
-        let mut of_a = [0; 13];
-        of_a[0] = (rows * params[3] as usize) as u32;
-        gpu.dispatch("cooperative.largest", &[bindings[0], largest.binding()], &of_a, [PARTS as u32, 1, 1]);
+        let largest = largest(gpu, bindings[0], rows * params[3] as usize);
         let [a, b, bias, c] = bindings;
         split::launch(gpu, &name, &[a, b, bias, c, largest.binding()], params, groups);
     }
@@ -214,6 +211,15 @@ impl Kernel {
     }
 }
 
+/// The largest sizes among the elements, by parts ([`PARTS`]), as bits.
+pub(super) fn largest(gpu: &Gpu, elements: Binding<'_>, count: usize) -> Tensor {
+    let largest = Tensor::empty(gpu, &[PARTS]);
+    let mut params = [0; 13];
+    params[0] = count as u32;
+    gpu.dispatch("cooperative.largest", &[elements, largest.binding()], &params, [PARTS as u32, 1, 1]);
+    largest
+}
+
 /// The whole product of A and B, for checks and measurements: bound whole, by `run`.
 fn whole(
     layout: Layout,
@@ -240,8 +246,13 @@ pub(super) fn rounded(values: &[f32], scale: f64) -> Vec<f64> {
 
 /// The power of two that brings the largest value to 2^14 and beyond.
 pub(super) fn scale_of(values: &[f32]) -> f64 {
+    scale_to(14, values)
+}
+
+/// The same for another power of two.
+pub(super) fn scale_to(exponent: i32, values: &[f32]) -> f64 {
     let largest = values.iter().fold(0f32, |most, x| most.max(x.abs()));
-    2f64.powi(14 - f64::from(largest).log2().floor() as i32)
+    2f64.powi(exponent - f64::from(largest).log2().floor() as i32)
 }
 
 fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {

@@ -23,7 +23,7 @@ pub(super) const CACHED: usize = 2048;
 /// Whether these kernels should run. A host processor has no workgroups to fill: there it is `attention`'s kernel that is
 /// the faster one, unless heads share keys, which only these read once, or loads of storage are slow.
 pub(super) fn serves(gpu: &Gpu, queries: usize, longest: usize, heads: Heads) -> bool {
-    let Heads { heads: count, kv_heads, head_size } = heads;
+    let Heads { heads: count, kv_heads, head_size, .. } = heads;
     let scratch = 4 * queries * count * head_size * longest.div_ceil(PART);
     // Not by queries or keys: a result must not depend on what else is in a batch.
     let sizes = [count, kv_heads, head_size];
@@ -34,7 +34,7 @@ pub(super) fn serves(gpu: &Gpu, queries: usize, longest: usize, heads: Heads) ->
     wanted && can_serve(head_size) && scratch as u64 <= gpu.max_binding()
 }
 
-fn wanted(gpu: &Gpu, Heads { heads, kv_heads, head_size }: Heads) -> bool {
+fn wanted(gpu: &Gpu, Heads { heads, kv_heads, head_size, .. }: Heads) -> bool {
     !gpu.is_cpu() || head_size > 32 && (heads >= 4 * kv_heads || gpu.wants_uniforms())
 }
 
@@ -50,7 +50,9 @@ const WHOLE: &str = "whole";
 pub(super) const FAMILY: Family = Family {
     ops: || vec![OP.name],
     ways: || vec![BY_PARTS, WHOLE],
-    trial: |gpu, _, [count, kv_heads, head_size]| Ok(tuned(gpu, Heads { heads: count, kv_heads, head_size })),
+    trial: |gpu, _, [count, kv_heads, head_size]| {
+        Ok(tuned(gpu, Heads { heads: count, kv_heads, head_size, in_f16: false }))
+    },
 };
 
 fn tuned(gpu: &Gpu, heads: Heads) -> Trial {
@@ -83,7 +85,7 @@ fn tuned(gpu: &Gpu, heads: Heads) -> Trial {
 /// q [T, H, E] over k, v [S, K, E], with E a multiple of 4 and ranges u32 [T, 2] of which none is longer than `longest`:
 /// the output [T, H, E], and log-sum-exp beside room for delta [T, H, 2].
 pub(super) fn forward([q, k, v]: [&Tensor; 3], ranges: &Tensor, longest: usize, heads: Heads) -> (Tensor, Tensor) {
-    let Heads { heads: count, kv_heads, head_size } = heads;
+    let Heads { heads: count, kv_heads, head_size, .. } = heads;
     let gpu = q.gpu();
     let queries = q.len() / (count * head_size);
     let parts = longest.div_ceil(PART).max(1);
@@ -115,8 +117,8 @@ pub(super) fn forward([q, k, v]: [&Tensor; 3], ranges: &Tensor, longest: usize, 
 }
 
 /// Output, and log-sum-exp [T, H] of the queries that see a key, on the host.
-fn reference([q, k, v]: [&[f64]; 3], ranges: &[[u32; 2]], heads: Heads) -> (Vec<f64>, Vec<f64>) {
-    let Heads { heads: count, kv_heads, head_size } = heads;
+pub(super) fn reference([q, k, v]: [&[f64]; 3], ranges: &[[u32; 2]], heads: Heads) -> (Vec<f64>, Vec<f64>) {
+    let Heads { heads: count, kv_heads, head_size, .. } = heads;
     let scale = 1.0 / (head_size as f64).sqrt();
     let (mut out, mut sums) = (vec![0.0; q.len()], Vec::new());
     for (row, (q, out)) in q.chunks_exact(head_size).zip(out.chunks_exact_mut(head_size)).enumerate() {
@@ -158,7 +160,7 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     for (count, kv_heads, head_size) in
         [(4, 4, 32), (2, 1, 60), (14, 2, 64), (6, 2, 96), (3, 3, 128), (8, 1, 128), (4, 2, 136), (2, 2, 256)]
     {
-        let heads = Heads { heads: count, kv_heads, head_size };
+        let heads = Heads { heads: count, kv_heads, head_size, in_f16: false };
         // Several parts at every n.
         let n = if head_size == 128 { n + 2 * PART } else { n };
         let ranges = ranges(n);

@@ -11,6 +11,7 @@ pub mod attention;
 pub mod case;
 pub mod cast;
 pub mod cooperative;
+pub mod cooperative_attention;
 pub mod cross_entropy;
 pub mod decode_attention;
 pub mod dora;
@@ -64,7 +65,7 @@ pub struct Op {
 impl Op {
     /// What a device lacks for it: there is nothing to check or to time then.
     pub fn missing(&self, facts: &AdapterFacts) -> Option<&'static str> {
-        let cooperative = self.name.starts_with("cooperative.");
+        let cooperative = self.name.starts_with("cooperative");
         let found = facts.cooperative.iter().any(|one| one.operands == "f16");
         (cooperative && !found).then_some("cooperative matrices of f16, summed in f32")
     }
@@ -101,6 +102,7 @@ pub const OPS: &[Op] = &[
     attention::FULL,
     attention::WINDOW,
     flash_attention::OP,
+    cooperative_attention::OP,
     decode_attention::OP,
     embedding::OP,
     patch_embed::OP,
