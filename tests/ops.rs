@@ -44,7 +44,10 @@ const WAYS: [Way; 6] = [
         name: "as_gpu",
         options: as_gpu,
         sizes: &[1, 7, 63, 65, 257],
-        concerns: |op| ["matmul", "nf4", "attention", "patch_embed"].iter().any(|family| op.starts_with(family)),
+        concerns: |op| {
+            let sums = ["rms_norm", "layer_norm", "cross_entropy", "elementwise", "reduce", "dora"];
+            ["matmul", "nf4", "attention", "patch_embed"].iter().chain(&sums).any(|family| op.starts_with(family))
+        },
     },
     // Products whose operands may be rounded go to kernels of their own there.
     Way {

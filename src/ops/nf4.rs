@@ -48,7 +48,7 @@ pub fn factors(x: &Tensor) -> Tensor {
                 let params = [count as u32, x_offset as u32, 0, 0, offset.to_bits(), 0];
                 let bindings =
                     [codes.range(first / 4, count.div_ceil(4)), absmax, map.binding(), y.range(first, count)];
-                gpu.dispatch("nf4.factors", &bindings, &params, groups_for(count, THREADS));
+                gpu.dispatch("nf4.factors", &bindings, &params, groups_for(count.div_ceil(4), THREADS));
             }
             y
         }
@@ -78,14 +78,16 @@ pub fn dequantize_into(x: &Tensor, factors: &Tensor, x_start: usize, y: &Tensor,
         let ends = count.is_multiple_of(8);
         let even = before.is_multiple_of(8) && y_offset.is_multiple_of(4) && ends;
         assert!(even && y_offset.is_multiple_of(8) || !in_f16, "{count} elements of {x:?} into {y:?}");
-        let kernel = match even {
-            true if in_f16 => of(kind, ["nf4.dequantize.nf4_to_f16", "nf4.dequantize.fp4_to_f16"]),
-            true => of(kind, ["nf4.dequantize.nf4_vec", "nf4.dequantize.fp4_vec"]),
-            false => of(kind, ["nf4.dequantize.nf4", "nf4.dequantize.fp4"]),
+        let by_words = groups_for((before % 8 + count).div_ceil(8), THREADS);
+        let by_halves = groups_for(count / 4, 4 * THREADS);
+        let (kernel, groups) = match even {
+            true if in_f16 => (["nf4.decode.nf4_to_f16", "nf4.decode.fp4_to_f16"], by_halves),
+            true if !gpu.is_cpu() => (["nf4.decode.nf4", "nf4.decode.fp4"], by_halves),
+            true => (["nf4.dequantize.nf4_vec", "nf4.dequantize.fp4_vec"], by_words),
+            false => (["nf4.dequantize.nf4", "nf4.dequantize.fp4"], by_words),
         };
         let params = [count as u32, before as u32, y_offset as u32, before as u32, 0, 0];
-        let threads = (before % 8 + count).div_ceil(8);
-        gpu.dispatch(kernel, &[codes, blocks, to], &params, groups_for(threads, THREADS));
+        gpu.dispatch(of(kind, kernel), &[codes, blocks, to], &params, groups);
     }
 }
 
