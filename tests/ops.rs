@@ -54,7 +54,7 @@ const WAYS: [Way; 6] = [
         name: "as_gpu_cooperative",
         options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
         sizes: &[7, 65, 257],
-        concerns: |op| op.starts_with("cooperative") || op.starts_with("nf4_matmul"),
+        concerns: |op| op.starts_with("cooperative") || op.starts_with("nf4"),
     },
     // On older software Vulkan the products of newer ones.
     Way {
