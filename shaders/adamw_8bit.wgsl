@@ -1,13 +1,12 @@
 // AdamW with moments of eight bits, as bitsandbytes keeps them: blocks of 256 elements, each with its largest size of
 // either moment, and for every element the index of the nearest value of a map in units of that. The decay comes after
-// the update. A workgroup does BLOCKS blocks in turn, four elements of each a thread.
+// the update. A workgroup owns a block, a thread four elements of it.
 #import adamw
 #import reduce
 
 // In `map`: 256 values for the first moment, 256 for the second, then for each the 257 bounds between which a value
 // is nearest: index k from bounds[k] to bounds[k + 1].
 const BOUNDS: u32 = 512u;
-const BLOCKS: u32 = 8u;
 
 #kernel step
 @group(0) @binding(0) var<storage, read_write> gradient: array<vec4<f32>>; // [N]
@@ -25,15 +24,12 @@ const BLOCKS: u32 = 8u;
 @group(0) @binding(7) var<storage, read_write> copy: array<vec2<u32>>; // [N] packed
 #endif
 
-// The map, looked up six times an element, at addresses that differ in every lane, which workgroup memory serves best.
-var<workgroup> near: array<f32, 1026>;
-
 fn decoded(word: u32, first: u32) -> vec4<f32> {
     return vec4<f32>(
-        near[first + (word & 0xffu)],
-        near[first + ((word >> 8u) & 0xffu)],
-        near[first + ((word >> 16u) & 0xffu)],
-        near[first + (word >> 24u)],
+        map[first + (word & 0xffu)],
+        map[first + ((word >> 8u) & 0xffu)],
+        map[first + ((word >> 16u) & 0xffu)],
+        map[first + (word >> 24u)],
     );
 }
 
@@ -56,8 +52,8 @@ fn nearest(x: vec4<f32>, levels: u32, zero: i32, bounds: u32) -> vec4<i32> {
     let rank = vec4<i32>(parts - (levels - 1u)) + vec4<i32>(place);
     var index = zero + select(rank, -rank, x < vec4<f32>(0.0));
     let at = vec4<u32>(index) + bounds;
-    let lower = vec4<f32>(near[at.x], near[at.y], near[at.z], near[at.w]);
-    let upper = vec4<f32>(near[at.x + 1u], near[at.y + 1u], near[at.z + 1u], near[at.w + 1u]);
+    let lower = vec4<f32>(map[at.x], map[at.y], map[at.z], map[at.w]);
+    let upper = vec4<f32>(map[at.x + 1u], map[at.y + 1u], map[at.z + 1u], map[at.w + 1u]);
     let odd = (index & vec4<i32>(1)) == vec4<i32>(1);
     index += select(vec4<i32>(0), vec4<i32>(1), (x > upper) | ((x == upper) & odd));
     index -= select(vec4<i32>(0), vec4<i32>(1), (x < lower) | ((x == lower) & odd));
@@ -80,47 +76,40 @@ fn units(x: vec4<f32>, most: f32) -> vec4<f32> {
 
 @compute @workgroup_size(64)
 fn step(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
-    for (var at = lane.index; at < 1026u; at += 64u) {
-        near[at] = map[at];
+    let block = linear_group(group, groups);
+    if (block >= params.count) {
+        return;
     }
-    workgroupBarrier();
+    let i = block * 64u + lane.index;
     let squares = square_sum[0];
-    let factor = gradient_factor(squares);
-    let first = linear_group(group, groups) * BLOCKS;
-    for (var block = first; block < min(first + BLOCKS, params.count); block++) {
-        let i = block * 64u + lane.index;
-        let g = gradient[i] * factor;
-        let present = absmax[params.absmax_first + block];
-        let m = params.beta1 * (decoded(first_moment[i], 0u) * present.x) + (1.0 - params.beta1) * g;
-        let v = params.beta2 * (decoded(second_moment[i], 256u) * present.y) + (1.0 - params.beta2) * g * g;
-#ifdef STOCHASTIC
-        let before = widen_four(parameter[params.copy_first + i]);
-#else
-        let before = parameter[i];
-#endif
-        let largest_m = workgroup_max(lane, largest(abs(m)));
-        let largest_v = workgroup_max(lane, largest(v));
-        if (is_finite(squares)) {
-            if (lane.index == 0u) {
-                absmax[params.absmax_first + block] = vec2<f32>(largest_m, largest_v);
-            }
-            var index = nearest(units(m, largest_m), 1u, 127, BOUNDS);
-            // No moment turns from negative to zero.
-            index -= select(vec4<i32>(0), vec4<i32>(1), (m < vec4<f32>(0.0)) & (index == vec4<i32>(127)));
-            first_moment[i] = packed(index);
-            second_moment[i] = packed(nearest(units(v, largest_v), 2u, 0, BOUNDS + 257u));
+    let g = gradient[i] * gradient_factor(squares);
+    let present = absmax[params.absmax_first + block];
+    let m = params.beta1 * (decoded(first_moment[i], 0u) * present.x) + (1.0 - params.beta1) * g;
+    let v = params.beta2 * (decoded(second_moment[i], 256u) * present.y) + (1.0 - params.beta2) * g * g;
+    let largest_m = workgroup_max(lane, largest(abs(m)));
+    let largest_v = workgroup_max(lane, largest(v));
+    if (!is_finite(squares)) {
+        return;
+    }
+    if (lane.index == 0u) {
+        absmax[params.absmax_first + block] = vec2<f32>(largest_m, largest_v);
+    }
+    var index = nearest(units(m, largest_m), 1u, 127, BOUNDS);
+    // No moment turns from negative to zero.
+    index -= select(vec4<i32>(0), vec4<i32>(1), (m < vec4<f32>(0.0)) & (index == vec4<i32>(127)));
+    first_moment[i] = packed(index);
+    second_moment[i] = packed(nearest(units(v, largest_v), 2u, 0, BOUNDS + 257u));
 
-            let rate = params.learning_rate * params.correction2 / params.correction1;
-            let change = rate * (m / (sqrt(v) + params.correction2 * params.epsilon));
+    let rate = params.learning_rate * params.correction2 / params.correction1;
+    let change = rate * (m / (sqrt(v) + params.correction2 * params.epsilon));
 #ifdef STOCHASTIC
-            parameter[params.copy_first + i] = narrow_four((before - change) * params.decay, i);
+    parameter[params.copy_first + i] =
+        narrow_four((widen_four(parameter[params.copy_first + i]) - change) * params.decay, i);
 #else
-            let p = (before - change) * params.decay;
-            parameter[i] = p;
+    let p = (parameter[i] - change) * params.decay;
+    parameter[i] = p;
 #endif
 #ifdef COPY
-            copy[params.copy_first + i] = narrow_four(p);
+    copy[params.copy_first + i] = narrow_four(p);
 #endif
-        }
-    }
 }

@@ -22,8 +22,6 @@ use crate::{
 
 /// Elements that share a scale.
 pub const BLOCK: usize = 256;
-/// Blocks of a workgroup, which looks the map up in memory of its own.
-const BLOCKS: usize = 8;
 /// Smaller tensors keep moments in f32.
 pub const LEAST: usize = 4096;
 /// The index of zero in the map of the first moment; in that of the second it is 0.
@@ -138,7 +136,7 @@ pub fn step(
         ];
         bindings.extend(last);
         let params = step.params(blocks, &weights, first, before, absmax_before / 2);
-        gpu.dispatch(&kernel, &bindings, &params, groups_for(blocks, BLOCKS));
+        gpu.dispatch(&kernel, &bindings, &params, groups_for(blocks, 1));
     }
 }
 
