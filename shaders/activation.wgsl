@@ -1,4 +1,5 @@
-// SwiGLU, GELU (exact) and quick-GELU, forward and backward; four elements a thread (tensors end in padding).
+// SwiGLU, GELU (exact) and quick-GELU, forward and backward; two vec4s a thread, 64 apart (tensors end
+// in padding), read before they are needed: what lies beyond `count` in vain.
 #import index
 
 struct Params {
@@ -46,11 +47,16 @@ fn swiglu_forward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        let g = gate[i];
-        y[i] = g * sigmoid(g) * up[i];
+    let i = linear_group(group, groups) * 128u + local;
+#unroll e in 0..2
+    let gate#{e} = gate[i + #{e * 64}u];
+    let up#{e} = up[i + #{e * 64}u];
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count) {
+        y[i + #{e * 64}u] = gate#{e} * sigmoid(gate#{e}) * up#{e};
     }
+#end
 }
 
 #kernel swiglu_backward
@@ -69,21 +75,26 @@ fn swiglu_backward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        let g = gate[i];
-        let s = sigmoid(g);
-        let d = dy[i];
-        let of_gate = d * up[i] * s * (1.0 + g * (1.0 - s));
-        let of_up = d * g * s;
+    let i = linear_group(group, groups) * 128u + local;
+#unroll e in 0..2
+    let gate#{e} = gate[i + #{e * 64}u];
+    let up#{e} = up[i + #{e * 64}u];
+    let dy#{e} = dy[i + #{e * 64}u];
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count) {
+        let s = sigmoid(gate#{e});
+        let of_gate = dy#{e} * up#{e} * s * (1.0 + gate#{e} * (1.0 - s));
+        let of_up = dy#{e} * gate#{e} * s;
 #ifdef IN_PLACE
-        gate[i] = of_gate;
-        up[i] = of_up;
+        gate[i + #{e * 64}u] = of_gate;
+        up[i + #{e * 64}u] = of_up;
 #else
-        dgate[i] = of_gate;
-        dup[i] = of_up;
+        dgate[i + #{e * 64}u] = of_gate;
+        dup[i + #{e * 64}u] = of_up;
 #endif
     }
+#end
 }
 
 #kernel gelu_forward
@@ -96,10 +107,15 @@ fn gelu_forward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        y[i] = x[i] * normal_cdf(x[i]);
+    let i = linear_group(group, groups) * 128u + local;
+#unroll e in 0..2
+    let x#{e} = x[i + #{e * 64}u];
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count) {
+        y[i + #{e * 64}u] = x#{e} * normal_cdf(x#{e});
     }
+#end
 }
 
 #kernel gelu_backward
@@ -113,12 +129,17 @@ fn gelu_backward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        let v = x[i];
-        let density = 0.39894228 * exp(-0.5 * v * v);
-        dx[i] = dy[i] * fma(v, density, normal_cdf(v));
+    let i = linear_group(group, groups) * 128u + local;
+#unroll e in 0..2
+    let x#{e} = x[i + #{e * 64}u];
+    let dy#{e} = dy[i + #{e * 64}u];
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count) {
+        let density = 0.39894228 * exp(-0.5 * x#{e} * x#{e});
+        dx[i + #{e * 64}u] = dy#{e} * fma(x#{e}, density, normal_cdf(x#{e}));
     }
+#end
 }
 
 #kernel quick_gelu_forward
@@ -131,10 +152,15 @@ fn quick_gelu_forward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        y[i] = x[i] * sigmoid(1.702 * x[i]);
+    let i = linear_group(group, groups) * 128u + local;
+#unroll e in 0..2
+    let x#{e} = x[i + #{e * 64}u];
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count) {
+        y[i + #{e * 64}u] = x#{e} * sigmoid(1.702 * x#{e});
     }
+#end
 }
 
 #kernel quick_gelu_backward
@@ -148,10 +174,15 @@ fn quick_gelu_backward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        let v = x[i];
-        let s = sigmoid(1.702 * v);
-        dx[i] = dy[i] * s * (1.0 + 1.702 * v * (1.0 - s));
+    let i = linear_group(group, groups) * 128u + local;
+#unroll e in 0..2
+    let x#{e} = x[i + #{e * 64}u];
+    let dy#{e} = dy[i + #{e * 64}u];
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count) {
+        let s = sigmoid(1.702 * x#{e});
+        dx[i + #{e * 64}u] = dy#{e} * s * (1.0 + 1.702 * x#{e} * (1.0 - s));
     }
+#end
 }

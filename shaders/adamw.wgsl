@@ -23,22 +23,30 @@ fn step(
     @builtin(local_invocation_index) local: u32,
 ) {
     let i = linear_thread(group, groups, local);
+    // All under way before the first is waited for.
     let squares = square_sum[0];
+    let raw = gradient[i];
+    let before_m = first_moment[i];
+    let before_v = second_moment[i];
+#ifdef STOCHASTIC
+    let before = widen_four(parameter[params.copy_first + i]);
+#else
+    let before = parameter[i];
+#endif
     if (i >= params.count || !is_finite(squares)) {
         return;
     }
-    let g = gradient[i] * gradient_factor(squares);
-    let m = params.beta1 * first_moment[i] + (1.0 - params.beta1) * g;
-    let v = params.beta2 * second_moment[i] + (1.0 - params.beta2) * g * g;
+    let g = raw * gradient_factor(squares);
+    let m = params.beta1 * before_m + (1.0 - params.beta1) * g;
+    let v = params.beta2 * before_v + (1.0 - params.beta2) * g * g;
     first_moment[i] = m;
     second_moment[i] = v;
     let denominator = sqrt(v) / params.correction2 + params.epsilon;
     let change = params.learning_rate / params.correction1 * (m / denominator);
 #ifdef STOCHASTIC
-    parameter[params.copy_first + i] =
-        narrow_four(widen_four(parameter[params.copy_first + i]) * params.decay - change, i);
+    parameter[params.copy_first + i] = narrow_four(before * params.decay - change, i);
 #else
-    let p = parameter[i] * params.decay - change;
+    let p = before * params.decay - change;
     parameter[i] = p;
 #endif
 #ifdef COPY

@@ -1,10 +1,10 @@
 // y = x * keep / (1 - p), or what x has beyond that, keep drawn from a counter: the backward is the same kernel on the
-// gradient.
+// gradient. Two vec4s a thread (tensors end in padding), read before the draw.
 #import index
 #import philox
 
 struct Params {
-    count: u32,
+    count: u32, // of vec4s
     threshold: u32, // an element is kept when its word is at least p * 2^32
     kept: f32, // factor of what is kept: 1 / (1 - p)
     seed: u32,
@@ -17,8 +17,8 @@ struct Params {
 
 #kernel apply
 // y = factor * x, with ADD added to y.
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [N]
-@group(0) @binding(1) var<storage, read_write> y: array<f32>; // [N]
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [N]
+@group(0) @binding(1) var<storage, read_write> y: array<vec4<f32>>; // [N]
 
 @compute @workgroup_size(64)
 fn apply(
@@ -26,20 +26,24 @@ fn apply(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let quad = linear_thread(group, groups, local);
-    if (quad * 4u >= params.count) {
-        return;
-    }
-    let words = philox(vec4<u32>(quad + params.first, params.step, params.stream, 0u), vec2<u32>(params.seed, 0u));
-    for (var lane = 0u; lane < 4u; lane++) {
-        let i = quad * 4u + lane;
-        if (i < params.count) {
-            let value = x[i] * select(params.dropped, params.kept, words[lane] >= params.threshold);
+    let i = linear_group(group, groups) * 128u + local;
+#unroll e in 0..2
+    let x#{e} = x[i + #{e * 64}u];
 #ifdef ADD
-            y[i] += value;
-#else
-            y[i] = value;
+    let y#{e} = y[i + #{e * 64}u];
 #endif
-        }
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count) {
+        let counter = vec4<u32>(params.first + i + #{e * 64}u, params.step, params.stream, 0u);
+        let words = philox(counter, vec2<u32>(params.seed, 0u));
+        let keep = words >= vec4<u32>(params.threshold);
+        let value = x#{e} * select(vec4<f32>(params.dropped), vec4<f32>(params.kept), keep);
+#ifdef ADD
+        y[i + #{e * 64}u] = y#{e} + value;
+#else
+        y[i + #{e * 64}u] = value;
+#endif
     }
+#end
 }

@@ -1,5 +1,7 @@
 // Rows by index: gather, its overwriting inverse, and the deterministic scatter-add of an embedding's gradient.
+// VEC: where D is a multiple of 4.
 #import index
+#import wide
 
 struct Params {
     count: u32, // rows of the index list
@@ -11,15 +13,32 @@ struct Params {
 #params
 
 #kernel gather
-// y[i] = table[ids[i]]; rows whose id lies outside the bound part stay as they are.
+// y[i] = table[ids[i]]; rows whose id lies outside the bound part stay as they are. Two Wides a thread.
 #ifdef PACKED
 #import packed
-@group(0) @binding(0) var<storage, read_write> table: array<u32>; // [V, D] packed, a part
+#ifdef VEC
+@group(0) @binding(0) var<storage, read_write> table: array<vec2<u32>>; // [V, D] packed, a part
+
+fn load(at: u32) -> Wide {
+    let words = table[params.offset / 4u + at];
+    return vec4<f32>(widen(words.x), widen(words.y));
+}
 #else
-@group(0) @binding(0) var<storage, read_write> table: array<f32>; // [V, D], a part
+@group(0) @binding(0) var<storage, read_write> table: array<u32>; // [V, D] packed, a part
+
+fn load(at: u32) -> Wide {
+    return widen_one(table[(params.offset + at) / 2u], params.offset + at);
+}
+#endif
+#else
+@group(0) @binding(0) var<storage, read_write> table: array<Wide>; // [V, D], a part
+
+fn load(at: u32) -> Wide {
+    return table[at];
+}
 #endif
 @group(0) @binding(1) var<storage, read_write> ids: array<u32>; // [N]
-@group(0) @binding(2) var<storage, read_write> y: array<f32>; // [N, D]
+@group(0) @binding(2) var<storage, read_write> y: array<Wide>; // [N, D]
 
 @compute @workgroup_size(64)
 fn gather(
@@ -27,26 +46,25 @@ fn gather(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i >= params.count * params.cols) {
-        return;
+    let i = linear_group(group, groups) * 128u + local;
+    let width = params.cols / WIDTH;
+#unroll e in 0..2
+    let row#{e} = (i + #{e * 64}u) / width;
+    let id#{e} = ids[row#{e}] - params.first; // wraps for a lower id, and so fails the test
+    let value#{e} = load(min(id#{e}, params.rows - 1u) * width + (i + #{e * 64}u - row#{e} * width));
+#end
+#unroll e in 0..2
+    if (i + #{e * 64}u < params.count * width && id#{e} < params.rows) {
+        y[i + #{e * 64}u] = value#{e};
     }
-    let id = ids[i / params.cols] - params.first; // wraps for a lower id, and so fails the test
-    if (id < params.rows) {
-        let at = params.offset + id * params.cols + i % params.cols;
-#ifdef PACKED
-        y[i] = widen_one(table[at / 2u], at);
-#else
-        y[i] = table[at];
-#endif
-    }
+#end
 }
 
 #kernel scatter
 // table[ids[i]] = y[i]; no id occurs twice.
-@group(0) @binding(0) var<storage, read_write> table: array<f32>; // [V, D], a part
+@group(0) @binding(0) var<storage, read_write> table: array<Wide>; // [V, D], a part
 @group(0) @binding(1) var<storage, read_write> ids: array<u32>; // [N]
-@group(0) @binding(2) var<storage, read_write> y: array<f32>; // [N, D]
+@group(0) @binding(2) var<storage, read_write> y: array<Wide>; // [N, D]
 
 @compute @workgroup_size(64)
 fn scatter(
@@ -55,22 +73,23 @@ fn scatter(
     @builtin(local_invocation_index) local: u32,
 ) {
     let i = linear_thread(group, groups, local);
-    if (i >= params.count * params.cols) {
+    let width = params.cols / WIDTH;
+    if (i >= params.count * width) {
         return;
     }
-    let id = ids[i / params.cols] - params.first;
+    let id = ids[i / width] - params.first;
     if (id < params.rows) {
-        table[id * params.cols + i % params.cols] = y[i];
+        table[id * width + i % width] = y[i];
     }
 }
 
 #kernel scatter_add
 // dtable[unique[u]] += sum of dy[order[starts[u] .. starts[u + 1]]], in list order: no two threads share a row.
-@group(0) @binding(0) var<storage, read_write> dtable: array<f32>; // [V, D], a part
+@group(0) @binding(0) var<storage, read_write> dtable: array<Wide>; // [V, D], a part
 @group(0) @binding(1) var<storage, read_write> unique: array<u32>; // [U]
 @group(0) @binding(2) var<storage, read_write> starts: array<u32>; // [U + 1]
 @group(0) @binding(3) var<storage, read_write> order: array<u32>; // [N]
-@group(0) @binding(4) var<storage, read_write> dy: array<f32>; // [N, D]
+@group(0) @binding(4) var<storage, read_write> dy: array<Wide>; // [N, D]
 
 @compute @workgroup_size(64)
 fn scatter_add(
@@ -79,18 +98,20 @@ fn scatter_add(
     @builtin(local_invocation_index) local: u32,
 ) {
     let i = linear_thread(group, groups, local);
-    if (i >= params.count * params.cols) {
+    let width = params.cols / WIDTH;
+    if (i >= params.count * width) {
         return;
     }
-    let u = i / params.cols;
-    let col = i % params.cols;
+    let u = i / width;
+    let col = i % width;
     let id = unique[u] - params.first;
     if (id >= params.rows) {
         return;
     }
-    var sum = 0.0;
+    let before = dtable[id * width + col];
+    var sum = Wide();
     for (var at = starts[u]; at < starts[u + 1u]; at++) {
-        sum += dy[order[at] * params.cols + col];
+        sum += dy[order[at] * width + col];
     }
-    dtable[id * params.cols + col] += sum;
+    dtable[id * width + col] = before + sum;
 }

@@ -1,4 +1,7 @@
 // Weights in four bits, as src/quant has them: from floats, and back. FP4: the other table.
+#ifdef HALF
+enable f16;
+#endif
 #import index
 
 struct Params {
@@ -14,11 +17,11 @@ struct Params {
 #params
 
 #kernel factors
-// y[i] = map[code] * absmax[i / 256] + offset, rounded after each, as a host does it.
+// y[i] = map[code] * absmax[i / 256] + offset, rounded after each, as a host does it. A word of codes a thread.
 @group(0) @binding(0) var<storage, read_write> codes: array<u32>; // four to a word
 @group(0) @binding(1) var<storage, read_write> absmax: array<f32>; // from x_offset (in factors) on
 @group(0) @binding(2) var<storage, read_write> map: array<f32>; // [256]
-@group(0) @binding(3) var<storage, read_write> y: array<f32>; // [blocks]
+@group(0) @binding(3) var<storage, read_write> y: array<vec4<f32>>; // [blocks]
 
 @compute @workgroup_size(64)
 fn factors(
@@ -27,13 +30,14 @@ fn factors(
     @builtin(local_invocation_index) local: u32,
 ) {
     let i = linear_thread(group, groups, local);
-    if (i >= params.count) {
+    if (4u * i >= params.count) {
         return;
     }
-    let code = (codes[i / 4u] >> (8u * (i % 4u))) & 255u;
-    let scaled = map[code] * absmax[(params.x_offset + i) / 256u];
+    let word = codes[i];
+    let nested = vec4<f32>(map[word & 255u], map[(word >> 8u) & 255u], map[(word >> 16u) & 255u], map[word >> 24u]);
+    let scaled = nested * absmax[(params.x_offset + 4u * i) / 256u];
     // No compiler knows that this is the same number, and makes one fused operation of the two.
-    y[i] = bitcast<f32>(bitcast<u32>(scaled) ^ params.zero) + params.offset;
+    y[i] = bitcast<vec4<f32>>(bitcast<vec4<u32>>(scaled) ^ vec4<u32>(params.zero)) + params.offset;
 }
 
 #kernel dequantize
@@ -41,19 +45,10 @@ fn factors(
 #import nf4
 @group(0) @binding(0) var<storage, read_write> x: array<u32>; // eight codes to a word
 @group(0) @binding(1) var<storage, read_write> factors: array<f32>; // [blocks]
-#ifdef TO_F16
-#import narrow
-@group(0) @binding(2) var<storage, read_write> y: array<vec4<u32>>; // [count], packed f16
-
-fn halves(low: f32, high: f32) -> u32 {
-    return narrow(bitcast<u32>(low)) | (narrow(bitcast<u32>(high)) << 16u);
-}
-#else
 #ifdef VEC
 @group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [count]
 #else
 @group(0) @binding(2) var<storage, read_write> y: array<f32>; // [count]
-#endif
 #endif
 
 @compute @workgroup_size(64)
@@ -71,17 +66,9 @@ fn dequantize(
     let word = x[params.x_offset / 8u + i];
 #ifdef VEC
     let factor = factors[(params.factor_offset + first) / BLOCK_OF_CODES];
-#ifdef TO_F16
-    var words: vec4<u32>;
-#unroll w in 0..4
-    words[#{w}] = halves(factor * value_of(code_at(word, #{2 * w}u)), factor * value_of(code_at(word, #{2 * w + 1}u)));
-#end
-    y[(params.y_offset + first) / 8u] = words;
-#else
     let to = (params.y_offset + first) / 4u;
     y[to] = factor * vec4<f32>(value_of((word >> 4u) & 15u), value_of(word & 15u), value_of((word >> 12u) & 15u), value_of((word >> 8u) & 15u));
     y[to + 1u] = factor * vec4<f32>(value_of((word >> 20u) & 15u), value_of((word >> 16u) & 15u), value_of(word >> 28u), value_of((word >> 24u) & 15u));
-#endif
 #else
     // A word lies in one block.
     let factor = factors[(params.factor_offset - skipped + first) / BLOCK_OF_CODES];
@@ -92,6 +79,52 @@ fn dequantize(
         }
     }
 #endif
+}
+
+#kernel decode
+// The same for GPUs, where all offsets and the count are multiples of 8: half a word at a time, four times a thread, so
+// that neighbours write beside each other; values from workgroup memory, where sixteen never meet in one bank. HALF: to
+// f16.
+#import nf4
+@group(0) @binding(0) var<storage, read_write> x: array<u32>; // eight codes to a word
+@group(0) @binding(1) var<storage, read_write> factors: array<f32>; // [blocks]
+#ifdef HALF
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<f16>>; // [count]
+#else
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [count]
+#endif
+var<workgroup> values: array<f32, 16>;
+
+@compute @workgroup_size(64)
+fn decode(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let i = first_of_four(group, groups, local);
+#unroll e in 0..4
+    let half#{e} = x[params.x_offset / 8u + (i + #{e * 64}u) / 2u] >> (16u * (local & 1u));
+    let factor#{e} = factors[(params.factor_offset + 4u * (i + #{e * 64}u)) / BLOCK_OF_CODES];
+#end
+    if (local < 16u) {
+        values[local] = value_of(local);
+    }
+    workgroupBarrier();
+#unroll e in 0..4
+    if (i + #{e * 64}u < params.count / 4u) {
+        let value = factor#{e} * vec4<f32>(
+            values[(half#{e} >> 4u) & 15u],
+            values[half#{e} & 15u],
+            values[(half#{e} >> 12u) & 15u],
+            values[(half#{e} >> 8u) & 15u],
+        );
+#ifdef HALF
+        y[params.y_offset / 4u + i + #{e * 64}u] = vec4<f16>(value);
+#else
+        y[params.y_offset / 4u + i + #{e * 64}u] = value;
+#endif
+    }
+#end
 }
 
 #kernel dequantize_tile

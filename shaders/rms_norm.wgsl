@@ -1,6 +1,7 @@
-// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps), one row a workgroup.
+// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps), one row a workgroup. VEC: where D is a multiple of 4.
 #import index
 #import reduce
+#import wide
 
 struct Params {
     rows: u32,
@@ -15,26 +16,27 @@ struct Params {
 #params
 
 #kernel forward
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, D]
-@group(0) @binding(1) var<storage, read_write> weight: array<f32>; // [D]
-@group(0) @binding(2) var<storage, read_write> y: array<f32>; // [T, D]
+@group(0) @binding(0) var<storage, read_write> x: array<Wide>; // [T, D]
+@group(0) @binding(1) var<storage, read_write> weight: array<Wide>; // [D]
+@group(0) @binding(2) var<storage, read_write> y: array<Wide>; // [T, D]
 @group(0) @binding(3) var<storage, read_write> rstd: array<f32>; // [T]
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(REDUCE_THREADS)
 fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
     let row = linear_group(group, groups);
     if (row >= params.rows) {
         return;
     }
-    let base = row * params.cols;
-    var squares = 0.0;
-    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+    let width = params.cols / WIDTH;
+    let base = row * width;
+    var squares = Wide();
+    for (var i = lane.index; i < width; i += REDUCE_THREADS) {
         let value = x[base + i];
         squares = fma(value, value, squares);
     }
-    let mean = workgroup_sum(lane, squares) / f32(params.cols);
+    let mean = workgroup_sum(lane, sum_of(squares)) / f32(params.cols);
     let scale = 1.0 / sqrt(mean + params.eps);
-    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+    for (var i = lane.index; i < width; i += REDUCE_THREADS) {
         y[base + i] = x[base + i] * scale * weight[i];
     }
     if (lane.index == 0u) {
@@ -44,27 +46,28 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
 
 #kernel backward_x
 // dx = rstd * (dy*w - x * rstd^2 * mean(x * dy*w)).
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, D]
-@group(0) @binding(1) var<storage, read_write> weight: array<f32>; // [D]
+@group(0) @binding(0) var<storage, read_write> x: array<Wide>; // [T, D]
+@group(0) @binding(1) var<storage, read_write> weight: array<Wide>; // [D]
 @group(0) @binding(2) var<storage, read_write> rstd: array<f32>; // [T]
-@group(0) @binding(3) var<storage, read_write> dy: array<f32>; // [T, D]
-@group(0) @binding(4) var<storage, read_write> dx: array<f32>; // [T, D]
+@group(0) @binding(3) var<storage, read_write> dy: array<Wide>; // [T, D]
+@group(0) @binding(4) var<storage, read_write> dx: array<Wide>; // [T, D]
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(REDUCE_THREADS)
 fn backward_x(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
     let row = linear_group(group, groups);
     if (row >= params.rows) {
         return;
     }
-    let base = row * params.cols;
-    var dots = 0.0;
-    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+    let width = params.cols / WIDTH;
+    let base = row * width;
+    var dots = Wide();
+    for (var i = lane.index; i < width; i += REDUCE_THREADS) {
         dots = fma(x[base + i], dy[base + i] * weight[i], dots);
     }
-    let mean = workgroup_sum(lane, dots) / f32(params.cols);
+    let mean = workgroup_sum(lane, sum_of(dots)) / f32(params.cols);
     let scale = rstd[row];
     let pull = scale * scale * mean;
-    for (var i = lane.index; i < params.cols; i += REDUCE_THREADS) {
+    for (var i = lane.index; i < width; i += REDUCE_THREADS) {
         dx[base + i] = scale * (dy[base + i] * weight[i] - x[base + i] * pull);
     }
 }
@@ -88,6 +91,36 @@ fn backward_weight(@builtin(global_invocation_id) id: vec3<u32>) {
         sum = fma(dy[at], x[at] * rstd[row], sum);
     }
     dweight[col] += sum;
+}
+
+#kernel backward_weight_wide
+// The same for whole vec4s of columns.
+#import column_sums
+@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [T, D]
+@group(0) @binding(1) var<storage, read_write> rstd: array<f32>; // [T]
+@group(0) @binding(2) var<storage, read_write> dy: array<vec4<f32>>; // [T, D]
+@group(0) @binding(3) var<storage, read_write> dweight: array<vec4<f32>>; // [D]
+
+@compute @workgroup_size(256)
+fn backward_weight_wide(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let quads = params.cols / 4u;
+    let col = group.x * COLUMN_QUADS + local % COLUMN_QUADS;
+    var sum = vec4<f32>();
+    if (col < quads) {
+        for (var row = local / COLUMN_QUADS; row < params.rows; row += 4u * ROW_LANES) {
+#unroll e in 0..4
+            let row#{e} = min(row + #{e}u * ROW_LANES, params.rows - 1u);
+            let term#{e} = dy[row#{e} * quads + col] * (x[row#{e} * quads + col] * rstd[row#{e}]);
+#end
+#unroll e in 0..4
+            sum += select(vec4<f32>(), term#{e}, row + #{e}u * ROW_LANES < params.rows);
+#end
+        }
+    }
+    let total = column_sum(local, sum);
+    if (local < COLUMN_QUADS && col < quads) {
+        dweight[col] += total;
+    }
 }
 
 #kernel lane_forward

@@ -121,6 +121,7 @@ fn matrix_multiply_add(
 }
 
 #kernel copy
+// EACH vec4s a thread, all of them read before one is written, neighbours' beside each other.
 @group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>; // [count]
 @group(0) @binding(1) var<storage, read_write> y: array<vec4<f32>>; // [count]
 
@@ -130,10 +131,15 @@ fn copy(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = linear_thread(group, groups, local);
-    if (i < params.count) {
-        y[i] = x[i];
+    let i = linear_group(group, groups) * #{EACH * 64}u + local;
+#unroll e in 0..EACH
+    let value#{e} = x[i + #{e * 64}u];
+#end
+#unroll e in 0..EACH
+    if (i + #{e * 64}u < params.count) {
+        y[i + #{e * 64}u] = value#{e};
     }
+#end
 }
 
 #kernel read_all

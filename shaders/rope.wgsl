@@ -10,12 +10,13 @@ struct Params {
 #params
 
 #kernel rotate
-// IN_PLACE: a thread alone reads and writes its pair of x.
-@group(0) @binding(0) var<storage, read_write> x: array<f32>; // [T, H, E]
+// IN_PLACE: a thread alone reads and writes its pairs of x. VEC: four of them, where E / 2 is a multiple of 4.
+#import wide
+@group(0) @binding(0) var<storage, read_write> x: array<Wide>; // [T, H, E]
 @group(0) @binding(1) var<storage, read_write> positions: array<u32>; // [T]
-@group(0) @binding(2) var<storage, read_write> cos_sin: array<f32>; // [positions, 2, E/2]
+@group(0) @binding(2) var<storage, read_write> cos_sin: array<Wide>; // [positions, 2, E/2]
 #ifndef IN_PLACE
-@group(0) @binding(3) var<storage, read_write> y: array<f32>; // [T, H, E]
+@group(0) @binding(3) var<storage, read_write> y: array<Wide>; // [T, H, E]
 #endif
 
 @compute @workgroup_size(64)
@@ -25,24 +26,24 @@ fn rotate(
     @builtin(local_invocation_index) local: u32,
 ) {
     let at = linear_thread(group, groups, local);
-    if (at >= params.tokens * params.heads * params.half_size) {
+    let half_size = params.half_size / WIDTH;
+    if (at >= params.tokens * params.heads * half_size) {
         return;
     }
-    let j = at % params.half_size;
-    let head = at / params.half_size; // token * heads + head
-    let angle = positions[head / params.heads] * params.half_size * 2u + j;
-    let c = cos_sin[angle];
-    let s = cos_sin[angle + params.half_size] * params.sign;
-    let low = head * params.half_size * 2u + j;
-    let high = low + params.half_size;
+    let head = at / half_size; // token * heads + head
+    let j = at - head * half_size;
+    let low = head * half_size * 2u + j;
+    let high = low + half_size;
     let a = x[low];
     let b = x[high];
-    let rotated = vec2<f32>(a * c - b * s, b * c + a * s);
+    let angle = positions[head / params.heads] * half_size * 2u + j;
+    let c = cos_sin[angle];
+    let s = cos_sin[angle + half_size] * params.sign;
 #ifdef IN_PLACE
-    x[low] = rotated.x;
-    x[high] = rotated.y;
+    x[low] = a * c - b * s;
+    x[high] = b * c + a * s;
 #else
-    y[low] = rotated.x;
-    y[high] = rotated.y;
+    y[low] = a * c - b * s;
+    y[high] = b * c + a * s;
 #endif
 }

@@ -44,7 +44,10 @@ const WAYS: [Way; 6] = [
         name: "as_gpu",
         options: as_gpu,
         sizes: &[1, 7, 63, 65, 257],
-        concerns: |op| ["matmul", "nf4", "attention", "patch_embed"].iter().any(|family| op.starts_with(family)),
+        concerns: |op| {
+            let sums = ["rms_norm", "layer_norm", "cross_entropy", "elementwise", "reduce", "dora"];
+            ["matmul", "nf4", "attention", "patch_embed"].iter().chain(&sums).any(|family| op.starts_with(family))
+        },
     },
     // Products whose operands may be rounded go to kernels of their own there.
     Way {
@@ -52,7 +55,7 @@ const WAYS: [Way; 6] = [
         options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
         sizes: &[7, 65, 257],
         concerns: |op| {
-            ["cooperative", "nf4_matmul", "matmul.nt_f16", "matmul.nn_f16"].iter().any(|of| op.starts_with(of))
+            ["cooperative", "nf4", "matmul.nt_f16", "matmul.nn_f16"].iter().any(|of| op.starts_with(of))
         },
     },
     // On older software Vulkan the products of newer ones.

@@ -1,4 +1,4 @@
-// Sums and maxima over a workgroup of 64 threads, in a fixed order; with subgroups where the device has them.
+// Sums and maxima over a workgroup of 64 threads, or as many as THREADS says, in a fixed order; with subgroups where the device has them.
 // Every thread must call them, and gets the result.
 
 struct Lane {
@@ -10,8 +10,12 @@ struct Lane {
 #endif
 }
 
+#ifdef THREADS
+const REDUCE_THREADS: u32 = #{THREADS}u;
+#else
 const REDUCE_THREADS: u32 = 64u;
-var<workgroup> reduce_scratch: array<f32, 64>;
+#endif
+var<workgroup> reduce_scratch: array<f32, REDUCE_THREADS>;
 
 #ifdef SUBGROUPS
 fn workgroup_sum(lane: Lane, value: f32) -> f32 {

@@ -89,9 +89,7 @@ fn room(gpu: &Gpu) -> u64 {
     gpu.available_memory().map_or(most, |bytes| (bytes / 4).min(most))
 }
 
-fn effort(gpu: &Gpu) -> Effort {
-    Effort { warm_up: 5, runs: 20, seconds: if gpu.is_cpu() { 0.6 } else { 1.5 } }
-}
+const EFFORT: Effort = Effort { warm_up: 5, runs: 20, seconds: 0.6, load: 0.15 };
 
 /// Times a case; none where its buffers would not fit the device.
 ///
@@ -119,7 +117,7 @@ pub fn measure(gpu: &Gpu, roofs: &Roofs, timed: &Timed) -> Result<Option<Row>> {
         }
     }
     let mut next = 0;
-    let samples = gpu.samples(roofs.clock, effort(gpu), &mut || {
+    let samples = gpu.samples(roofs.clock, EFFORT, &mut || {
         next = (next + 1) % sets.len();
         made[next] = sets[next]();
     })?;

@@ -113,6 +113,9 @@ pub struct Effort {
     pub runs: usize,
     /// After so many seconds, no further run; of three at least.
     pub seconds: f64,
+    /// Seconds that a GPU works right before the runs that count: its clock falls while it has nothing to do, and takes
+    /// tens of milliseconds to come back. Host processors are not loaded so.
+    pub load: f64,
 }
 
 /// Seconds of each run, in rising order.
@@ -144,11 +147,18 @@ impl Samples {
     }
 }
 
-/// The shortest run that each clock can tell.
-const LEAST_DEVICE: f64 = 1e-4;
+/// The shortest run: what each clock can tell, and long beside the gap to the next one.
+const LEAST_DEVICE: f64 = 1e-3;
 const LEAST_HOST: f64 = 1e-2;
+/// Of the load before: what is recorded at once.
+const A_LOAD: f64 = 5e-3;
 const MOST_REPEATS: usize = 4096;
 const FEWEST_RUNS: usize = 3;
+
+/// How often work that takes `once` seconds fits into `seconds`, rounded up.
+fn repeats(seconds: f64, once: f64) -> usize {
+    ((seconds / once.max(1e-9)).ceil() as usize).clamp(1, MOST_REPEATS)
+}
 
 impl Gpu {
     /// Times what `work` records, from an idle device until it is done.
@@ -193,8 +203,16 @@ impl Gpu {
                 break;
             }
         }
+        let begun = Instant::now();
+        while !self.is_cpu() && begun.elapsed().as_secs_f64() < effort.load {
+            let repeats = repeats(A_LOAD, shortest);
+            let Some(seconds) = self.time(&mut || (0..repeats).for_each(|_| work()))?.by(clock) else {
+                return Ok(None);
+            };
+            shortest = shortest.min(seconds / repeats as f64);
+        }
         let least = if clock == Clock::Device { LEAST_DEVICE } else { LEAST_HOST };
-        let repeats = ((least / shortest.max(1e-9)).ceil() as usize).clamp(1, MOST_REPEATS);
+        let repeats = repeats(least, shortest);
         let (mut seconds, begun) = (Vec::new(), Instant::now());
         while seconds.len() < effort.runs.max(FEWEST_RUNS)
             && (seconds.len() < FEWEST_RUNS || begun.elapsed().as_secs_f64() < effort.seconds)

@@ -16,7 +16,7 @@ fn launch(name: &str, tensors: &[&Tensor]) {
     for (first, count) in bindable_elements(gpu, tensors[0].len()) {
         let bindings: Vec<_> = tensors.iter().map(|tensor| tensor.range(first, count)).collect();
         let quads = count.div_ceil(4);
-        gpu.dispatch(name, &bindings, &[quads as u32], groups_for(quads, THREADS));
+        gpu.dispatch(name, &bindings, &[quads as u32], groups_for(quads, 2 * THREADS));
     }
 }
 
@@ -124,7 +124,7 @@ fn check_swiglu(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         Comparison::new("dgate in place", in_place_dgate.to_vec()?, exact(&dgate)?, 0.0),
         Comparison::new("dup in place", in_place_dup.to_vec()?, exact(&dup)?, 0.0),
         Comparison::new("y", y.to_vec()?, want_y, 1e-6),
-        Comparison::new("dgate", dgate.to_vec()?, want_dgate, 1e-6),
+        Comparison::new("dgate", dgate.to_vec()?, want_dgate, 2e-6),
         Comparison::new("dup", dup.to_vec()?, want_dup, 1e-6),
     ])
 }
@@ -136,8 +136,10 @@ fn check_activation(activation: Activation, gpu: &Gpu, n: usize) -> Result<Vec<C
     let want: Vec<_> = x.iter().map(|&x| activation.reference(f64::from(x))).collect();
     let want_dx = want.iter().zip(&dy).map(|((_, slope), dy)| slope * f64::from(*dy)).collect();
     Ok(vec![
-        Comparison::new("y", y.to_vec()?, want.iter().map(|(y, _)| *y).collect(), 3e-7),
-        Comparison::new("dx", dx.to_vec()?, want_dx, 1e-6),
+        // Devices need give an exponential of x within 3 + 2 |x| units in the last place, a quotient within 2.5: that makes
+        // 7e-7 of a distribution function's half, and a slope whose terms cancel may be a third of these.
+        Comparison::new("y", y.to_vec()?, want.iter().map(|(y, _)| *y).collect(), 1e-6),
+        Comparison::new("dx", dx.to_vec()?, want_dx, 3e-6),
     ])
 }
 

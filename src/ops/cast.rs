@@ -30,13 +30,13 @@ pub fn cast_into(x: &Tensor, x_start: usize, y: &Tensor, y_start: usize, count: 
     if x.dtype().is_quantized() && y.dtype() == Dtype::F32 {
         return nf4::dequantize_into(x, &nf4::factors(x), x_start, y, y_start, count);
     }
-    let kernel = match (x.dtype(), y.dtype()) {
-        (Dtype::Bf16, Dtype::F32) => "cast.to_f32.bf16",
-        (Dtype::F16, Dtype::F32) => "cast.to_f32.f16",
-        (Dtype::F32, Dtype::Bf16) => "cast.to_half.bf16",
-        (Dtype::F32, Dtype::F16) => "cast.to_half.f16",
-        (Dtype::Bf16, Dtype::F16) => "cast.to_half.bf16_f16",
-        (Dtype::F16, Dtype::Bf16) => "cast.to_half.f16_bf16",
+    let (kernel, wide) = match (x.dtype(), y.dtype()) {
+        (Dtype::Bf16, Dtype::F32) => ("cast.to_f32.bf16", Some("cast.to_f32_wide.bf16")),
+        (Dtype::F16, Dtype::F32) => ("cast.to_f32.f16", Some("cast.to_f32_wide.f16")),
+        (Dtype::F32, Dtype::Bf16) => ("cast.to_half.bf16", Some("cast.to_half_wide.bf16")),
+        (Dtype::F32, Dtype::F16) => ("cast.to_half.f16", Some("cast.to_half_wide.f16")),
+        (Dtype::Bf16, Dtype::F16) => ("cast.to_half.bf16_f16", None),
+        (Dtype::F16, Dtype::Bf16) => ("cast.to_half.f16_bf16", None),
         (from, to) => panic!("no cast from {from:?} to {to:?}"),
     };
     let packed = y.dtype().is_packed();
@@ -45,10 +45,14 @@ pub fn cast_into(x: &Tensor, x_start: usize, y: &Tensor, y_start: usize, count: 
         let (from, x_offset) = bind(x, x_start + first, count);
         let (to, y_offset) = bind(y, y_start + first, count);
         assert!(!packed || y_offset.is_multiple_of(2), "elements into {y:?} from the middle of a word on");
-        // `to_f32` has a thread for each word of x, `to_half` for each of y.
-        let threads = if packed { count.div_ceil(2) } else { (x_offset % 2 + count).div_ceil(2) };
-        let params = [count as u32, x_offset as u32, y_offset as u32];
-        x.gpu().dispatch(kernel, &[from, to], &params, groups_for(threads, THREADS));
+        let even = [x_offset, y_offset, count].iter().all(|n| n.is_multiple_of(4));
+        let (kernel, groups) = match wide.filter(|_| even) {
+            Some(wide) => (wide, groups_for(count / 4, 4 * THREADS)),
+            // `to_f32` has a thread for each word of x, `to_half` for each of y.
+            None if packed => (kernel, groups_for(count.div_ceil(2), THREADS)),
+            None => (kernel, groups_for((x_offset % 2 + count).div_ceil(2), THREADS)),
+        };
+        x.gpu().dispatch(kernel, &[from, to], &[count as u32, x_offset as u32, y_offset as u32], groups);
     }
 }
 

@@ -4,16 +4,22 @@
 //! A norm of 0 (a row of zeros, which has no direction) counts as a factor of 0, where PEFT divides by it.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, elementwise, groups_for,
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, by_columns, case::floats, column_sums,
+    elementwise, goes_wide, groups_for,
 };
-use crate::{error::Result, gpu::Gpu, tensor::Tensor};
+use crate::{
+    error::Result,
+    gpu::{Binding, Gpu},
+    tensor::Tensor,
+};
 
 /// Writes the lengths of the rows of w [N, K] to `norm` [N].
 pub fn row_norms(w: &Tensor, norm: &Tensor) {
     assert_eq!(w.rows(), norm.len(), "norms of {w:?} into {norm:?}");
     for (first, rows) in bindable_rows(w.gpu(), w.rows(), w.cols()) {
         let bindings = [w.range(first * w.cols(), rows * w.cols()), norm.range(first, rows)];
-        w.gpu().dispatch("dora.row_norms", &bindings, &[rows as u32, w.cols() as u32], groups_for(rows, 1));
+        let kernel = if goes_wide(w.gpu(), w.cols()) { "dora.row_norms.wide" } else { "dora.row_norms" };
+        w.gpu().dispatch(kernel, &bindings, &[rows as u32, w.cols() as u32], groups_for(rows, 1));
     }
 }
 
@@ -26,8 +32,9 @@ pub fn scale_columns(x: &Tensor, magnitude: &Tensor, norm: &Tensor, bias: Option
         let (start, count) = (first * n, rows * n);
         let mut bindings = vec![x.range(start, count), magnitude.binding(), norm.binding(), y.range(start, count)];
         bindings.extend(bias.map(Tensor::binding));
-        let kernel = if bias.is_some() { "dora.scale.bias" } else { "dora.scale" };
-        x.gpu().dispatch(kernel, &bindings, &[rows as u32, n as u32], groups_for(count, THREADS));
+        let kernels =
+            if bias.is_some() { ["dora.scale.bias", "dora.scale.vec_bias"] } else { ["dora.scale", "dora.scale.vec"] };
+        scale(kernels, &bindings, x.gpu(), [rows, n]);
     }
     y
 }
@@ -38,9 +45,14 @@ pub fn scale_rows(w: &Tensor, magnitude: &Tensor, norm: &Tensor) {
     for (first, rows) in bindable_rows(w.gpu(), w.rows(), w.cols()) {
         let part = w.range(first * w.cols(), rows * w.cols());
         let bindings = [part, magnitude.range(first, rows), norm.range(first, rows), part];
-        let groups = groups_for(rows * w.cols(), THREADS);
-        w.gpu().dispatch("dora.scale.rows", &bindings, &[rows as u32, w.cols() as u32], groups);
+        scale(["dora.scale.rows", "dora.scale.vec_rows"], &bindings, w.gpu(), [rows, w.cols()]);
     }
+}
+
+/// Launches the second kernel where rows are whole vec4s, else the first.
+fn scale(kernels: [&str; 2], bindings: &[Binding<'_>], gpu: &Gpu, [rows, cols]: [usize; 2]) {
+    let (kernel, width) = by_columns(kernels, cols);
+    gpu.dispatch(kernel, bindings, &[rows as u32, cols as u32], groups_for(rows * cols / width, 2 * THREADS));
 }
 
 /// dmagnitude [N] += its gradient, from x and dy [T, N]. The gradient of x is [`scale_columns`] of dy.
@@ -49,8 +61,8 @@ pub fn backward_magnitude(x: &Tensor, norm: &Tensor, dy: &Tensor, dmagnitude: &T
     for (first, rows) in bindable_rows(x.gpu(), x.rows(), n) {
         let (start, count) = (first * n, rows * n);
         let bindings = [x.range(start, count), dy.range(start, count), norm.binding(), dmagnitude.binding()];
-        let groups = groups_for(n, THREADS);
-        x.gpu().dispatch("dora.backward_magnitude", &bindings, &[rows as u32, n as u32], groups);
+        let (kernel, groups) = column_sums(x, ["dora.backward_magnitude", "dora.backward_magnitude_wide"]);
+        x.gpu().dispatch(kernel, &bindings, &[rows as u32, n as u32], groups);
     }
 }
 

@@ -50,9 +50,10 @@ fn launch(kernel: &str, x: &Tensor, y: &Tensor, key: Key, factors: [f64; 2]) {
     for (first, count) in bindable_elements(x.gpu(), x.len()) {
         // Parts start at whole quads.
         let quad = (first / 4) as u32;
-        let params = [count as u32, threshold(key.probability), kept, key.seed, key.stream, key.step, quad, dropped];
+        let quads = count.div_ceil(4);
+        let params = [quads as u32, threshold(key.probability), kept, key.seed, key.stream, key.step, quad, dropped];
         let bindings = [x.range(first, count), y.range(first, count)];
-        x.gpu().dispatch(kernel, &bindings, &params, groups_for(count.div_ceil(4), THREADS));
+        x.gpu().dispatch(kernel, &bindings, &params, groups_for(quads, 2 * THREADS));
     }
 }
 

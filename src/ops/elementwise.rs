@@ -19,7 +19,7 @@ fn launch(name: &str, tensors: &[&Tensor], value: f32) {
     for (first, count) in bindable_elements(gpu, tensors[0].len()) {
         let bindings: Vec<_> = tensors.iter().map(|tensor| tensor.range(first, count)).collect();
         let quads = count.div_ceil(4);
-        gpu.dispatch(name, &bindings, &[quads as u32, value.to_bits(), 0], groups_for(quads, THREADS));
+        gpu.dispatch(name, &bindings, &[quads as u32, value.to_bits(), 0], groups_for(quads, 4 * THREADS));
     }
 }
 
@@ -68,7 +68,8 @@ pub fn add_rows(x: &Tensor, out: &Tensor) {
     for (first, rows) in super::bindable_rows(x.gpu(), x.rows(), x.cols()) {
         let params = [rows as u32, 0, x.cols() as u32];
         let bindings = [x.range(first * x.cols(), rows * x.cols()), out.binding()];
-        x.gpu().dispatch("elementwise.add_rows", &bindings, &params, groups_for(x.cols(), THREADS));
+        let (kernel, groups) = super::column_sums(x, ["elementwise.add_rows", "elementwise.add_rows_wide"]);
+        x.gpu().dispatch(kernel, &bindings, &params, groups);
     }
 }
 

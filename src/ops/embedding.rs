@@ -6,7 +6,7 @@
 //! An id outside the table leaves its row alone; [`LEAVE`] is such an id for every table.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows,
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, by_columns,
     case::{floats, random},
     elementwise, groups_for,
     testing::wide,
@@ -30,23 +30,25 @@ pub fn gather(table: &Tensor, ids: &Tensor) -> Tensor {
 
 /// y[i] = table[ids[i]] for ids inside the table; other rows of y [N, D] stay as they are.
 pub fn gather_into(table: &Tensor, ids: &Tensor, y: &Tensor) {
-    let kernel = match table.dtype() {
-        Dtype::Bf16 => "embedding.gather.bf16",
-        Dtype::F16 => "embedding.gather.f16",
-        _ => "embedding.gather",
+    let kernels = match table.dtype() {
+        Dtype::Bf16 => ["embedding.gather.bf16", "embedding.gather.vec_bf16"],
+        Dtype::F16 => ["embedding.gather.f16", "embedding.gather.vec_f16"],
+        _ => ["embedding.gather", "embedding.gather.vec"],
     };
-    move_rows(kernel, table, ids, y);
+    move_rows(kernels, 2, table, ids, y);
 }
 
 /// table[ids[i]] = y[i] for ids inside the table [V, D]. No such id may occur twice.
 pub fn scatter(y: &Tensor, ids: &Tensor, table: &Tensor) {
     assert!(!table.dtype().is_packed(), "rows of f32 into {table:?}");
-    move_rows("embedding.scatter", table, ids, y);
+    move_rows(["embedding.scatter", "embedding.scatter.vec"], 1, table, ids, y);
 }
 
-/// Each part of y's rows against each part of the table's; every id lies in one part of the table.
-fn move_rows(kernel: &str, table: &Tensor, ids: &Tensor, y: &Tensor) {
+/// Each part of y's rows against each part of the table's; every id lies in one part of the table. A thread takes `each`
+/// places.
+fn move_rows(kernels: [&str; 2], each: usize, table: &Tensor, ids: &Tensor, y: &Tensor) {
     let (gpu, d) = (table.gpu(), table.cols());
+    let (kernel, width) = by_columns(kernels, d);
     assert!(y.cols() == d && y.rows() == ids.len(), "{kernel}: {y:?} and {ids:?} with table {table:?}");
     for (first, count) in bindable_rows(gpu, ids.len(), d) {
         for (from, rows) in bindable_rows(gpu, table.rows(), d) {
@@ -57,7 +59,7 @@ fn move_rows(kernel: &str, table: &Tensor, ids: &Tensor, y: &Tensor) {
             };
             let bindings = [part, ids.range(first, count), y.range(first * d, count * d)];
             let params = [count as u32, d as u32, from as u32, rows as u32, before as u32];
-            gpu.dispatch(kernel, &bindings, &params, groups_for(count * d, THREADS));
+            gpu.dispatch(kernel, &bindings, &params, groups_for(count * d / width, each * THREADS));
         }
     }
 }
@@ -105,6 +107,7 @@ fn compressed(ids: &[u32]) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
 pub fn scatter_add(dy: &Tensor, csr: &Csr, dtable: &Tensor) {
     let (gpu, d) = (dy.gpu(), dy.cols());
     assert_eq!(d, dtable.cols(), "rows of {dy:?} into {dtable:?}");
+    let (kernel, width) = by_columns(["embedding.scatter_add", "embedding.scatter_add.vec"], d);
     for (from, rows) in bindable_rows(gpu, dtable.rows(), d) {
         let bindings = [
             dtable.range(from * d, rows * d),
@@ -114,7 +117,7 @@ pub fn scatter_add(dy: &Tensor, csr: &Csr, dtable: &Tensor) {
             dy.binding(),
         ];
         let params = [csr.count as u32, d as u32, from as u32, rows as u32, 0];
-        gpu.dispatch("embedding.scatter_add", &bindings, &params, groups_for(csr.count * d, THREADS));
+        gpu.dispatch(kernel, &bindings, &params, groups_for(csr.count * d / width, THREADS));
     }
 }
 

@@ -2,7 +2,8 @@
 //! PyTorch: `torch.nn.functional.layer_norm`.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, elementwise, groups_for,
+    Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, case::floats, column_sums, elementwise, goes_wide,
+    groups_for,
 };
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
@@ -19,7 +20,8 @@ pub fn forward(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor,
             y.range(start, count),
             stats.range(first * 2, rows * 2),
         ];
-        gpu.dispatch("layer_norm.forward", &bindings, &[rows as u32, d as u32, eps.to_bits()], groups_for(rows, 1));
+        let kernel = if goes_wide(gpu, d) { "layer_norm.forward.wide" } else { "layer_norm.forward" };
+        gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, eps.to_bits()], groups_for(rows, 1));
     }
     (y, stats)
 }
@@ -37,7 +39,8 @@ pub fn backward_x(x: &Tensor, weight: &Tensor, stats: &Tensor, dy: &Tensor) -> T
             dy.range(start, count),
             dx.range(start, count),
         ];
-        gpu.dispatch("layer_norm.backward_x", &bindings, &[rows as u32, d as u32, 0], groups_for(rows, 1));
+        let kernel = if goes_wide(gpu, d) { "layer_norm.backward_x.wide" } else { "layer_norm.backward_x" };
+        gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, 0], groups_for(rows, 1));
     }
     dx
 }
@@ -54,7 +57,8 @@ pub fn backward_weight(x: &Tensor, stats: &Tensor, dy: &Tensor, dweight: &Tensor
             dweight.binding(),
             dbias.binding(),
         ];
-        gpu.dispatch("layer_norm.backward_weight", &bindings, &[rows as u32, d as u32, 0], groups_for(d, THREADS));
+        let (kernel, groups) = column_sums(x, ["layer_norm.backward_weight", "layer_norm.backward_weight_wide"]);
+        gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, 0], groups);
     }
 }
 
@@ -91,10 +95,13 @@ fn check(gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
     let (dweight, dbias) = (elementwise::zeros(gpu, &[n]), elementwise::zeros(gpu, &[n]));
     backward_weight(&tx, &stats, &tdy, &dweight, &dbias);
     let dx = backward_x(&tx, &tw, &stats, &tdy);
+    // Of one element's gradient nothing is left but the rounding of dy * w, where a device fuses that with the difference:
+    // 2^-24 times rstd, over the least scale.
+    let of_dx = if n == 1 { 2e-4 } else { 2e-5 };
     let [want_y, want_dx, want_dweight, want_dbias] = reference(&x, &w, &b, &dy, f64::from(eps));
     Ok(vec![
         Comparison::new("y", y.to_vec()?, want_y, 3e-6),
-        Comparison::new("dx", dx.to_vec()?, want_dx, 2e-5),
+        Comparison::new("dx", dx.to_vec()?, want_dx, of_dx),
         Comparison::new("dweight", dweight.to_vec()?, want_dweight, 1e-5),
         Comparison::new("dbias", dbias.to_vec()?, want_dbias, 1e-5),
     ])

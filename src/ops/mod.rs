@@ -38,7 +38,7 @@ pub use testing::{Comparison, Random};
 use crate::{
     error::Result,
     gpu::{AdapterFacts, Gpu, UNIFORM_BYTES},
-    tensor::Dtype,
+    tensor::{Dtype, Tensor},
 };
 
 /// Operations and memory traffic of one launch at the size that `check` uses for `n`.
@@ -126,6 +126,24 @@ fn groups_for(n: usize, per_group: usize) -> [u32; 3] {
     let groups = n.div_ceil(per_group);
     let x = groups.clamp(1, MAX_GROUPS);
     if groups == 0 { [0, 1, 1] } else { [x as u32, groups.div_ceil(x) as u32, 1] }
+}
+
+/// Whether rows of so many columns go in vec4s, by workgroups of four times the threads: on GPUs, whose memory wants many
+/// bytes under way. Host processors have as many lanes whatever a workgroup is, and pay for each of its barriers.
+fn goes_wide(gpu: &Gpu, cols: usize) -> bool {
+    !gpu.is_cpu() && cols.is_multiple_of(4)
+}
+
+/// Of two kernels, the second where rows are whole vec4s, and how many elements of a row a thread of it takes at once.
+fn by_columns([any, vec]: [&str; 2], cols: usize) -> (&str, usize) {
+    if cols.is_multiple_of(4) { (vec, 4) } else { (any, 1) }
+}
+
+/// Of two kernels that sum the rows of x, a thread a column and as `shaders/shared/column_sums.wgsl`, the one that
+/// serves, and its workgroups.
+fn column_sums(x: &Tensor, [narrow, wide]: [&'static str; 2]) -> (&'static str, [u32; 3]) {
+    let cols = x.cols();
+    if goes_wide(x.gpu(), cols) { (wide, groups_for(cols, 32)) } else { (narrow, groups_for(cols, THREADS)) }
 }
 
 /// Cuts `rows` rows of at most `row_words` words (or packed elements) each into parts that can be bound:

@@ -5,7 +5,8 @@
 //! itself runs. Factors in eight bits are made on the host, a value for 64 of the tensor's.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, THREADS, case::floats, elementwise, groups_for, testing::wide,
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, case::floats, cooperative, elementwise, groups_for,
+    testing::wide,
 };
 use crate::{
     error::Result,
@@ -48,7 +49,7 @@ pub fn factors(x: &Tensor) -> Tensor {
                 let params = [count as u32, x_offset as u32, 0, 0, offset.to_bits(), 0];
                 let bindings =
                     [codes.range(first / 4, count.div_ceil(4)), absmax, map.binding(), y.range(first, count)];
-                gpu.dispatch("nf4.factors", &bindings, &params, groups_for(count, THREADS));
+                gpu.dispatch("nf4.factors", &bindings, &params, groups_for(count.div_ceil(4), THREADS));
             }
             y
         }
@@ -78,14 +79,16 @@ pub fn dequantize_into(x: &Tensor, factors: &Tensor, x_start: usize, y: &Tensor,
         let ends = count.is_multiple_of(8);
         let even = before.is_multiple_of(8) && y_offset.is_multiple_of(4) && ends;
         assert!(even && y_offset.is_multiple_of(8) || !in_f16, "{count} elements of {x:?} into {y:?}");
-        let kernel = match even {
-            true if in_f16 => of(kind, ["nf4.dequantize.nf4_to_f16", "nf4.dequantize.fp4_to_f16"]),
-            true => of(kind, ["nf4.dequantize.nf4_vec", "nf4.dequantize.fp4_vec"]),
-            false => of(kind, ["nf4.dequantize.nf4", "nf4.dequantize.fp4"]),
+        let by_words = groups_for((before % 8 + count).div_ceil(8), THREADS);
+        let by_halves = groups_for(count / 4, 4 * THREADS);
+        let (kernel, groups) = match even {
+            true if in_f16 => (["nf4.decode.nf4_to_f16", "nf4.decode.fp4_to_f16"], by_halves),
+            true if !gpu.is_cpu() => (["nf4.decode.nf4", "nf4.decode.fp4"], by_halves),
+            true => (["nf4.dequantize.nf4_vec", "nf4.dequantize.fp4_vec"], by_words),
+            false => (["nf4.dequantize.nf4", "nf4.dequantize.fp4"], by_words),
         };
         let params = [count as u32, before as u32, y_offset as u32, before as u32, 0, 0];
-        let threads = (before % 8 + count).div_ceil(8);
-        gpu.dispatch(kernel, &[codes, blocks, to], &params, groups_for(threads, THREADS));
+        gpu.dispatch(of(kind, kernel), &[codes, blocks, to], &params, groups);
     }
 }
 
@@ -321,7 +324,7 @@ pub(super) fn awkward(random: &mut Random, count: usize) -> Vec<f32> {
 }
 
 fn check(kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
-    let mut out = Vec::new();
+    let (mut out, mut in_f16) = (Vec::new(), Vec::new());
     let mut exact = |what: &'static str, got: Vec<f32>, want: Vec<f64>| {
         // Bits: a difference in the least one counts.
         out.push(Comparison::new(what, got, want, 0.0));
@@ -339,6 +342,12 @@ fn check(kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
         quant::dequantize(kind, &codes, &factors_host.values(), 0, &mut want);
         exact("dequantised", dequantize(&x).to_vec()?, wide(&want));
         exact("read back", x.to_vec()?, wide(&want));
+        if cooperative::serves(gpu) && values.len().is_multiple_of(8) {
+            let y = Tensor::empty_of(gpu, Dtype::F16, &[values.len()]);
+            dequantize_into(&x, &factors(&x), 0, &y, 0, values.len());
+            // Devices need not round to the nearest.
+            in_f16.push(Comparison::new("in f16", y.to_vec()?, wide(&want), 1e-3));
+        }
         // A part that begins and ends anywhere, to a place further on.
         let (start, count) = (values.len() / 3, values.len() / 2);
         let y = Tensor::from_f32(gpu, &vec![7.0; values.len() + 3], &[values.len() + 3]);
@@ -358,6 +367,7 @@ fn check(kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
             exact("codes from 16 bits", floats(&upload.finish()?.to_bytes()?), wide(&floats(&codes)));
         }
     }
+    out.extend(in_f16);
     Ok(out)
 }
 
@@ -388,6 +398,11 @@ fn cases(kind: QuantType, shapes: &Shapes) -> Vec<Case> {
         Case::of("dequantize", shape.clone(), cost(1)).run(move |gpu| {
             let x = random_quantized(gpu, kind, &size);
             move || dequantize(&x)
+        }),
+        // Before every product: five bytes a block.
+        Case::of("factors", shape.clone(), Cost::each(elements / BLOCK, 2, 5)).run(move |gpu| {
+            let x = random_quantized(gpu, kind, &size);
+            move || factors(&x)
         }),
         Case::of("quantize", shape, cost(4)).run(move |gpu| {
             let x = floats(gpu, &size);

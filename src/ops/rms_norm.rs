@@ -1,8 +1,8 @@
 //! y = x / sqrt(mean(x^2) + eps) * w over the last dimension, in f32. PyTorch: `torch.nn.functional.rms_norm`.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, elementwise, groups_for,
-    uniform_windows,
+    Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, case::floats, column_sums, elementwise, goes_wide,
+    groups_for, uniform_windows,
 };
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
@@ -24,7 +24,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f32) -> (Tensor, Tensor) {
         let (start, count) = (first * d, rows * d);
         let bindings = [x.range(start, count), weight.binding(), y.range(start, count), rstd.range(first, rows)];
         gpu.dispatch(
-            "rms_norm.forward",
+            if goes_wide(gpu, d) { "rms_norm.forward.wide" } else { "rms_norm.forward" },
             &bindings,
             &[rows as u32, d as u32, eps.to_bits(), 0, 0, 0, 0],
             groups_for(rows, 1),
@@ -56,7 +56,8 @@ pub fn backward_x(x: &Tensor, weight: &Tensor, rstd: &Tensor, dy: &Tensor) -> Te
             dy.range(start, count),
             dx.range(start, count),
         ];
-        gpu.dispatch("rms_norm.backward_x", &bindings, &[rows as u32, d as u32, 0, 0, 0, 0, 0], groups_for(rows, 1));
+        let kernel = if goes_wide(gpu, d) { "rms_norm.backward_x.wide" } else { "rms_norm.backward_x" };
+        gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, 0, 0, 0, 0, 0], groups_for(rows, 1));
     }
     dx
 }
@@ -67,12 +68,8 @@ pub fn backward_weight(x: &Tensor, rstd: &Tensor, dy: &Tensor, dweight: &Tensor)
     for (first, rows) in bindable_rows(gpu, x.rows(), d) {
         let (start, count) = (first * d, rows * d);
         let bindings = [x.range(start, count), rstd.range(first, rows), dy.range(start, count), dweight.binding()];
-        gpu.dispatch(
-            "rms_norm.backward_weight",
-            &bindings,
-            &[rows as u32, d as u32, 0, 0, 0, 0, 0],
-            groups_for(d, THREADS),
-        );
+        let (kernel, groups) = column_sums(x, ["rms_norm.backward_weight", "rms_norm.backward_weight_wide"]);
+        gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, 0, 0, 0, 0, 0], groups);
     }
 }
 

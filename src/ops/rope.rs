@@ -1,7 +1,7 @@
 //! Rotary position embedding, halves convention (Hugging Face LLaMA): with e = E/2, channel j < e pairs with j + e,
 //! out_j = x_j cos - x_{j+e} sin, out_{j+e} = x_{j+e} cos + x_j sin, angle = position * theta^(-2j/E).
 
-use super::{Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, case::floats, groups_for};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, by_columns, case::floats, groups_for};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// Cosines and sines [rows, 2, E/2], a row a position with its frequencies (radians per position, [E/2]). The angle is
@@ -29,19 +29,18 @@ pub fn rotate(x: Tensor, positions: &Tensor, table: &Tensor, heads: usize, inver
     let (tokens, width) = (positions.len(), x.len() / positions.len().max(1));
     let y = if x.is_shared() { Some(Tensor::empty(gpu, x.shape())) } else { None };
     let half = width / heads / 2;
+    let (kernel, pairs) = match y {
+        Some(_) => by_columns(["rope.rotate", "rope.rotate.vec"], half),
+        None => by_columns(["rope.rotate.in_place", "rope.rotate.vec_in_place"], half),
+    };
     let sign: f32 = if inverse { -1.0 } else { 1.0 };
     for (first, rows) in bindable_rows(gpu, tokens, width) {
         let (start, count) = (first * width, rows * width);
         let bindings = [x.range(start, count), positions.range(first, rows), table.binding()];
         let params = [rows as u32, heads as u32, half as u32, sign.to_bits()];
-        let groups = groups_for(rows * heads * half, THREADS);
-        match &y {
-            Some(y) => {
-                let [x, positions, table] = bindings;
-                gpu.dispatch("rope.rotate", &[x, positions, table, y.range(start, count)], &params, groups);
-            }
-            None => gpu.dispatch("rope.rotate.in_place", &bindings, &params, groups),
-        }
+        let groups = groups_for(rows * heads * half / pairs, THREADS);
+        let bindings = bindings.into_iter().chain(y.as_ref().map(|y| y.range(start, count))).collect::<Vec<_>>();
+        gpu.dispatch(kernel, &bindings, &params, groups);
     }
     y.unwrap_or(x)
 }

@@ -61,6 +61,8 @@ impl Outcome {
 const HOPELESS: f64 = 2.0;
 /// Runs before those that count.
 const WARM_UP: usize = 3;
+/// As in [`Effort`]: the ways before have kept the device awake.
+const LOAD: f64 = 0.02;
 /// Turns in which a winner and the rule's way are measured again.
 const TURNS: usize = 3;
 /// The part of the device's memory that operands and results may take.
@@ -100,7 +102,7 @@ pub fn tune(
 /// A way's best run, in seconds: what else a machine does makes runs longer, never shorter.
 fn measured(gpu: &Gpu, clock: Clock, trial: &Trial, way: &'static str, runs: usize) -> Result<f64> {
     let mut turn = 0;
-    let effort = Effort { warm_up: WARM_UP, runs, seconds: f64::INFINITY };
+    let effort = Effort { warm_up: WARM_UP, runs, seconds: f64::INFINITY, load: LOAD };
     let samples = gpu.samples(clock, effort, &mut || {
         turn += 1;
         (trial.run)(way, turn);
