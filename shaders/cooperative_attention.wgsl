@@ -91,6 +91,51 @@ fn pack(
 #end
 }
 
+#kernel delta
+// delta[t, h] = sum over e of dout * out, of dout as it was packed: what a query has of a key that it sees alone is the same
+// in both, so that it passes no gradient.
+struct Params {
+    rows: u32, // T * H
+    head_size: u32, // E
+    width: u32, // in vec4s
+    offset: u32, // of dout, in vec4s
+}
+#params
+
+@group(0) @binding(0) var<storage, read_write> out: array<f32>; // [T, H, E]
+@group(0) @binding(1) var<storage, read_write> dout: array<vec4<f16>>; // [room, H, width], from `offset` on
+@group(0) @binding(2) var<storage, read_write> stats: array<vec2<f32>>; // [T, H]
+
+var<workgroup> sums: array<f32, 256>; // [32 rows, 8 threads]
+
+@compute @workgroup_size(256)
+fn delta(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let row = (group.x + group.y * groups.x) * 32u + local / 8u;
+    var sum = 0.0;
+    if (row < params.rows) {
+        for (var quad = local % 8u; quad * 4u < params.head_size; quad += 8u) {
+            let d = vec4<f32>(dout[params.offset + row * params.width + quad]);
+#unroll c in 0..4
+            if (quad * 4u + #{c}u < params.head_size) {
+                sum = fma(out[row * params.head_size + quad * 4u + #{c}u], d[#{c}], sum);
+            }
+#end
+        }
+    }
+    sums[local] = sum;
+    workgroupBarrier();
+    if (local % 8u == 0u && row < params.rows) {
+        for (var i = 1u; i < 8u; i++) {
+            sum += sums[local + i];
+        }
+        stats[row].y = sum;
+    }
+}
+
 #kernel forward
 #import cooperative_attention
 @group(0) @binding(0) var<storage, read_write> own: array<Half>; // q, [queries_room, H, E]
@@ -261,7 +306,7 @@ fn forward(
 @group(0) @binding(1) var<storage, read_write> walked: array<vec4<f16>>; // k and v, [2, keys_room, K, E]
 @group(0) @binding(2) var<storage, read_write> ranges: array<vec2<u32>>; // [T]
 #endif
-@group(0) @binding(3) var<storage, read_write> stats: array<vec2<f32>>; // [T, H]
+@group(0) @binding(3) var<storage, read_write> stats: array<vec2<f32>>; // [T, H], delta as dout is scaled
 @group(0) @binding(4) var<storage, read_write> parts: array<u32>; // [PARTS], bits of |dout|
 @group(0) @binding(5) var<storage, read_write> gradient0: array<f32>; // dq or dk
 #ifdef OF_KEYS
@@ -276,10 +321,10 @@ fn give#{n}(row: u32, at: u32, value: f32, factor: f32) {
 }
 #end
 
-// Log-sum-exp to base two, and delta as dout is scaled. That of queries that see nothing stays finite.
-fn scaled_stats(at: u32, scale: f32) -> vec2<f32> {
+// Log-sum-exp to base two, and delta. That of queries that see nothing stays finite.
+fn stats_at(at: u32) -> vec2<f32> {
     let found = stats[at];
-    return vec2<f32>(min(found.x, 2.0e38) * LOG2_E, found.y * scale);
+    return vec2<f32>(min(found.x, 2.0e38) * LOG2_E, found.y);
 }
 
 @compute @workgroup_size(#{THREADS})
@@ -327,12 +372,12 @@ fn backward(
         atomicMax(&most, parts[at]);
     }
     workgroupBarrier();
-    let scales = scale_of(atomicLoad(&most));
+    let unscale = scale_of(atomicLoad(&most)).y;
     let factor = params.scale * LOG2_E;
     let blocks = max((max(end, first) - first + KEYS - 1u) / KEYS, 1u);
     let turns = select(blocks * sharing, 0u, end <= first);
 #ifndef OF_KEYS
-    let row_stats = scaled_stats(min(own_row + row, own_rows - 1u) * params.heads + group.y, scales.x);
+    let row_stats = stats_at(min(own_row + row, own_rows - 1u) * params.heads + group.y);
 #endif
     for (var done = 0u; done < UNITS; done += subgroups) {
 #import cooperative_attention_unit
@@ -343,7 +388,7 @@ fn backward(
         var y#{s} = walked[walked_second + at#{s}];
 #end
 #ifdef OF_KEYS
-        var column = scaled_stats(min(first + lane % KEYS, walked_last) * walked_heads + walked_head, scales.x);
+        var column = stats_at(min(first + lane % KEYS, walked_last) * walked_heads + walked_head);
 #endif
         for (var turn = 0u; turn < turns; turn++) {
             let block = first + turn % blocks * KEYS;
@@ -365,7 +410,7 @@ fn backward(
                 column_lse[lane / 4u][lane % 4u] = column.x;
                 column_delta[lane / 4u][lane % 4u] = column.y;
             }
-            column = scaled_stats(min(next_block + lane % KEYS, walked_last) * walked_heads + next_head, scales.x);
+            column = stats_at(min(next_block + lane % KEYS, walked_last) * walked_heads + next_head);
 #endif
             workgroupBarrier();
             for (var mine = unit; mine < UNITS; mine += UNITS) {
@@ -396,8 +441,8 @@ fn backward(
 #import cooperative_attention_sums
             }
         }
-        let factor0 = params.scale * scales.y;
-        let factor1 = scales.y;
+        let factor0 = params.scale * unscale;
+        let factor1 = unscale;
 #import cooperative_attention_write
     }
 }

@@ -263,14 +263,6 @@ fn whole(tiled: Option<&'static str>, [q, k, v]: [&Tensor; 3], ranges: &Ranges, 
     (out, stats)
 }
 
-/// Writes the sum of out * dout of each query and head into its place in stats.
-pub(super) fn add_delta([out, dout, stats]: [&Tensor; 3], heads: Heads) {
-    let rows = out.len() / heads.head_size;
-    let bindings = [out.binding(), dout.binding(), stats.binding()];
-    let params = heads.params(rows / heads.heads, 0);
-    out.gpu().dispatch("attention.backward_delta", &bindings, &params, groups_for(rows, 64));
-}
-
 /// The gradients of q, k and v from dout [T, H, E].
 ///
 /// # Panics
@@ -291,10 +283,15 @@ fn backward_by(
     let (queries, keys) = (q.len() / (heads.heads * heads.head_size), k.len() / (heads.kv_heads * heads.head_size));
     let params = heads.params(queries, keys);
     gpu.add_flops(10 * ranges.pairs * (heads.heads * heads.head_size) as u64);
-    add_delta([out, dout, stats], heads);
     if let Some(kernels) = cooperative_attention::chosen(gpu, heads, [queries, keys]) {
-        return kernels.backward([q, k, v, stats], dout, ranges, heads);
+        return kernels.backward([q, k, v, out, stats], dout, ranges, heads);
     }
+    gpu.dispatch(
+        "attention.backward_delta",
+        &[out.binding(), dout.binding(), stats.binding()],
+        &params,
+        groups_for(queries * heads.heads, 64),
+    );
     let [dq, dk, dv] = [q, k, v].map(|x| Tensor::empty(gpu, x.shape()));
     let of_keys = ranges.of_keys.as_ref().expect("training ranges know both sides");
     if let Some((windows, suffix)) = heads.lanes(gpu, ranges).filter(|_| tiled.is_none()) {
