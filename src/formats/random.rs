@@ -3,6 +3,8 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
+use rayon::prelude::*;
+
 use super::{
     safetensors::Dtype,
     stored::{StoredTensor, rounded},
@@ -65,13 +67,13 @@ impl RandomWeights {
 impl RandomTensor {
     /// A row's values depend on the tensor's name and the row's number alone.
     pub fn bytes(&self, rows: Range<usize>, columns: usize) -> Vec<u8> {
-        let mut values = Vec::with_capacity(rows.len() * columns);
         // Uniform, with the deviation of the usual normal start.
         let bound = DEVIATION * 3f32.sqrt();
-        for row in rows {
+        let row = |row: usize| {
             let mut rng = Rng::new(self.seed, self.stream.wrapping_add(row as u64));
-            values.extend((0..columns).map(|_| self.constant.unwrap_or_else(|| rng.uniform(bound))));
-        }
-        rounded(self.dtype, &values)
+            let values: Vec<_> = (0..columns).map(|_| self.constant.unwrap_or_else(|| rng.uniform(bound))).collect();
+            rounded(self.dtype, &values)
+        };
+        rows.into_par_iter().map(row).collect::<Vec<_>>().concat()
     }
 }
