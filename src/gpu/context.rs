@@ -179,7 +179,7 @@ impl Gpu {
     /// Bytes that may be allocated, as far as that is known: the device's memory, or what the host has left where the
     /// device is the host's processor.
     pub fn available_memory(&self) -> Option<u64> {
-        if self.inner.facts.kind == adapter::SOFTWARE { adapter::free_host_memory() } else { self.inner.facts.memory }
+        if self.is_software() { adapter::free_host_memory() } else { self.inner.facts.memory }
     }
 
     /// Whether this device only counts ([`Gpu::counting`]).
@@ -248,6 +248,11 @@ impl Gpu {
         self.inner.facts.is_cpu
     }
 
+    /// Whether the device is software, even where it shall be treated as a GPU.
+    pub fn is_software(&self) -> bool {
+        self.inner.facts.kind == adapter::SOFTWARE
+    }
+
     /// Whether products had better take A as uniforms: on software Vulkan before Mesa 26.
     pub fn wants_uniforms(&self) -> bool {
         self.is_cpu() && self.inner.facts.slow_storage
@@ -302,7 +307,7 @@ impl Gpu {
     /// A buffer of at least `size` bytes, whose content follows. As [`Gpu::buffer`].
     pub fn arriving(&self, size: u64) -> Arriving {
         let mut place = None;
-        let in_place = self.inner.facts.kind == adapter::SOFTWARE && size >= in_place::LEAST_BYTES;
+        let in_place = self.is_software() && size >= in_place::LEAST_BYTES;
         let buffer =
             self.take(size, |device, size| match in_place.then(|| in_place::make(device, size, USAGE)).flatten() {
                 Some((buffer, found)) => {

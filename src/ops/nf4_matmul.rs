@@ -150,7 +150,9 @@ impl Call<'_> {
             return self.by_scratch_tiles(tile);
         }
         let dtype = if self.in_f16() { Dtype::F16 } else { Dtype::F32 };
-        let step = (bytes / dtype.bytes() / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
+        let most = (bytes / dtype.bytes() / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
+        // Parts of one size: what one leaves to the pool, the next takes.
+        let step = n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(ALIGNMENT);
         for first in (0..n).step_by(step) {
             let rows = step.min(n - first);
             let part = Tensor::empty_of(self.w.gpu(), dtype, &[rows, k]);
