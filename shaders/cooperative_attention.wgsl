@@ -1,10 +1,11 @@
 // Attention as in flash_attention.wgsl, by cooperative matrices: operands rounded to f16, sums and softmax in f32, in a fixed
 // order. Heads are padded with zeros to E, a multiple of the matrices' SIDE.
 //
-// A workgroup owns ROWS rows and walks others in blocks of KEYS, which it stages in workgroup memory. A subgroup computes a unit: UNIT_ROWS rows by an ACROSSth of the
-// columns. Any number of lanes works: subgroups without a unit only help to stage and to weigh, and where there are fewer
-// subgroups than units (by whole rows of units), all is done again for the rest. Elements of a matrix cannot be told apart
-// in registers, so scores go through workgroup memory as f32, and come back as weights in f16.
+// A workgroup owns ROWS rows and walks others in blocks of KEYS, which it stages in workgroup memory. A subgroup computes a
+// unit: UNIT_ROWS rows by an ACROSSth of the columns. Any number of lanes works: subgroups without a unit only help to stage
+// and to weigh, and where there are fewer subgroups than units (by whole rows of units), all is done again for the rest.
+// Elements of a matrix cannot be told apart in registers, so scores go through workgroup memory as f32, and come back as
+// weights in f16.
 //
 // W: numbers in an element of what matrices are loaded from: 4, which are stored at once; 1 for Metal, which loads from
 // scalars only. Rows are padded against bank conflicts, and begin at multiples of 16 bytes.
@@ -15,7 +16,13 @@ enable wgpu_cooperative_matrix;
 
 const PARTS: u32 = 256u; // of `cooperative.largest`
 
-var<workgroup> most: atomic<u32>;
+// Whole vec4s, as all workgroup memory here: what matrices are loaded from has to lie at multiples of 16 bytes, though an
+// array of vec4<f16> by itself may lie at 8.
+var<workgroup> marks: array<atomic<u32>, 4>;
+const MOST: u32 = 0u; // of `largest`
+const FIRST_SEEN: u32 = 1u;
+const END_SEEN: u32 = 2u;
+const RAISED: u32 = 3u; // blocks up to the last in which some row's largest was replaced
 
 // The power of two that brings the largest of a gradient to 2^4 and beyond, short of 2^5, and the one that undoes it: what
 // comes of a row of it and a row of values stays within f16 then. Something infinite shall stay so.
@@ -57,12 +64,12 @@ fn pack(
     var scale = 1.0;
 #ifdef SCALED
     if (local == 0u) {
-        atomicStore(&most, 0u);
+        atomicStore(&marks[MOST], 0u);
     }
     workgroupBarrier();
-    atomicMax(&most, largest[local]);
+    atomicMax(&marks[MOST], largest[local]);
     workgroupBarrier();
-    scale = scale_of(atomicLoad(&most)).x;
+    scale = scale_of(atomicLoad(&marks[MOST])).x;
 #endif
     let first = (group.x + group.y * groups.x) * #{COUNT * 256}u + local;
 #unroll i in 0..COUNT
@@ -151,7 +158,6 @@ const MASKED: f32 = -3.0e38;
 const SLACK: f32 = 8.0;
 
 var<workgroup> inverse: array<f32, #{ROWS}>; // of the sums of weights
-var<workgroup> raised: atomic<u32>; // blocks up to the last in which some row's largest was replaced
 
 fn give0(row: u32, at: u32, value: f32, factor: f32) {
     out[at] = value * inverse[row];
@@ -188,7 +194,7 @@ fn forward(
         var sum = 0.0;
         var shrink = 1.0;
         if (lane == 0u) {
-            atomicStore(&raised, 0u);
+            atomicStore(&marks[RAISED], 0u);
         }
 #unroll s in 0..KEYS*E/4/THREADS
         var x#{s} = walked[keys_at + min(first + staged_row + #{s * THREADS * 4 / E}u, walked_last) * walked_stride];
@@ -204,7 +210,7 @@ fn forward(
         // A turn sums the values of the block before, by its weights, and makes the scores of its own: one stretch of
         // products between two barriers.
         for (var turn = 0u; turn <= turns; turn++) {
-            for (var again = atomicLoad(&raised); again == turn && turn > 0u; again = 0u) {
+            for (var again = atomicLoad(&marks[RAISED]); again == turn && turn > 0u; again = 0u) {
 #unroll p in 0..E/KEYS
                 for (var mine = unit; mine < UNITS; mine += UNITS) {
 #unroll i in 0..UNIT_ROWS/SIDE
@@ -261,7 +267,7 @@ fn forward(
             if (most_here > largest + SLACK) {
                 if (largest > MASKED) {
                     shrink = exp2(largest - most_here);
-                    atomicMax(&raised, turn + 1u);
+                    atomicMax(&marks[RAISED], turn + 1u);
                 }
                 largest = most_here;
                 sum *= shrink;
@@ -365,14 +371,14 @@ fn backward(
     let walked_stride = walked_heads * #{E / 4}u;
     let walked_second = walked_room * walked_stride;
     if (lane == 0u) {
-        atomicStore(&most, 0u);
+        atomicStore(&marks[MOST], 0u);
     }
 #import cooperative_attention_start
     for (var at = lane; at < PARTS; at += #{THREADS}u) {
-        atomicMax(&most, parts[at]);
+        atomicMax(&marks[MOST], parts[at]);
     }
     workgroupBarrier();
-    let unscale = scale_of(atomicLoad(&most)).y;
+    let unscale = scale_of(atomicLoad(&marks[MOST])).y;
     let factor = params.scale * LOG2_E;
     let blocks = max((max(end, first) - first + KEYS - 1u) / KEYS, 1u);
     let turns = select(blocks * sharing, 0u, end <= first);

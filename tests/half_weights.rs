@@ -1,8 +1,6 @@
 //! Weights that stay in 16 bits: every pattern through the casts, tensors that arrive in pieces, and the functions of
 //! the tape on packed weights beside the same functions on the widened ones.
 
-mod common;
-
 use std::sync::OnceLock;
 
 use half::{bf16, f16};
@@ -25,9 +23,12 @@ use wgpu_llava::{
 
 const PACKED: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
 
+/// With kernels of which none rounds what it reads, as those of cooperative matrices do.
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(common::open_gpu)
+    GPU.get_or_init(|| {
+        Gpu::open(&AdapterOptions { without_cooperative: true, ..Default::default() }).expect("tools/test installs one")
+    })
 }
 
 /// With the kernels of GPUs, of which none rounds what it reads.

@@ -31,9 +31,7 @@ alias Half = f16;
 alias Single = f32;
 #endif
 
-var<workgroup> span: vec2<u32>;
-var<workgroup> first_seen: atomic<u32>;
-var<workgroup> end_seen: atomic<u32>;
+var<workgroup> span: vec4<u32>;
 var<workgroup> tile0: array<Half, #{KEYS * (E + 8) / W}>; // [KEYS, E + 8]
 var<workgroup> tile1: array<Half, #{KEYS * (E + 8) / W}>; // [KEYS, E + 8]
 #unroll n in 0..SCORES

@@ -9,8 +9,8 @@
     // All that any of the workgroup's rows sees: from `first` to `end`.
     let range = ranges[min(own_row + row, own_rows - 1u)];
     if (lane == 0u) {
-        atomicStore(&first_seen, 0xffffffffu);
-        atomicStore(&end_seen, 0u);
+        atomicStore(&marks[FIRST_SEEN], 0xffffffffu);
+        atomicStore(&marks[END_SEEN], 0u);
     }
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
     for (var at = lane; at < #{SIDE * SIDE / W}u; at += #{THREADS}u) {
@@ -18,9 +18,15 @@
     }
     workgroupBarrier();
     let zeros = coopLoadT<Sum>(&scores0[0], #{SIDE / W}u);
-    atomicMin(&first_seen, range.x);
-    atomicMax(&end_seen, range.y);
+    atomicMin(&marks[FIRST_SEEN], range.x);
+    atomicMax(&marks[END_SEEN], range.y);
     workgroupBarrier();
-    var first = atomicLoad(&first_seen);
-    var end = atomicLoad(&end_seen);
-#import span
+    var first = atomicLoad(&marks[FIRST_SEEN]);
+    var end = atomicLoad(&marks[END_SEEN]);
+    // The same for all lanes, provably (span.wgsl); a whole vec4 of workgroup memory.
+    if (lane == 0u) {
+        span = vec4<u32>(first, end, 0u, 0u);
+    }
+    let same = workgroupUniformLoad(&span);
+    first = same.x;
+    end = same.y;

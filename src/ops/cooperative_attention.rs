@@ -49,7 +49,8 @@ pub(super) struct Kernels {
 }
 
 /// Whether attention comes here at all. The 16 x 16 texts have run on one GPU, an H200 (driver 580.159.04), and gave other
-/// results there from run to run, while the 8 x 8 ones are right on software Vulkan: until that is found, no GPU takes them.
+/// results there from run to run, while the 8 x 8 ones are right on software Vulkan. Its workgroup memory has been aligned since
+/// (`marks` in the shader); until a GPU has been right, none takes them.
 fn serves(gpu: &Gpu) -> bool {
     cooperative::serves(gpu) && gpu.is_software()
 }
