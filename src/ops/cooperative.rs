@@ -12,7 +12,7 @@
 use half::f16;
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes,
+    Case, Comparison, Cost, Op, Random, Shapes, has_workgroups,
     matmul::{self, Epilogue, Layout, split},
     roof,
     testing::wide,
@@ -83,10 +83,12 @@ pub(super) fn fits(gpu: &Gpu, [m, n, k]: [usize; 3]) -> bool {
 
 /// Whether a device can run the large tile, on operands that lie as vectors.
 pub(super) fn has_large(gpu: &Gpu) -> bool {
-    let limits = &gpu.facts().limits;
-    gpu.cooperative_side() == Some(16)
-        && limits.max_compute_workgroup_storage_size >= LARGE_BYTES
-        && limits.max_compute_invocations_per_workgroup >= LARGE_THREADS
+    gpu.cooperative_side() == Some(16) && has_workgroups(gpu, LARGE_BYTES, LARGE_THREADS)
+}
+
+/// Whether subgroups may have 64 lanes. Metal tells the largest size that there might be; it is 32.
+pub(super) fn may_be_wide(gpu: &Gpu) -> bool {
+    gpu.facts().limits.subgroup_max_size >= 64 && gpu.facts().backend != "metal"
 }
 
 /// The side of a tile.
@@ -123,12 +125,11 @@ impl Product<'_> {
     }
 
     fn kernel(&self, side: u32, large: bool) -> Kernel {
-        let (facts, vectors) = (self.gpu.facts(), self.vectors());
+        let vectors = self.vectors();
         let large = large && vectors && has_large(self.gpu);
         let lanes = match side {
             _ if self.exact(side, large) => Lanes::Exact,
-            // Metal tells the largest size that there might be; it is 32.
-            16 if facts.limits.subgroup_max_size >= 64 && facts.backend != "metal" => Lanes::Wide,
+            16 if may_be_wide(self.gpu) => Lanes::Wide,
             _ => Lanes::Any,
         };
         Kernel { side, lanes, large, vectors }
@@ -191,17 +192,16 @@ impl Kernel {
     fn all(gpu: &Gpu, product: &Product<'_>) -> Vec<Self> {
         let Some(side) = gpu.cooperative_side() else { return Vec::new() };
         let vectors = product.vectors();
-        let memory = gpu.facts().limits.max_compute_workgroup_storage_size;
         let mut all = Vec::new();
         for (lanes, large) in
             [Lanes::Any, Lanes::Wide, Lanes::Exact].into_iter().flat_map(|one| [(one, false), (one, true)])
         {
             let fits = match lanes {
-                Lanes::Any => side == 16 || !large,
+                Lanes::Any => true,
                 Lanes::Wide => side == 16,
-                Lanes::Exact => product.exact(side, large) && (side == 16 || !large),
+                Lanes::Exact => product.exact(side, large),
             };
-            if fits && (!large || (vectors && memory >= LARGE_BYTES)) {
+            if fits && (!large || vectors && has_large(gpu)) {
                 all.push(Self { side, lanes, large, vectors });
                 let odd = vectors && !large && lanes != Lanes::Exact;
                 all.extend(odd.then_some(Self { side, lanes, large, vectors: false }));

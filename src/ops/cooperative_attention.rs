@@ -10,7 +10,7 @@ use super::{
     Comparison, Op, Random,
     attention::{self, Heads, Mask, Ranges},
     cooperative::{self, rounded, scale_to},
-    decode_attention, groups_for,
+    decode_attention, groups_for, has_workgroups,
     testing::wide,
 };
 use crate::{
@@ -49,8 +49,8 @@ pub(super) struct Kernels {
 }
 
 /// Whether attention comes here at all. The 16 x 16 texts have run on one GPU, an H200 (driver 580.159.04), and gave other
-/// results there from run to run, while the 8 x 8 ones are right on software Vulkan. Its workgroup memory has been aligned since
-/// (`marks` in the shader); until a GPU has been right, none takes them.
+/// results there from run to run, while the 8 x 8 ones are right on software Vulkan. Their workgroup memory has been aligned
+/// since (`marks` in the shader); until they have been right on a GPU, none takes them.
 fn serves(gpu: &Gpu) -> bool {
     cooperative::serves(gpu) && gpu.is_software()
 }
@@ -67,18 +67,14 @@ impl Kernels {
     /// Every set of kernels that a device can run, the one that is meant for it first.
     fn all(gpu: &Gpu, head_size: usize) -> Vec<Self> {
         let (Some(side), ..=128) = (gpu.cooperative_side(), head_size) else { return Vec::new() };
-        let facts = gpu.facts();
-        let memory = MEMORY[usize::from(side == 16)];
-        if facts.limits.max_compute_workgroup_storage_size < memory
-            || facts.limits.max_compute_invocations_per_workgroup < THREADS
-        {
+        if !has_workgroups(gpu, MEMORY[usize::from(side == 16)], THREADS) {
             return Vec::new();
         }
         let one = Self { width: if head_size <= 64 { 64 } else { 128 }, side, wide: false, scalar: false };
-        // Metal loads matrices from scalars only, and tells the largest subgroup that there might be; it is 32.
-        let metal = facts.backend == "metal";
+        // Metal loads matrices from scalars only.
+        let metal = gpu.facts().backend == "metal";
         match side {
-            16 if facts.limits.subgroup_max_size >= 64 && !metal => vec![Self { wide: true, ..one }, one],
+            16 if cooperative::may_be_wide(gpu) => vec![Self { wide: true, ..one }, one],
             16 if !metal => vec![one, Self { wide: true, ..one }],
             8 if metal => vec![Self { scalar: true, ..one }],
             8 => vec![one, Self { scalar: true, ..one }],

@@ -3,7 +3,7 @@
 //!
 //! Rows without a target do not come here: the caller takes the supervised positions before the vocabulary product.
 
-use super::{Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, case::floats, goes_wide, groups_for};
+use super::{Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, by_rows, case::floats, groups_for};
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
 
 /// The losses [N] of logits [N, V] at targets (u32 [N], each below V).
@@ -16,10 +16,10 @@ pub fn loss_and_gradient(logits: &Tensor, targets: &Tensor, scale: f32) -> Tenso
     launch(["cross_entropy.loss_and_gradient", "cross_entropy.loss_and_gradient.wide"], logits, targets, scale)
 }
 
-fn launch([narrow, wide]: [&str; 2], logits: &Tensor, targets: &Tensor, scale: f32) -> Tensor {
+fn launch(kernels: [&str; 2], logits: &Tensor, targets: &Tensor, scale: f32) -> Tensor {
     let (gpu, vocab_size) = (logits.gpu(), logits.cols());
     assert_eq!(logits.rows(), targets.len(), "{logits:?} at targets {targets:?}");
-    let kernel = if goes_wide(gpu, vocab_size) { wide } else { narrow };
+    let kernel = by_rows(gpu, vocab_size, kernels);
     let losses = Tensor::empty(gpu, &[targets.len()]);
     for (first, rows) in bindable_rows(gpu, targets.len(), vocab_size) {
         let bindings = [

@@ -4,8 +4,8 @@
 //! A norm of 0 (a row of zeros, which has no direction) counts as a factor of 0, where PEFT divides by it.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, by_columns, case::floats, column_sums,
-    elementwise, goes_wide, groups_for,
+    Case, Comparison, Cost, Op, Random, Shapes, THREADS, bindable_rows, by_columns, by_rows, case::floats, column_sums,
+    elementwise, groups_for,
 };
 use crate::{
     error::Result,
@@ -18,7 +18,7 @@ pub fn row_norms(w: &Tensor, norm: &Tensor) {
     assert_eq!(w.rows(), norm.len(), "norms of {w:?} into {norm:?}");
     for (first, rows) in bindable_rows(w.gpu(), w.rows(), w.cols()) {
         let bindings = [w.range(first * w.cols(), rows * w.cols()), norm.range(first, rows)];
-        let kernel = if goes_wide(w.gpu(), w.cols()) { "dora.row_norms.wide" } else { "dora.row_norms" };
+        let kernel = by_rows(w.gpu(), w.cols(), ["dora.row_norms", "dora.row_norms.wide"]);
         w.gpu().dispatch(kernel, &bindings, &[rows as u32, w.cols() as u32], groups_for(rows, 1));
     }
 }

@@ -2,7 +2,7 @@
 //! PyTorch: `torch.nn.functional.layer_norm`.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, case::floats, column_sums, elementwise, goes_wide,
+    Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, by_rows, case::floats, column_sums, elementwise,
     groups_for,
 };
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
@@ -20,7 +20,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor,
             y.range(start, count),
             stats.range(first * 2, rows * 2),
         ];
-        let kernel = if goes_wide(gpu, d) { "layer_norm.forward.wide" } else { "layer_norm.forward" };
+        let kernel = by_rows(gpu, d, ["layer_norm.forward", "layer_norm.forward.wide"]);
         gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, eps.to_bits()], groups_for(rows, 1));
     }
     (y, stats)
@@ -39,7 +39,7 @@ pub fn backward_x(x: &Tensor, weight: &Tensor, stats: &Tensor, dy: &Tensor) -> T
             dy.range(start, count),
             dx.range(start, count),
         ];
-        let kernel = if goes_wide(gpu, d) { "layer_norm.backward_x.wide" } else { "layer_norm.backward_x" };
+        let kernel = by_rows(gpu, d, ["layer_norm.backward_x", "layer_norm.backward_x.wide"]);
         gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, 0], groups_for(rows, 1));
     }
     dx

@@ -128,6 +128,12 @@ fn groups_for(n: usize, per_group: usize) -> [u32; 3] {
     if groups == 0 { [0, 1, 1] } else { [x as u32, groups.div_ceil(x) as u32, 1] }
 }
 
+/// Whether a device has room for workgroups of so many bytes of their memory, and so many threads.
+fn has_workgroups(gpu: &Gpu, bytes: u32, threads: u32) -> bool {
+    let limits = &gpu.facts().limits;
+    limits.max_compute_workgroup_storage_size >= bytes && limits.max_compute_invocations_per_workgroup >= threads
+}
+
 /// Whether rows of so many columns go in vec4s, by workgroups of four times the threads: on GPUs, whose memory wants many
 /// bytes under way. Host processors have as many lanes whatever a workgroup is, and pay for each of its barriers.
 fn goes_wide(gpu: &Gpu, cols: usize) -> bool {
@@ -137,6 +143,11 @@ fn goes_wide(gpu: &Gpu, cols: usize) -> bool {
 /// Of two kernels, the second where rows are whole vec4s, and how many elements of a row a thread of it takes at once.
 fn by_columns([any, vec]: [&str; 2], cols: usize) -> (&str, usize) {
     if cols.is_multiple_of(4) { (vec, 4) } else { (any, 1) }
+}
+
+/// Of two kernels with a workgroup a row, of 64 threads and of 256 that take vec4s, the one that serves.
+fn by_rows<'a>(gpu: &Gpu, cols: usize, [narrow, wide]: [&'a str; 2]) -> &'a str {
+    if goes_wide(gpu, cols) { wide } else { narrow }
 }
 
 /// Of two kernels that sum the rows of x, a thread a column and as `shaders/shared/column_sums.wgsl`, the one that

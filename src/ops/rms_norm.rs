@@ -1,7 +1,7 @@
 //! y = x / sqrt(mean(x^2) + eps) * w over the last dimension, in f32. PyTorch: `torch.nn.functional.rms_norm`.
 
 use super::{
-    Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, case::floats, column_sums, elementwise, goes_wide,
+    Case, Comparison, Cost, Op, Random, Shapes, bindable_rows, by_rows, case::floats, column_sums, elementwise,
     groups_for, uniform_windows,
 };
 use crate::{error::Result, gpu::Gpu, tensor::Tensor};
@@ -24,7 +24,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f32) -> (Tensor, Tensor) {
         let (start, count) = (first * d, rows * d);
         let bindings = [x.range(start, count), weight.binding(), y.range(start, count), rstd.range(first, rows)];
         gpu.dispatch(
-            if goes_wide(gpu, d) { "rms_norm.forward.wide" } else { "rms_norm.forward" },
+            by_rows(gpu, d, ["rms_norm.forward", "rms_norm.forward.wide"]),
             &bindings,
             &[rows as u32, d as u32, eps.to_bits(), 0, 0, 0, 0],
             groups_for(rows, 1),
@@ -56,7 +56,7 @@ pub fn backward_x(x: &Tensor, weight: &Tensor, rstd: &Tensor, dy: &Tensor) -> Te
             dy.range(start, count),
             dx.range(start, count),
         ];
-        let kernel = if goes_wide(gpu, d) { "rms_norm.backward_x.wide" } else { "rms_norm.backward_x" };
+        let kernel = by_rows(gpu, d, ["rms_norm.backward_x", "rms_norm.backward_x.wide"]);
         gpu.dispatch(kernel, &bindings, &[rows as u32, d as u32, 0, 0, 0, 0, 0], groups_for(rows, 1));
     }
     dx

@@ -1,10 +1,10 @@
 //! The ways of one product: which there are, which one the rule takes, which one was measured to be the best.
 
-use super::{Call, Epilogue, Layout, Region, host, length, reference_at, split, typed};
+use super::{Call, Epilogue, Layout, Region, host, length, reference_at, typed};
 use crate::{
     gpu::{Gpu, Question, bucket},
     ops::{
-        cooperative,
+        cooperative, has_workgroups,
         tuning::{Family, Trial, exact, exact_value, operand_sets, positions},
         uniform_rows,
     },
@@ -74,9 +74,7 @@ const LARGE_BYTES: u32 = 32 << 10;
 const LARGE_THREADS: u32 = 256;
 
 fn has_large_tiles(gpu: &Gpu) -> bool {
-    let limits = &gpu.facts().limits;
-    limits.max_compute_workgroup_storage_size >= LARGE_BYTES
-        && limits.max_compute_invocations_per_workgroup >= LARGE_THREADS
+    has_workgroups(gpu, LARGE_BYTES, LARGE_THREADS)
 }
 
 /// Whether a product of m x n on GPUs has sides and tiles enough for those of 64.
@@ -86,7 +84,7 @@ pub(in crate::ops) fn wants_large_tiles(m: usize, n: usize) -> bool {
 
 /// The same for those of 128.
 fn wants_largest_tiles(m: usize, n: usize) -> bool {
-    m > 64 && n > 64 && m.div_ceil(128) * n.div_ceil(128) >= split::ENOUGH
+    m > 64 && n > 64 && cooperative::wants_large(m, n)
 }
 
 /// Elements of a row of B in what `matmul.rows` loads at once: 16 bytes.
