@@ -82,6 +82,7 @@ fn validate(variant: &wgsl::Variant, modes: &[&str], files: &BTreeMap<String, St
     let capabilities = naga::valid::Capabilities::IMMEDIATES
         | naga::valid::Capabilities::SUBGROUP
         | naga::valid::Capabilities::SHADER_FLOAT16
+        | naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32
         | naga::valid::Capabilities::COOPERATIVE_MATRIX;
     naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
         .validate(&module)

@@ -26,7 +26,8 @@ var<workgroup> most: array<atomic<u32>, 4>; // one is used; whole vec4s keep wha
 // unit only help to stage, and where there are fewer subgroups than units, all is done again for the rest. K may be summed
 // in parts, as by matmul.tiled.
 // EXACT: there are as many subgroups as units, M and N have a whole tile at least, and the last tiles begin where they end
-// with C. So no load needs a test but those at the end of K: tests make loads wait for one another.
+// with C. So no load in the loop needs a test: tests make loads wait for one another.
+// DIRECT, of those: matrices go to C as they are. There is no bias, and what is added to has whole tiles alone.
 #ifdef VEC
 @group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
 #else
@@ -42,7 +43,9 @@ alias Element = f32;
 #else
 @group(0) @binding(1) var<storage, read_write> b: array<Element>; // [K, N], or [N, K] in NT
 #endif
+#ifndef DIRECT
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
+#endif
 #ifdef VEC
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [M, N]
 #else
@@ -71,59 +74,72 @@ var<workgroup> tile_b: array<vec4<f16>, #{COLS * (DEPTH / 4 + 2)}>; // [COLS, DE
 const B_STRIDE: u32 = #{COLS / 4 + 2}u;
 var<workgroup> tile_b: array<vec4<f16>, #{DEPTH * (COLS / 4 + 2)}>; // [DEPTH, COLS + 8]
 #endif
+#ifndef DIRECT
 // What a subgroup hands out at a time, SIDE x OUT * SIDE. Memory is dear here: with 4 KiB of it the large tile has as many
 // neighbours on a core as without, with 10 KiB half of them.
 const OUT_STRIDE: u32 = #{OUT * SIDE / 4}u;
 const OUT_FOURS: u32 = #{OUT * SIDE * SIDE / 4}u;
 var<workgroup> results: array<vec4<f32>, #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS) * OUT * SIDE * SIDE / 4}>; // [UNITS, SIDE, OUT * SIDE]
+#endif
 
 alias Left = coop_mat#{SIDE}x#{SIDE}<f16, A>;
 alias Right = coop_mat#{SIDE}x#{SIDE}<f16, B>;
 alias Sum = coop_mat#{SIDE}x#{SIDE}<f32, C>;
 
-// Operands come in fours of neighbours in storage, zeros where the matrix ends: of A those at (row, k) and on along K, in
-// TN along M; of B at (k, col) and on along N, in NT along K. VEC: these lie in storage as whole vectors.
-fn load_a(at: u32, row: u32, k: u32) -> vec4<f32> {
-    var x = vec4<f32>();
-    if (row < params.m && k < params.k) {
+// Operands come in fours of neighbours in storage: of A those at (row, k) and on along K, in TN along M; of B at (k, col) and on
+// along N, in NT along K. Beyond the matrix they are zeros, and before the sum begins: k counts from there, and wraps. VEC: they
+// lie in storage as whole vectors, and `at` counts these.
 #ifdef VEC
-        x = a[at / 4u];
+const PER: u32 = 4u; // elements
 #else
-        x.x = a[at];
-#unroll i in 1..4
-#ifdef TN
-        if (row + #{i}u < params.m) {
-#else
-        if (k + #{i}u < params.k) {
+const PER: u32 = 1u;
 #endif
-            x[#{i}] = a[at + #{i}u];
-        }
-#end
-#endif
-    }
-    return x;
+
+// A distance that may be negative, in what `at` counts.
+fn back(elements: u32) -> u32 {
+    return bitcast<u32>(bitcast<i32>(elements) / i32(PER));
 }
 
-fn load_b(at: u32, k: u32, col: u32) -> vec4<Element> {
-    var x = vec4<Element>();
-    if (col < params.n && k < params.k) {
+fn load_a(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
 #ifdef VEC
-        x = b[at / 4u];
+    // Read anyway, so that nothing waits behind a condition.
+    let inside = row < params.m && k < length;
+    return select(vec4<f32>(), a[select(0u, at, inside)], inside);
 #else
+    var x = vec4<f32>();
+#unroll i in 0..4
+#ifdef TN
+    if (row + #{i}u < params.m && k < length) {
+#else
+    if (row < params.m && k + #{i}u < length) {
+#endif
+        x[#{i}] = a[at + #{i}u];
+    }
+#end
+    return x;
+#endif
+}
+
+fn load_b(at: u32, k: u32, col: u32, length: u32) -> vec4<Element> {
+#ifdef VEC
+    let inside = col < params.n && k < length;
+    return select(vec4<Element>(), b[select(0u, at, inside)], inside);
+#else
+    var x = vec4<Element>();
 #unroll i in 0..4
 #ifdef NT
-        if (k + #{i}u < params.k) {
+    if (col < params.n && k + #{i}u < length) {
 #else
-        if (col + #{i}u < params.n) {
+    if (col + #{i}u < params.n && k < length) {
 #endif
-            x[#{i}] = b[at + #{i}u];
-        }
-#end
-#endif
+        x[#{i}] = b[at + #{i}u];
     }
+#end
     return x;
+#endif
 }
 
+#ifndef DIRECT
 fn bias_at(col: u32) -> f32 {
     if ((params.flags & ADD_BIAS) != 0u) {
         return bias[col];
@@ -156,6 +172,7 @@ fn write_out(c_first: u32, row: u32, col: u32, sums: vec4<f32>) {
 #end
 #endif
 }
+#endif
 
 @compute @workgroup_size(#{THREADS})
 fn product(
@@ -172,12 +189,18 @@ fn product(
     let col = group.x * #{COLS}u;
 #endif
     let k_first = group.z * params.window;
-    let k_end = min(k_first + params.window, params.k);
+    // Steps of DEPTH end where the sum does; the first one may begin before it (EXACT: but not before the operands, K has a
+    // whole one). So the others need not look where it ends.
+    let length = min(params.window, params.k - k_first);
+    let steps = (length + DEPTH - 1u) / DEPTH;
+    let begin = length - steps * DEPTH;
     let c_first = params.c_offset + group.z * params.m * params.ldc;
+#ifndef DIRECT
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
     for (var at = local; at < #{SIDE * SIDE / 4}u; at += #{THREADS}u) {
         results[at] = vec4<f32>();
     }
+#endif
     var scale = 1.0;
     var unscale = 1.0;
 #ifdef SCALED
@@ -198,15 +221,19 @@ fn product(
 #else
     workgroupBarrier();
 #endif
+#ifdef DIRECT
+    let zeros = Sum();
+#else
     let zeros = coopLoadT<Sum>(&results[0], #{SIDE / 4}u);
+#endif
     // A thread's first four of each tile: neighbours read neighbours, fours along the rows. The others are at distances
     // that are the same for all threads.
 #ifdef TN
     let a_k = local / #{ROWS / 4}u;
     let a_row = row + local % #{ROWS / 4}u * 4u;
     let a_to = a_k * A_STRIDE + local % #{ROWS / 4}u;
-    let a_first = params.a_offset + (k_first + a_k) * params.lda + a_row;
-    let a_step = DEPTH * params.lda;
+    let a_first = (params.a_offset + (k_first + a_k) * params.lda + a_row) / PER + back(begin * params.lda);
+    let a_step = DEPTH * params.lda / PER;
     let a_apart = #{THREADS / (ROWS / 4)}u;
     let a_apart_k = a_apart;
     let a_apart_row = 0u;
@@ -214,8 +241,8 @@ fn product(
     let a_k = local % #{DEPTH / 4}u * 4u;
     let a_row = row + local / #{DEPTH / 4}u;
     let a_to = local / #{DEPTH / 4}u * A_STRIDE + local % #{DEPTH / 4}u;
-    let a_first = params.a_offset + a_row * params.lda + k_first + a_k;
-    let a_step = DEPTH;
+    let a_first = (params.a_offset + a_row * params.lda + k_first + a_k) / PER + back(begin);
+    let a_step = DEPTH / PER;
     let a_apart = #{THREADS / (DEPTH / 4)}u;
     let a_apart_k = 0u;
     let a_apart_row = a_apart;
@@ -224,8 +251,8 @@ fn product(
     let b_k = local % #{DEPTH / 4}u * 4u;
     let b_col = col + local / #{DEPTH / 4}u;
     let b_to = local / #{DEPTH / 4}u * B_STRIDE + local % #{DEPTH / 4}u;
-    let b_first = params.b_offset + b_col * params.ldb + k_first + b_k;
-    let b_step = DEPTH;
+    let b_first = (params.b_offset + b_col * params.ldb + k_first + b_k) / PER + back(begin);
+    let b_step = DEPTH / PER;
     let b_apart = #{THREADS / (DEPTH / 4)}u;
     let b_apart_k = 0u;
     let b_apart_col = b_apart;
@@ -233,14 +260,14 @@ fn product(
     let b_k = local / #{COLS / 4}u;
     let b_col = col + local % #{COLS / 4}u * 4u;
     let b_to = b_k * B_STRIDE + local % #{COLS / 4}u;
-    let b_first = params.b_offset + (k_first + b_k) * params.ldb + b_col;
-    let b_step = DEPTH * params.ldb;
+    let b_first = (params.b_offset + (k_first + b_k) * params.ldb + b_col) / PER + back(begin * params.ldb);
+    let b_step = DEPTH * params.ldb / PER;
     let b_apart = #{THREADS / (COLS / 4)}u;
     let b_apart_k = b_apart;
     let b_apart_col = 0u;
 #endif
-    let a_far = a_apart * params.lda;
-    let b_far = b_apart * params.ldb;
+    let a_far = a_apart * params.lda / PER;
+    let b_far = b_apart * params.ldb / PER;
 #ifdef EXACT
     {
         let first = 0u;
@@ -256,15 +283,15 @@ fn product(
 #end
 #end
         // What is staged next is on its way while the last is multiplied, in f16: the registers are few.
-        var a_from = a_first;
-        var b_from = b_first;
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-        var x#{s} = vec4<f16>(scale * load_a(a_from + #{s}u * a_far, a_row + #{s}u * a_apart_row, k_first + a_k + #{s}u * a_apart_k));
+        var a_from#{s} = a_first + #{s}u * a_far;
+        var x#{s} = vec4<f16>(scale * load_a(a_from#{s}, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-        var y#{s} = vec4<f16>(load_b(b_from + #{s}u * b_far, k_first + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col));
+        var b_from#{s} = b_first + #{s}u * b_far;
+        var y#{s} = vec4<f16>(load_b(b_from#{s}, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
 #end
-        for (var depth = k_first; depth < k_end; depth += DEPTH) {
+        for (var step = 1u; step <= steps; step++) {
 #unroll s in 0..ROWS*DEPTH/4/THREADS
             tile_a[a_to + #{s}u * a_apart * A_STRIDE] = x#{s};
 #end
@@ -272,28 +299,28 @@ fn product(
             tile_b[b_to + #{s}u * b_apart * B_STRIDE] = y#{s};
 #end
             workgroupBarrier();
-            let next = depth + DEPTH;
-            a_from += a_step;
-            b_from += b_step;
-#ifdef EXACT
-            if (next + DEPTH <= params.k) {
-#unroll s in 0..ROWS*DEPTH/4/THREADS
-                x#{s} = vec4<f16>(scale * a[(a_from + #{s}u * a_far) / 4u]);
-#end
-#unroll s in 0..COLS*DEPTH/4/THREADS
-                y#{s} = vec4<f16>(b[(b_from + #{s}u * b_far) / 4u]);
-#end
-            } else {
-#else
-            {
+            // The last step loads what it has once more.
+            let a_on = select(0u, a_step, step < steps);
+            let b_on = select(0u, b_step, step < steps);
+#ifndef EXACT
+            let here = begin + min(step, steps - 1u) * DEPTH;
 #endif
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-                x#{s} = vec4<f16>(scale * load_a(a_from + #{s}u * a_far, a_row + #{s}u * a_apart_row, next + a_k + #{s}u * a_apart_k));
+            a_from#{s} += a_on;
+#ifdef EXACT
+            x#{s} = vec4<f16>(scale * a[a_from#{s}]);
+#else
+            x#{s} = vec4<f16>(scale * load_a(a_from#{s}, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
+#endif
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-                y#{s} = vec4<f16>(load_b(b_from + #{s}u * b_far, next + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col));
+            b_from#{s} += b_on;
+#ifdef EXACT
+            y#{s} = vec4<f16>(b[b_from#{s}]);
+#else
+            y#{s} = vec4<f16>(load_b(b_from#{s}, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
+#endif
 #end
-            }
 #ifndef EXACT
             // Once, or not at all: a loop, because matrices may not be used under a condition.
             for (var mine = unit; mine < UNITS; mine += UNITS) {
@@ -322,6 +349,31 @@ fn product(
 #endif
             workgroupBarrier();
         }
+#ifdef DIRECT
+        let c_stride = params.ldc / 4u;
+        let c_at = (c_first + (row + unit_row) * params.ldc + col + unit_col) / 4u;
+#unroll i in 0..UNIT_ROWS/SIDE
+#unroll j in 0..UNIT_COLS/SIDE
+        let c_at#{i}_#{j} = c_at + #{i * SIDE}u * c_stride + #{j * SIDE / 4}u;
+#ifdef SCALED
+        c#{i}_#{j} = c#{i}_#{j} * unscale;
+#endif
+        c#{i}_#{j} = c#{i}_#{j} * params.alpha;
+#end
+#end
+        for (var adds = params.flags & ACCUMULATE; adds != 0u; adds = 0u) {
+#unroll i in 0..UNIT_ROWS/SIDE
+#unroll j in 0..UNIT_COLS/SIDE
+            c#{i}_#{j} = c#{i}_#{j} + coopLoadT<Sum>(&c[c_at#{i}_#{j}], c_stride);
+#end
+#end
+        }
+#unroll i in 0..UNIT_ROWS/SIDE
+#unroll j in 0..UNIT_COLS/SIDE
+        coopStoreT(c#{i}_#{j}, &c[c_at#{i}_#{j}], c_stride);
+#end
+#end
+#else
         // Out by way of workgroup memory, OUT matrices side by side of each subgroup at a time.
         let ready = min(subgroups, UNITS - first);
 #unroll i in 0..UNIT_ROWS/SIDE
@@ -352,6 +404,7 @@ fn product(
         workgroupBarrier();
 #end
 #end
+#endif
     }
 }
 

@@ -52,9 +52,11 @@ const WAYS: [Way; 6] = [
     // Products whose operands may be rounded go to kernels of their own there.
     Way {
         name: "as_gpu_cooperative",
-        options: || AdapterOptions { treat_as_gpu: true, ..Default::default() },
+        options: || AdapterOptions { treat_as_gpu: true, unpacks_f16: true, ..Default::default() },
         sizes: &[7, 65, 257],
-        concerns: |op| ["cooperative", "nf4", "matmul.nt_f16", "matmul.nn_f16"].iter().any(|of| op.starts_with(of)),
+        concerns: |op| {
+            ["cooperative", "nf4", "matmul.nt_f16", "matmul.nn_f16", "matmul.joint"].iter().any(|of| op.starts_with(of))
+        },
     },
     // On older software Vulkan the products of newer ones.
     Way {

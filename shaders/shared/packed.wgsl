@@ -16,6 +16,17 @@ fn widen_one(word: u32, at: u32) -> f32 {
     return widen(word >> (16u * (at & 1u))).x;
 }
 
+#ifdef UNPACK
+// For drivers that are known to keep subnormals.
+fn widen_upper(words: vec4<u32>) -> vec4<f32> {
+    return vec4<f32>(
+        unpack2x16float(words.x).y,
+        unpack2x16float(words.y).y,
+        unpack2x16float(words.z).y,
+        unpack2x16float(words.w).y,
+    );
+}
+#else
 // The halves in the upper parts of words. Exponents are moved so that infinity stays what it is, and multiplied back;
 // below 2^-14, the smallest normal number, that reads a leading one that is not there. Nothing is subnormal on the way.
 fn widen_upper(words: vec4<u32>) -> vec4<f32> {
@@ -24,6 +35,7 @@ fn widen_upper(words: vec4<u32>) -> vec4<f32> {
     let edge = bitcast<vec4<f32>>((words & vec4<u32>(0x80000000u)) | vec4<u32>(0x38800000u));
     return select(value, value + value - edge, abs(value) < vec4<f32>(0x1p-14f));
 }
+#endif
 #else
 fn widen(word: u32) -> vec2<f32> {
     return bitcast<vec2<f32>>(vec2<u32>(word << 16u, word & 0xffff0000u));

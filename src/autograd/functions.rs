@@ -6,6 +6,7 @@ use crate::{
     ops::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
+        cooperative::largest_in,
         cross_entropy, dora, dropout, elementwise, embedding, layer_norm,
         matmul::{self, Epilogue, Layout, product, product_into, product_with},
         patch_embed, rms_norm, rope,
@@ -23,15 +24,17 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>) 
     let (node, x) = (x.node(), weight.trains().then(|| x.value.clone()));
     let (weight, bias) = (weight.clone(), bias.cloned());
     tape.record(y, needed, move |gradients, dy| {
+        let largest = largest_in(dy, &weight.value);
+        let largest = largest.as_ref();
         if let (Some(dweight), Some(x)) = (&weight.grad, x) {
-            add_weight_gradient(&weight, dy, &x, dweight);
+            product_into(Layout::Tn, dy, &x, dweight, Epilogue { largest, ..adding_beside(&weight) });
             drop(x);
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
         }
         if node.wants_gradient() {
-            gradients.add(node, product(Layout::Nn, dy, &weight.value));
+            gradients.add(node, product_with(Layout::Nn, dy, &weight.value, scaled_by(largest)));
         }
     })
 }
@@ -56,11 +59,6 @@ pub fn linear_onto(tape: &Tape, x: &Var, weight: &Weight, bias: Option<&Weight>,
     residual
 }
 
-/// dW += dY^T X.
-fn add_weight_gradient(weight: &Weight, dy: &Tensor, x: &Tensor, dweight: &Tensor) {
-    product_into(Layout::Tn, dy, x, dweight, adding_beside(weight));
-}
-
 /// For a layer's other products: they round what they multiply where those with its weight may.
 fn beside(weight: &Weight) -> Epilogue<'static> {
     Epilogue { in_f16: weight.value.may_round(), ..Default::default() }
@@ -68,6 +66,11 @@ fn beside(weight: &Weight) -> Epilogue<'static> {
 
 fn adding_beside(weight: &Weight) -> Epilogue<'static> {
     Epilogue { accumulate: true, ..beside(weight) }
+}
+
+/// For a product of a gradient with its largest sizes, if they are known.
+fn scaled_by(largest: Option<&Tensor>) -> Epilogue<'_> {
+    Epilogue { largest, ..Default::default() }
 }
 
 pub use dropout::Key as DropoutKey;
@@ -113,13 +116,13 @@ impl LoraWeights {
     }
 
     /// Adds the gradients of A and B for dY, that of [`LoraWeights::add_grown`]'s y; x before dropout, whose mask is
-    /// drawn again. Gives dU [T, R].
-    fn backward(&self, x: &Tensor, u: &Tensor, dy: &Tensor, weight: &Weight) -> Tensor {
+    /// drawn again; `largest` of dY. Gives dU [T, R].
+    fn backward(&self, x: &Tensor, u: &Tensor, dy: &Tensor, weight: &Weight, largest: Option<&Tensor>) -> Tensor {
         if let Some(db) = &self.b.grad {
-            let add_scaled = Epilogue { alpha: Some(self.scale), ..adding_beside(weight) };
+            let add_scaled = Epilogue { alpha: Some(self.scale), largest, ..adding_beside(weight) };
             product_into(Layout::Tn, dy, u, db, add_scaled);
         }
-        let scaled = Epilogue { alpha: Some(self.scale), ..beside(weight) };
+        let scaled = Epilogue { alpha: Some(self.scale), largest, ..beside(weight) };
         let du = product_with(Layout::Nn, dy, &self.b.value, scaled);
         if let Some(da) = &self.a.grad {
             product_into(Layout::Tn, &du, &self.dropped(x), da, adding_beside(weight));
@@ -128,7 +131,7 @@ impl LoraWeights {
     }
 }
 
-const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true, in_f16: false };
+const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true, in_f16: false, largest: None };
 
 /// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
 /// dX is (dY B) A, never dY (B A).
@@ -145,9 +148,11 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
     let needed = x.wants_gradient() || trains;
     let (Var { value: x, node }, weight, bias, lora) = (x.clone(), weight.clone(), bias.cloned(), lora.clone());
     tape.record(y, needed, move |gradients, dy| {
-        let du = lora.backward(&x, &u, dy, &weight);
+        let largest = largest_in(dy, &weight.value);
+        let largest = largest.as_ref();
+        let du = lora.backward(&x, &u, dy, &weight, largest);
         if let Some(dweight) = &weight.grad {
-            add_weight_gradient(&weight, dy, &x, dweight);
+            product_into(Layout::Tn, dy, &x, dweight, Epilogue { largest, ..adding_beside(&weight) });
         }
         if let Some(dbias) = bias.as_ref().and_then(|bias| bias.grad.as_ref()) {
             elementwise::add_rows(dy, dbias);
@@ -156,7 +161,7 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         drop(x);
         if node.wants_gradient() {
             let through = lora.drops().map(|key| (product_with(Layout::Nn, &du, &lora.a.value, beside(&weight)), key));
-            let dx = product(Layout::Nn, dy, &weight.value);
+            let dx = product_with(Layout::Nn, dy, &weight.value, scaled_by(largest));
             match through {
                 Some((through, key)) => dropout::add_to(&through, key, &dx),
                 None => product_into(Layout::Nn, &du, &lora.a.value, &dx, adding_beside(&weight)),
@@ -200,9 +205,11 @@ pub fn linear_dora(
             elementwise::add_rows(dy, dbias);
         }
         let dz = dora::scale_columns(dy, &dora.magnitude.value, &dora.norm, None);
-        let du = lora.backward(&x.value, &u, &dz, &weight);
+        let largest = largest_in(&dz, &weight.value);
+        let largest = largest.as_ref();
+        let du = lora.backward(&x.value, &u, &dz, &weight, largest);
         if x.wants_gradient() {
-            let through = product(Layout::Nn, &dz, &weight.value);
+            let through = product_with(Layout::Nn, &dz, &weight.value, scaled_by(largest));
             drop(dz);
             product_into(Layout::Nn, &du, &lora.a.value, &through, adding_beside(&weight));
             gradients.add(
@@ -386,7 +393,7 @@ pub fn assemble_patches(tape: &mut Tape, patches: &Var, class_embedding: &Weight
 
 /// How many rows of logits [.., V] are there at once for `n` rows [.., D]: they cost about what the hidden states do.
 pub fn head_chunk(n: usize, d: usize, vocab_size: usize) -> usize {
-    n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two().max(256)
+    n.div_ceil(vocab_size.div_ceil(d)).next_power_of_two().max(512)
 }
 
 /// The token losses [N] of hidden rows x [N, D] under the head W [V, D] for `targets` (u32 [N]). The gradient of
@@ -411,11 +418,13 @@ pub fn head_loss(tape: &mut Tape, x: &Var, head: &Weight, targets: &[u32], scale
             cross_entropy::loss(&logits, &targets)
         };
         losses.reshape(&[n, 1]).copy_rows(first, &chunk_losses.reshape(&[rows, 1]), 0, rows);
+        let largest = needed.then(|| largest_in(&logits, &head.value)).flatten();
+        let largest = largest.as_ref();
         if let Some(dx) = &dx {
-            product_into(Layout::Nn, &logits, &head.value, &dx.row_part(first, rows), Epilogue::default());
+            product_into(Layout::Nn, &logits, &head.value, &dx.row_part(first, rows), scaled_by(largest));
         }
         if let Some(dhead) = head.grad.as_ref().filter(|_| needed) {
-            add_weight_gradient(head, &logits, &part, dhead);
+            product_into(Layout::Tn, &logits, &part, dhead, Epilogue { largest, ..adding_beside(head) });
         }
     }
     let node = x.node();

@@ -24,6 +24,8 @@ pub struct AdapterOptions {
     pub treat_as_gpu: bool,
     /// Take storage for fast even where it is not (tests use it).
     pub fast_storage: bool,
+    /// As if the driver's `unpack2x16float` were known to keep subnormals.
+    pub unpacks_f16: bool,
     /// What was measured to be better than the rules of ops; others may be set later.
     pub choices: Choices,
     /// Wait for every dispatch and keep its time ([`Gpu::profile`](super::Gpu::profile)); slow.
@@ -52,6 +54,9 @@ pub struct AdapterFacts {
     /// Whether loads of storage are far slower than loads of uniforms there: in Mesa before 26.
     #[serde(skip)]
     pub slow_storage: bool,
+    /// Whether `unpack2x16float` is known to keep subnormals: seen on NVIDIA's Vulkan driver.
+    #[serde(skip)]
+    pub unpacks_f16: bool,
     /// What was measured to be better than the rules of ops; nothing, unless somebody sets it.
     #[serde(skip)]
     pub choices: Choices,
@@ -199,6 +204,7 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
         },
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
         slow_storage: mesa_version(&info.driver_info).is_some_and(|version| version < 26),
+        unpacks_f16: info.backend == wgpu::Backend::Vulkan && info.driver.starts_with("NVIDIA"),
         choices: Choices::default(),
     }
 }
@@ -269,6 +275,7 @@ impl AdapterFacts {
             },
             is_cpu: false,
             slow_storage: false,
+            unpacks_f16: false,
             choices: Choices::default(),
         }
     }
@@ -316,6 +323,7 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let mut facts = facts(index, &adapter);
     facts.is_cpu &= !options.treat_as_gpu;
     facts.slow_storage &= !options.fast_storage;
+    facts.unpacks_f16 |= options.unpacks_f16;
     facts.choices = options.choices.clone();
     if options.without_cooperative || options.without_subgroups {
         facts.cooperative.clear();

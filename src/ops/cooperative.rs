@@ -45,11 +45,17 @@ enum Lanes {
     Wide,
     /// As many as the matrices' sides ask for: 32 (16), 8 (8); and C has a whole tile at least.
     Exact,
+    /// The same, and matrices of sums can be stored as they are: nothing waits in workgroup memory for it.
+    Direct,
 }
 
 /// Bytes of workgroup memory of the large tile, and threads.
 const LARGE_BYTES: u32 = 30 << 10;
 const LARGE_THREADS: u32 = 256;
+/// How much of K is staged at a time.
+const DEPTH: usize = 32;
+/// Of the flags of a product, as in the shader.
+const ACCUMULATE: u32 = 2;
 /// Workgroups of `cooperative.largest` (PARTS in the shader).
 const PARTS: usize = 256;
 
@@ -63,6 +69,8 @@ pub(super) struct Product<'a> {
     /// A, B, bias, C.
     pub bindings: [Binding<'a>; 4],
     pub params: &'a [u32],
+    /// The largest sizes in A, if they are known ([`largest`]).
+    pub largest: Option<&'a Tensor>,
 }
 
 /// Whether products whose operands may be rounded come here at all.
@@ -128,6 +136,7 @@ impl Product<'_> {
         let vectors = self.vectors();
         let large = large && vectors && has_large(self.gpu);
         let lanes = match side {
+            _ if self.direct(side, large) => Lanes::Direct,
             _ if self.exact(side, large) => Lanes::Exact,
             16 if may_be_wide(self.gpu) => Lanes::Wide,
             _ => Lanes::Any,
@@ -135,12 +144,20 @@ impl Product<'_> {
         Kernel { side, lanes, large, vectors }
     }
 
-    /// Whether the text for so many lanes can run: these are what the device has, and C has a whole tile.
+    /// Whether the text for so many lanes can run: these are what the device has, C has a whole tile, and the sum a step.
     fn exact(&self, side: u32, large: bool) -> bool {
-        let (limits, [m, n, _]) = (&self.gpu.facts().limits, self.sizes());
+        let (limits, [m, n, k]) = (&self.gpu.facts().limits, self.sizes());
         let lanes = [limits.subgroup_min_size, limits.subgroup_max_size];
         let metal = self.gpu.facts().backend == "metal";
-        !metal && self.vectors() && lanes == [exact_lanes(side); 2] && m.min(n) >= tile(large)
+        !metal && self.vectors() && lanes == [exact_lanes(side); 2] && m.min(n) >= tile(large) && k >= DEPTH
+    }
+
+    /// Whether, in addition, there is no bias, and C, if it is added to, has whole tiles alone: the last ones overlap those
+    /// before.
+    fn direct(&self, side: u32, large: bool) -> bool {
+        let ([m, n, _], flags) = (self.sizes(), self.params[9]);
+        let whole = m.is_multiple_of(tile(large)) && n.is_multiple_of(tile(large));
+        self.exact(side, large) && (flags == 0 || flags == ACCUMULATE && whole)
     }
 
     /// Whether four neighbours in a row of A, B and C lie as a vector, from the first on.
@@ -163,7 +180,10 @@ impl Product<'_> {
         }
         // All of the rows that are bound, though it may be some columns of them that are multiplied.
         let rows = if layout == Layout::Tn { k } else { m };
-        let largest = largest(gpu, bindings[0], rows * params[3] as usize);
+        let largest = match self.largest {
+            Some(largest) => largest.clone(),
+            None => largest(gpu, bindings[0], rows * params[3] as usize),
+        };
         let [a, b, bias, c] = bindings;
         split::launch(gpu, &name, &[a, b, bias, c, largest.binding()], params, groups);
     }
@@ -183,6 +203,7 @@ impl Kernel {
             Lanes::Any => "",
             Lanes::Wide => "_wide",
             Lanes::Exact => "_exact",
+            Lanes::Direct => "_direct",
         };
         let (large, odd) = (part(self.large, "_large"), part(!self.vectors, "_odd"));
         format!("cooperative.product.{operands}_{}{large}{lanes}{odd}", self.side)
@@ -193,22 +214,30 @@ impl Kernel {
         let Some(side) = gpu.cooperative_side() else { return Vec::new() };
         let vectors = product.vectors();
         let mut all = Vec::new();
-        for (lanes, large) in
-            [Lanes::Any, Lanes::Wide, Lanes::Exact].into_iter().flat_map(|one| [(one, false), (one, true)])
+        for (lanes, large) in [Lanes::Any, Lanes::Wide, Lanes::Exact, Lanes::Direct]
+            .into_iter()
+            .flat_map(|one| [(one, false), (one, true)])
         {
             let fits = match lanes {
                 Lanes::Any => true,
                 Lanes::Wide => side == 16,
                 Lanes::Exact => product.exact(side, large),
+                Lanes::Direct => product.direct(side, large),
             };
             if fits && (!large || vectors && has_large(gpu)) {
                 all.push(Self { side, lanes, large, vectors });
-                let odd = vectors && !large && lanes != Lanes::Exact;
+                let odd = vectors && !large && matches!(lanes, Lanes::Any | Lanes::Wide);
                 all.extend(odd.then_some(Self { side, lanes, large, vectors: false }));
             }
         }
         all
     }
+}
+
+/// The largest sizes in a gradient that is the left side of several products beside a weight, if these may run here.
+pub fn largest_in(gradient: &Tensor, weight: &Tensor) -> Option<Tensor> {
+    let rounds = weight.may_round() && weight.dtype() != Dtype::Bf16 && serves(gradient.gpu());
+    rounds.then(|| largest(gradient.gpu(), gradient.binding(), gradient.len()))
 }
 
 /// The largest sizes among the elements, by parts ([`PARTS`]), as bits.
@@ -236,7 +265,7 @@ fn whole(
     let rest = [0, 0, 0, flags, epilogue.alpha.unwrap_or(1.0).to_bits(), 0, 0];
     let params = [&sizes[..], &rest].concat();
     let bindings = [a_binding, b_binding, bias, c_binding];
-    run(&Product { gpu: a.gpu(), layout, b: b.dtype(), bindings, params: &params });
+    run(&Product { gpu: a.gpu(), layout, b: b.dtype(), bindings, params: &params, largest: epilogue.largest });
 }
 
 /// f16, of values that are divided again by what they are multiplied with first.
@@ -262,6 +291,8 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
     // parts; gradients small and large.
     let shapes = [[n, n + 2, n + 1], [even, even + 8, even], [1, n, even], [n, 1, 3], [long, 34, n], [34, long, even]];
     let shapes = shapes.into_iter().chain([[n, n + 2, 2051], [even, 8, even + 2056]]);
+    // Whole tiles, whose matrices go to C as they are.
+    let shapes = shapes.chain([[n.next_multiple_of(128), 256, even]]);
     for (turn, [m, n, k]) in shapes.enumerate() {
         let mut random = Random::new((m * 31 + n * 7 + k) as u64);
         let size = if layout == Layout::Nt { 1.0 } else { [1.0, 1e-12, 1e9][turn % 3] };
@@ -273,21 +304,31 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         let scale = if layout == Layout::Nt { 1.0 } else { scale_of(&a) };
         let plain = matmul::reference(layout, &rounded(&a, scale), &rounded(&dtype.widen(&b), 1.0), [m, n, k]);
         let alpha = 0.5 / size;
-        let want = plain.iter().enumerate().map(|(at, x)| 1.5 * f64::from(alpha) * x + f64::from(bias[at % n]));
-        let want: Vec<f64> = want.collect();
+        let unbiased: Vec<f64> = plain.iter().map(|x| 1.5 * f64::from(alpha) * x).collect();
+        let want: Vec<f64> = unbiased.iter().enumerate().map(|(at, x)| x + f64::from(bias[at % n])).collect();
         let first = Epilogue { alpha: Some(alpha), bias: Some(&tbias), in_f16: true, ..Default::default() };
         let second = Epilogue { alpha: Some(alpha / 2.0), accumulate: true, in_f16: true, ..Default::default() };
         let tolerance = 2e-6 * (k as f64).sqrt().max(2.0);
         let c = Tensor::empty(gpu, &[m, n]);
         let mut kernels = Vec::new();
         whole(layout, (&ta, &tb, &c), first, |product| kernels = Kernel::all(gpu, product));
-        for kernel in kernels {
+        for kernel in std::mem::take(&mut kernels).into_iter().filter(|kernel| kernel.lanes != Lanes::Direct) {
             whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
             let once = c.to_vec()?;
             whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
             out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
             whole(layout, (&ta, &tb, &c), second, |product| product.launch(kernel));
             out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
+        }
+        let bare = Epilogue { bias: None, ..first };
+        whole(layout, (&ta, &tb, &c), bare, |product| kernels = Kernel::all(gpu, product));
+        for kernel in kernels.into_iter().filter(|kernel| kernel.lanes == Lanes::Direct) {
+            whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
+            let once = c.to_vec()?;
+            whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
+            out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
+            whole(layout, (&ta, &tb, &c), second, |product| product.run(kernel.large));
+            out.push(Comparison::new("alpha A B, then + alpha A B", c.to_vec()?, unbiased.clone(), tolerance));
         }
         // As products come here.
         if fits(gpu, [m, n, k]) {

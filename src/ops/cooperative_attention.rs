@@ -48,16 +48,9 @@ pub(super) struct Kernels {
     scalar: bool,
 }
 
-/// Whether attention comes here at all. The 16 x 16 texts have run on one GPU, an H200 (driver 580.159.04), and gave other
-/// results there from run to run, while the 8 x 8 ones are right on software Vulkan. Their workgroup memory has been aligned
-/// since (`marks` in the shader); until they have been right on a GPU, none takes them.
-fn serves(gpu: &Gpu) -> bool {
-    cooperative::serves(gpu) && gpu.is_software()
-}
-
 /// The kernels that attention of these numbers of queries and keys had better run, if any.
 pub(super) fn chosen(gpu: &Gpu, heads: Heads, [queries, keys]: [usize; 2]) -> Option<Kernels> {
-    let worth = heads.in_f16 && serves(gpu) && queries >= FEWEST && keys <= MOST_KEYS * queries;
+    let worth = heads.in_f16 && cooperative::serves(gpu) && queries >= FEWEST && keys <= MOST_KEYS * queries;
     let kernels = Kernels::all(gpu, heads.head_size).into_iter().next().filter(|_| worth)?;
     let largest = (queries * heads.heads).max(keys * heads.kv_heads).next_multiple_of(ROWS) * kernels.width * 4;
     (largest as u64 <= gpu.max_binding()).then_some(kernels)

@@ -51,6 +51,8 @@ pub struct Epilogue<'a> {
     /// On its way in: operands may be rounded to f16 where that is faster (`cooperative.rs`), as beside a weight that says
     /// so by itself ([`Tensor::may_round`]).
     pub in_f16: bool,
+    /// The largest sizes in A, where several products share it ([`cooperative::largest_in`]).
+    pub largest: Option<&'a Tensor>,
 }
 
 /// `op(A) op(B)` in a new tensor [M, N].
@@ -233,7 +235,9 @@ impl<'a> Call<'a> {
         ];
         let bindings = [a_binding, b_binding, bias_binding, c_binding];
         if let Way::Cooperative { large } = way {
-            let product = cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params };
+            let largest = epilogue.largest;
+            let product =
+                cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params, largest };
             return product.run(large);
         }
         let (kernel, groups) = self.kernel(way, region);

@@ -36,8 +36,8 @@ const FUSED_ROWS_IN_F16: usize = 16;
 /// of 576 x 1536 it takes 2.5 ms for one row, 7 for four and 19 for eight, by scratch it is 6, 10 and 24; sixteen rows
 /// take 36 and 11.
 const FUSED_ROWS_CPU: usize = 8;
-/// Bytes of W that are dequantised at a time.
-const SCRATCH: usize = 64 << 20;
+/// Bytes of W that are dequantised at a time: a half of 7B's largest in f32, all of it in f16.
+const SCRATCH: usize = 96 << 20;
 /// On host processors the rows and columns that are, where either side is longer than [`WIDE`]: operands are uniforms
 /// there, which want many rows of few columns.
 const TILE: usize = 1024;
@@ -151,11 +151,12 @@ impl Call<'_> {
         }
         let dtype = if self.in_f16() { Dtype::F16 } else { Dtype::F32 };
         let most = (bytes / dtype.bytes() / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
-        // Parts of one size: what one leaves to the pool, the next takes.
-        let step = n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(ALIGNMENT);
-        for first in (0..n).step_by(step) {
+        let step = n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(ALIGNMENT).min(n);
+        // One for all parts: the pool would have to make room for a last one that is smaller, and the device to wait.
+        let scratch = Tensor::empty_of(self.w.gpu(), dtype, &[step, k]);
+        for first in (0..n).step_by(step.max(1)) {
             let rows = step.min(n - first);
-            let part = Tensor::empty_of(self.w.gpu(), dtype, &[rows, k]);
+            let part = scratch.row_part(0, rows);
             nf4::dequantize_into(self.w, &self.factors, first * k, &part, 0, rows * k);
             matmul::product_of_rows(self.layout, self.a, &part, first, self.c, self.epilogue);
         }

@@ -112,6 +112,9 @@ pub fn steps(
     let images: Vec<Vec<ImageSource>> = batches.iter().map(|batch| vec![no_picture(); batch.images]).collect();
     let (mut seconds, mut updates, mut flops, mut last) = (Vec::new(), Updates::default(), 0, None);
     for number in 0..sizes.warm_up + sizes.steps.max(1) {
+        if number == sizes.warm_up {
+            gpu.start_profile();
+        }
         let before = gpu.flops();
         let step = Step { number: number as u64, batches, images: &images, factor: 1.0 };
         let begun = Instant::now();

@@ -128,9 +128,7 @@ fn kernels(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, gpu: &Gpu, u
     };
     let gpu = Gpu::open(&options)?;
     // The step before has compiled them.
-    steps(stage, config, Sizes { warm_up: 0, steps: 1, ..sizes }, &gpu, ui)?;
-    gpu.start_profile();
-    steps(stage, config, Sizes { warm_up: 0, steps: 1, ..sizes }, &gpu, ui)?;
+    steps(stage, config, Sizes { warm_up: 1, steps: 1, ..sizes }, &gpu, ui)?;
     let row = |(name, launches, seconds)| json!({"name": name, "launches": launches, "seconds": seconds});
     Ok(gpu.profile().into_iter().map(row).collect())
 }

@@ -20,13 +20,18 @@ const HEAD: &str = "# What devices reach\n\n\
     request. Roofs are measured; a share is that of the roof that limits the op.\n\n";
 
 /// Cases that stand for the others: title, op, pass; all of 7B.
-const CASES: [(&str, &str, &str); 6] = [
+const CASES: [(&str, &str, &str); 11] = [
     ("f32 product", "matmul.nt", "up_proj"),
     ("bf16 product", "matmul.nt_bf16", "up_proj"),
+    ("f16 product", "cooperative.nt_f16", "up_proj"),
     ("bf16 decode", "matmul.nt_bf16", "up_proj, decode"),
+    ("f16 decode", "matmul.nt_f16", "up_proj, decode"),
     ("NF4 product", "nf4_matmul.nt", "up_proj"),
+    ("NF4 product in f16", "nf4_matmul.nt", "up_proj, in f16"),
     ("attention", "attention.causal", "forward"),
     ("its backward", "attention.causal", "backward"),
+    ("attention in f16", "cooperative_attention", "forward"),
+    ("its backward", "cooperative_attention", "backward"),
 ];
 
 pub fn run(args: &BenchArgs) -> Result<()> {

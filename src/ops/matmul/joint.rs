@@ -83,7 +83,8 @@ fn launch(kind: &str, x: &Tensor, weights: &[&Tensor], results: &[Tensor], colum
     params[7] = offsets[0];
     params[15..].copy_from_slice(&[rows[1], rows[2], offsets[1], offsets[2]]);
     let groups = [columns.min(32_768) as u32, 1, columns.div_ceil(32_768) as u32];
-    let dtype = typed(dtype, ["", "_bf16", "_f16"]);
+    let f16 = if gpu.facts().unpacks_f16 { "_f16_unpacked" } else { "_f16" };
+    let dtype = typed(dtype, ["", "_bf16", f16]);
     let rows = if x.rows() == 1 { "_one" } else { "" };
     gpu.dispatch(&format!("matmul.rows.{kind}{dtype}{rows}"), &bindings, &params, groups);
 }

@@ -175,11 +175,14 @@ impl Call<'_> {
         match way {
             Way::Staged(block) => host::staged(self.layout, b, [m, n], block),
             Way::Rows => {
-                let part = match (self.reads_vectors(region, vector_of(b)), m) {
+                let vectors = self.reads_vectors(region, vector_of(b));
+                let part = match (vectors, m) {
                     (false, _) => "_odd",
                     (true, 1) => "_one",
                     (true, _) => "",
                 };
+                let unpacked = vectors && b == Dtype::F16 && self.c.gpu().facts().unpacks_f16;
+                let operands = if unpacked { "nt_f16_unpacked" } else { operands };
                 (format!("matmul.rows.{operands}{part}"), [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32])
             }
             Way::Tiles(side) if self.tiles_are_vectors(region) => {
