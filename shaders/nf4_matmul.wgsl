@@ -191,48 +191,90 @@ fn tiled(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_inde
 }
 
 #kernel rows
-// NT with few rows of A, as matmul.rows: a workgroup owns one row of W, its threads run along the words of it.
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K]
+// NT with few rows of A: a workgroup owns COLS rows of W, for which its threads read A once, and run along the words of them,
+// TURNS at a time. Values come from workgroup memory, where sixteen never meet in one bank; a factor is multiplied with what
+// eight of them sum.
+@group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K]
 @group(0) @binding(1) var<storage, read_write> w: array<u32>; // rows of [N, K], eight to a word
 @group(0) @binding(2) var<storage, read_write> factors: array<f32>; // their blocks'
 @group(0) @binding(3) var<storage, read_write> bias: array<f32>; // [N]
 @group(0) @binding(4) var<storage, read_write> c: array<f32>; // [M, N]
 
-var<workgroup> partial: array<vec4<f32>, #{THREADS}>;
+var<workgroup> values: array<f32, 16>;
+var<workgroup> partial: array<f32, #{COLS * ROWS * THREADS}>;
+
+fn first_four(word: u32) -> vec4<f32> {
+    return vec4<f32>(
+        values[(word >> 4u) & 15u],
+        values[word & 15u],
+        values[(word >> 12u) & 15u],
+        values[(word >> 8u) & 15u],
+    );
+}
 
 @compute @workgroup_size(#{THREADS})
 fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{ROWS}u;
-    let col = group.x + group.z * 32768u;
-    let last_row = params.m - 1u;
-    let weight = params.w_offset + min(col, params.n - 1u) * params.row;
-    var sum = vec4<f32>(0.0);
-    for (var k = 8u * local; k < params.k; k += #{8 * THREADS}u) {
-        let word = w[(weight + k) / 8u];
-        let factor = factors[(weight + k) / BLOCK_OF_CODES];
-#unroll s in 0..8
-        let y#{s} = factor * value_of((word >> #{4 * s + 4 - 8 * (s % 2)}u) & 15u);
-#end
+    let col = (group.x + group.z * 32768u) * #{COLS}u;
+    if (local < 16u) {
+        values[local] = value_of(local);
+    }
+    workgroupBarrier();
 #unroll i in 0..ROWS
-        let at#{i} = params.a_offset + min(row + #{i}u, last_row) * params.lda + k;
-#unroll s in 0..8
-        sum[#{i}] = fma(a[at#{i} + #{s}u], y#{s}, sum[#{i}]);
+    let a_at#{i} = (params.a_offset + min(row + #{i}u, params.m - 1u) * params.lda) / 4u;
+#end
+#unroll r in 0..COLS
+    let weight#{r} = params.w_offset + min(col + #{r}u, params.n - 1u) * params.row;
+#unroll i in 0..ROWS
+    var sum#{r}_#{i} = 0.0;
+#end
+#end
+    var k = 8u * local;
+#unroll t in 0..2
+    // Several at a time, then the rest one by one.
+    for (; k + #{(1 - t) * (TURNS - 1) * 8 * THREADS}u < params.k; k += #{(t + (1 - t) * TURNS) * 8 * THREADS}u) {
+#unroll q in 0..t + (1 - t) * TURNS
+#unroll r in 0..COLS
+        let word#{q}_#{r} = w[(weight#{r} + k + #{q * 8 * THREADS}u) / 8u];
+        let factor#{q}_#{r} = factors[(weight#{r} + k + #{q * 8 * THREADS}u) / BLOCK_OF_CODES];
+#end
+#end
+#unroll q in 0..t + (1 - t) * TURNS
+#unroll i in 0..ROWS
+        let x#{q}_#{i} = a[a_at#{i} + k / 4u + #{q * 2 * THREADS}u];
+        let z#{q}_#{i} = a[a_at#{i} + k / 4u + #{q * 2 * THREADS + 1}u];
+#end
+#unroll r in 0..COLS
+        let y#{q}_#{r} = first_four(word#{q}_#{r});
+        let v#{q}_#{r} = first_four(word#{q}_#{r} >> 16u);
+#unroll i in 0..ROWS
+        sum#{r}_#{i} = fma(factor#{q}_#{r}, dot(x#{q}_#{i}, y#{q}_#{r}) + dot(z#{q}_#{i}, v#{q}_#{r}), sum#{r}_#{i});
+#end
 #end
 #end
     }
-    partial[local] = sum;
+#end
+#unroll r in 0..COLS
+#unroll i in 0..ROWS
+    partial[#{(r * ROWS + i) * THREADS}u + local] = sum#{r}_#{i};
+#end
+#end
     workgroupBarrier();
     for (var width = #{THREADS / 2}u; width > 0u; width /= 2u) {
         if (local < width) {
-            partial[local] += partial[local + width];
+#unroll s in 0..COLS*ROWS
+            partial[#{s * THREADS}u + local] += partial[#{s * THREADS}u + local + width];
+#end
         }
         workgroupBarrier();
     }
-    if (local < #{ROWS}u && row + local < params.m && col < params.n) {
-        let at = params.c_offset + (row + local) * params.ldc + col;
-        var value = params.alpha * partial[0][local];
+    let own_row = row + local % #{ROWS}u;
+    let own_col = col + local / #{ROWS}u;
+    if (local < #{COLS * ROWS}u && own_row < params.m && own_col < params.n) {
+        let at = params.c_offset + own_row * params.ldc + own_col;
+        var value = params.alpha * partial[local * #{THREADS}u];
         if ((params.flags & ADD_BIAS) != 0u) {
-            value += bias[params.bias_offset + col];
+            value += bias[params.bias_offset + own_col];
         }
         if ((params.flags & ACCUMULATE) != 0u) {
             value += c[at];

@@ -2,7 +2,7 @@
 //!
 //! The layers, each knowing only those before it:
 //! `gpu` → `tensor` → `ops` → `autograd` → `nn` → `formats`, `data`, `hub`, `hosts` → `models` → `train`, `generate`, `eval` → `bench`, `tune` → `cli`.
-//! `error`, `rng` and `quant` (weights in four bits, as bytes) are below all of them. ARCHITECTURE.md says what lives where and why.
+//! `error`, `panics`, `rng` and `quant` (weights in four bits, as bytes) are below all of them. ARCHITECTURE.md says what lives where and why.
 
 pub mod autograd;
 pub mod bench;
@@ -19,6 +19,7 @@ pub mod hub;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod panics;
 pub mod quant;
 pub mod rng;
 pub mod tensor;

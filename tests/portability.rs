@@ -28,6 +28,9 @@ const MODES: [(&str, Capabilities); 2] =
 const EXTENSIONS: [(&str, Capabilities); 2] =
     [("f16", Capabilities::SHADER_FLOAT16), (COOPERATIVE, Capabilities::COOPERATIVE_MATRIX)];
 
+/// Launched only where the device has it.
+const UNPACK: &str = "unpack2x16float(";
+
 /// Only naga's WGSL has it, and its HLSL has not.
 const COOPERATIVE: &str = "wgpu_cooperative_matrix";
 
@@ -160,6 +163,7 @@ impl<'t> Kernel<'t> {
         for (extension, capability) in EXTENSIONS {
             capabilities.set(capability, capabilities.contains(capability) || enables(wgsl, extension));
         }
+        capabilities.set(Capabilities::SHADER_FLOAT16_IN_FLOAT32, wgsl.contains(UNPACK));
         // Such matrices are a subgroup's: no device has them without.
         capabilities
             .set(Capabilities::SUBGROUP, capabilities.contains(Capabilities::SUBGROUP) || enables(wgsl, COOPERATIVE));

@@ -44,7 +44,7 @@ const FORMS: &[Form] = &[
         case: "llama3_rope_biases",
         settings: "method = \"projector\"\nversion = \"plain\"\nlearning_rate = 5e-3",
         bound: SUMS,
-        layouts: &[Layout::new(2, 0), Layout::offload(3, 1)],
+        layouts: &[Layout::new(2, 0), Layout::offload(3, 1), Layout::new(3, 3)],
     },
     Form {
         name: "lora",
@@ -65,7 +65,7 @@ const FORMS: &[Form] = &[
         case: "qlora",
         settings: "method = \"qlora\"\nr = 4",
         bound: SUMS,
-        layouts: &[Layout::new(3, 2)],
+        layouts: &[Layout::new(3, 2), Layout::offload(2, 3)],
     },
     Form {
         name: "full",
@@ -147,10 +147,11 @@ fn every_layout_gives_the_losses_of_one() {
     let mut wrong = Vec::new();
     for form in FORMS {
         let can_offload = !["stochastic", "adamw_8bit"].contains(&form.name);
+        let stages = if ["projector", "lora", "qlora"].contains(&form.name) { 0..=3 } else { 0..=2 };
         let mut layouts = Vec::new();
         for devices in 1..=4 {
-            layouts.extend((0..=2).map(|stage| Layout::new(devices, stage)));
-            layouts.extend((0..=2).filter(|_| can_offload).map(|stage| Layout::offload(devices, stage)));
+            layouts.extend(stages.clone().map(|stage| Layout::new(devices, stage)));
+            layouts.extend(stages.clone().filter(|_| can_offload).map(|stage| Layout::offload(devices, stage)));
         }
         layouts.retain(|layout| *layout != Layout::ONE);
         wrong.extend(compare(form, 12, &layouts, folder.path()));

@@ -207,6 +207,8 @@ pub struct ScoreArgs {
     /// Conversation template; `chat`: the model's own
     #[arg(long, value_name = "T", default_value = "v1")]
     pub version: String,
+    #[command(flatten)]
+    pub tune: TuneArgs,
     /// A file instead of stdout
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,

@@ -40,7 +40,7 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
             .map(|_| ())
     };
     let rehearsal = Rehearsal { tune: args.tune.tune, run: &rehearse };
-    let opened = open_model(&args.model, global, Some(rehearsal), &mut ui)?;
+    let opened = open_model(&args.model, global, rehearsal, &mut ui)?;
     let (encoder, prompt, pixels) = read(&opened, args, &sources)?;
     let options = args.sampling.options(opened.stop_ids(&encoder.version)?);
     let text = Answer::new(&opened.tokenizer, &encoder.version, &options.stop_ids, &args.stop);

@@ -145,7 +145,7 @@ struct Rehearsal<'a> {
 }
 
 /// Opens a device and a model for inference; what is rehearsed may be tuned first.
-fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Option<Rehearsal<'_>>, ui: &mut Ui) -> Result<Opened> {
+fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Rehearsal<'_>, ui: &mut Ui) -> Result<Opened> {
     let working_dir =
         env::current_dir().map_err(|error| Error::failed("the current folder is gone").caused_by(error))?;
     let source = hub::local(args.source(&working_dir), Wanted::Model, ui)?;
@@ -161,15 +161,13 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Option<Rehearsal
     let adapter = adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
     let gpu = open_device(global, ui)?;
     let precision = global.precision.map(Precision::dtype);
-    if let Some(Rehearsal { tune, run }) = rehearsal {
-        tuning::prepare(&gpu, tune, ui, || {
-            let counting = Gpu::counting(gpu.facts().clone());
-            let mut loading =
-                Loading { precision, quantization: None, trains: &|_| false, resting: None, progress: &mut |_, _| () };
-            run(&load(&counting, place.folder()?, adapter.as_ref(), &mut loading)?)?;
-            Ok(counting.launches())
-        })?;
-    }
+    tuning::prepare(&gpu, rehearsal.tune, ui, || {
+        let counting = Gpu::counting(gpu.facts().clone());
+        let mut loading =
+            Loading { precision, quantization: None, trains: &|_| false, resting: None, progress: &mut |_, _| () };
+        (rehearsal.run)(&load(&counting, place.folder()?, adapter.as_ref(), &mut loading)?)?;
+        Ok(counting.launches())
+    })?;
     let mut loading = Loading {
         precision,
         quantization: None,

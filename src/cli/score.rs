@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{
+    Rehearsal,
     args::{GlobalArgs, ScoreArgs},
     open_model, report,
     ui::Ui,
@@ -19,6 +20,8 @@ use crate::{
 
 /// Positions that go through the model at once; a longer record goes alone.
 const BATCH_TOKENS: usize = 4096;
+/// Records of which the first batch tells what there is to tune.
+const REHEARSED: usize = 64;
 
 /// One line of the output.
 #[derive(Serialize)]
@@ -40,7 +43,15 @@ pub fn run(args: &ScoreArgs, global: &GlobalArgs) -> Result<()> {
     let records = read_records(&args.data, folder, None)?;
     check_images(&records)?;
     let mut ui = Ui::new(global.quiet, global.verbose);
-    let opened = open_model(&args.model, global, None, &mut ui)?;
+    let rehearse = |opened: &Opened| {
+        let encoder = opened.encoder(&args.version, None)?;
+        let few =
+            records.iter().take(REHEARSED).map(|record| encoder.encode(record)).collect::<Result<Vec<Sample>>>()?;
+        let first = batches(&few, encoder.image_tokens).next().unwrap_or_default();
+        score(opened, first, encoder.image_tokens).map(|_| ())
+    };
+    let rehearsal = Rehearsal { tune: args.tune.tune, run: &rehearse };
+    let opened = open_model(&args.model, global, rehearsal, &mut ui)?;
     let encoder = opened.encoder(&args.version, None)?;
     let samples = records.iter().map(|record| encoder.encode(record)).collect::<Result<Vec<Sample>>>()?;
     let cut = samples.iter().filter(|sample| sample.truncated > 0).count();

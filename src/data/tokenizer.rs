@@ -3,11 +3,7 @@
 //! A prompt is encoded in chunks, parted at the pictures, as LLaVA's `tokenizer_image_token` does: each chunk is
 //! tokenised from its own start, and only the first keeps the BOS. Labels come from the byte offsets of the tokens.
 
-use std::{
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
-};
+use std::{fmt, path::Path};
 
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
@@ -17,7 +13,10 @@ use super::{
     template::{Labels, Part},
     version::FileReader,
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    panics::caught,
+};
 
 /// The added token `<image>` under a name that no text has.
 const HIDDEN: &str = "\u{0}picture\u{0}";
@@ -250,10 +249,7 @@ impl Tokenizer {
 /// What the tokenizers crate answers, or an error where it panics: it does on files that are valid JSON and no valid
 /// tokenizer, such as a `Precompiled` table that points outside itself.
 fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        Err(format!("the tokenizer is broken: {}", said.unwrap_or("no reason is known")).into())
-    })
+    caught(work).unwrap_or_else(|said| Err(format!("the tokenizer is broken: {said}").into()))
 }
 
 fn parse_json(bytes: &[u8], file: &str) -> Result<Value> {

@@ -204,7 +204,9 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
         },
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
         slow_storage: mesa_version(&info.driver_info).is_some_and(|version| version < 26),
-        unpacks_f16: info.backend == wgpu::Backend::Vulkan && info.driver.starts_with("NVIDIA"),
+        unpacks_f16: adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::SHADER_F16_IN_F32)
+            && info.backend == wgpu::Backend::Vulkan
+            && info.driver.starts_with("NVIDIA"),
         choices: Choices::default(),
     }
 }

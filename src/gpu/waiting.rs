@@ -2,10 +2,11 @@
 //! it any more, and whoever asks is told.
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError},
     time::Duration,
 };
+
+use crate::panics::caught;
 
 /// How long one wait lasts before it is asked whether the device still lives.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -15,7 +16,7 @@ pub(super) const LOST: &str = "it does not answer any more";
 
 /// Lets wgpu tell what is done. It panics where it learns that the device is lost; here that is an error.
 fn poll(device: &wgpu::Device, how: wgpu::PollType) -> Result<Polled, String> {
-    match catch_unwind(AssertUnwindSafe(|| device.poll(how))) {
+    match caught(|| device.poll(how)) {
         Ok(Ok(_)) => Ok(Polled::Done),
         Ok(Err(wgpu::PollError::Timeout)) => Ok(Polled::NotYet),
         Ok(Err(error)) => Err(error.to_string()),

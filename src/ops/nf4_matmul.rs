@@ -318,8 +318,12 @@ fn lane_rows(k: usize) -> usize {
 /// The kernel and its workgroups for a product on bound storage.
 fn choose(layout: Layout, kind: QuantType, m: usize, n: usize) -> (&'static str, [u32; 3]) {
     if layout == Layout::Nt && m <= 4 {
-        let kernel = of(kind, ["nf4_matmul.rows.nt", "nf4_matmul.rows.nt_fp4"]);
-        return (kernel, [n.min(32_768) as u32, 1, n.div_ceil(32_768) as u32]);
+        let (names, rows_of_w) = match m {
+            1 => (["nf4_matmul.rows.nt_one", "nf4_matmul.rows.nt_one_fp4"], 4),
+            _ => (["nf4_matmul.rows.nt", "nf4_matmul.rows.nt_fp4"], 2),
+        };
+        let groups = n.div_ceil(rows_of_w);
+        return (of(kind, names), [groups.min(32_768) as u32, 1, groups.div_ceil(32_768) as u32]);
     }
     let small = !matmul::ways::wants_large_tiles(m, n);
     let names = match (layout, small) {

@@ -69,18 +69,30 @@ impl Dtype {
 
     /// The bytes of f32 values in this type, rounded to nearest, ties to even. A `U32` takes the bits.
     pub fn narrow(self, values: &[f32]) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * self.bytes()];
+        self.narrow_into(values, &mut bytes);
+        bytes
+    }
+
+    /// As [`Dtype::narrow`], into memory of that size.
+    pub fn narrow_into(self, values: &[f32], bytes: &mut [u8]) {
+        /// Values that are narrowed at a time, on the stack.
+        const BLOCK: usize = 512;
         match self {
             Self::Bf16 => {
-                let halves: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
-                bytemuck::cast_slice(&halves).to_vec()
+                let halves = bytes.as_chunks_mut().0.iter_mut();
+                halves.zip(values).for_each(|(half, &x)| *half = bf16::from_f32(x).to_le_bytes());
             }
             Self::F16 => {
-                let mut halves = vec![f16::ZERO; values.len()];
-                halves.convert_from_f32_slice(values);
-                bytemuck::cast_slice(&halves).to_vec()
+                let mut block = [f16::ZERO; BLOCK];
+                for (bytes, values) in bytes.chunks_mut(2 * BLOCK).zip(values.chunks(BLOCK)) {
+                    let halves = &mut block[..values.len()];
+                    halves.convert_from_f32_slice(values);
+                    bytes.copy_from_slice(bytemuck::cast_slice(halves));
+                }
             }
             Self::Quantized(_) => panic!("{self:?} without factors"),
-            Self::F32 | Self::U32 => bytemuck::cast_slice(values).to_vec(),
+            Self::F32 | Self::U32 => bytes.copy_from_slice(bytemuck::cast_slice(values)),
         }
     }
 }

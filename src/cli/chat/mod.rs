@@ -43,7 +43,7 @@ pub fn run(args: &ChatArgs, global: &GlobalArgs) -> Result<()> {
     picture_files(&args.image)?;
     let mut ui = Ui::new(global.quiet, global.verbose);
     let rehearsal = Rehearsal { tune: args.tune.tune, run: &rehearse };
-    let opened = open_model(&args.model, global, Some(rehearsal), &mut ui)?;
+    let opened = open_model(&args.model, global, rehearsal, &mut ui)?;
     let mut chat = Chat::new(args, &opened)?;
     for path in &args.image {
         chat.show(path)?;

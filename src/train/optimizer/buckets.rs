@@ -1,6 +1,8 @@
 //! Which gradients leave a device together: those that are finished at the same time, as neighbours in the arenas.
 
-use crate::models::names;
+use std::ops::Range;
+
+use crate::{models::names, tensor::ALIGNMENT};
 
 /// A run of gradients: `count` elements of the shard's, from `first` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,18 +20,28 @@ pub struct Bucket {
     pub spans: Vec<Span>,
 }
 
+/// Gradients of a bucket that are added up at once: while the next ones leave, their sum comes back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parcel {
+    pub bucket: usize,
+    pub range: Range<usize>,
+}
+
 impl Bucket {
     /// Of all spans together.
     pub fn elements(&self) -> usize {
         self.spans.iter().map(|span| span.count).sum()
     }
 
-    /// Values in the bucket's order, each span's by themselves.
-    pub fn split<'a>(&'a self, mut values: &'a [f32]) -> impl Iterator<Item = (&'a Span, &'a [f32])> {
-        self.spans.iter().map(move |span| {
-            let (these, rest) = values.split_at(span.count);
-            values = rest;
-            (span, these)
+    /// Values in the bucket's order, from `first` on, each span's by themselves.
+    pub fn split<'a>(&'a self, first: usize, values: &'a [f32]) -> impl Iterator<Item = (Span, &'a [f32])> {
+        let mut end = 0;
+        self.spans.iter().filter_map(move |span| {
+            let start = end;
+            end += span.count;
+            let (from, to) = (first.max(start), (first + values.len()).min(end));
+            let part = || Span { shard: span.shard, first: span.first + from - start, count: to - from };
+            (from < to).then(|| (part(), &values[from - first..to - first]))
         })
     }
 
@@ -87,6 +99,16 @@ pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, lea
     buckets
 }
 
+/// All buckets in parcels of about `most` elements, in order.
+pub fn parcels(buckets: &[Bucket], most: usize) -> Vec<Parcel> {
+    let most = most.next_multiple_of(ALIGNMENT);
+    let of = |(bucket, of): (usize, &Bucket)| {
+        let count = of.elements();
+        (0..count).step_by(most).map(move |first| Parcel { bucket, range: first..count.min(first + most) })
+    };
+    buckets.iter().enumerate().flat_map(of).collect()
+}
+
 /// Makes one span of neighbours.
 fn join(spans: &mut Vec<Span>) {
     spans.sort_by_key(|span| (span.shard, span.first));
@@ -110,6 +132,21 @@ mod tests {
         let mut spans = vec![span(0, 64, 64), span(1, 128, 64), span(0, 0, 64), span(0, 256, 64)];
         join(&mut spans);
         assert_eq!(spans, [span(0, 0, 128), span(0, 256, 64), span(1, 128, 64)]);
+    }
+
+    #[test]
+    fn parcels_cover_buckets_and_come_apart_into_spans() {
+        let span = |shard, first, count| Span { shard, first, count };
+        let of = |spans| Bucket { milestone: None, spans };
+        let buckets = [of(vec![span(0, 64, 64)]), of(vec![span(0, 256, 64), span(1, 0, 192)])];
+        let parcels = parcels(&buckets, 100);
+        let ranges: Vec<_> = parcels.iter().map(|parcel| (parcel.bucket, parcel.range.clone())).collect();
+        assert_eq!(ranges, [(0, 0..64), (1, 0..128), (1, 128..256)]);
+        let values: Vec<f32> = (0..128u8).map(f32::from).collect();
+        let split: Vec<_> = buckets[1].split(0, &values).collect();
+        assert_eq!(split, [(span(0, 256, 64), &values[..64]), (span(1, 0, 64), &values[64..])]);
+        assert_eq!(buckets[1].split(128, &values).collect::<Vec<_>>(), [(span(1, 64, 128), &values[..])]);
+        assert_eq!(buckets[1].split(64, &[]).count(), 0);
     }
 
     #[test]

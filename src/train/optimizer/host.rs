@@ -3,17 +3,23 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use super::{
     AdamW, Keep, Optimizer, Update,
     arenas::{Entry, Group},
-    buckets::Bucket,
+    buckets::{Bucket, Parcel},
     state::{MOMENTS, Place, Reader, Remembers, State, Stored},
 };
 use crate::{
     error::{Error, Result},
     formats::safetensors::Dtype,
     ops::adamw,
+    tensor,
 };
+
+/// Weights that a core narrows at a time.
+const CHUNK: usize = 1 << 16;
 
 /// Weights, gradients and moments of a part of what trains, in the order of the devices' gradients.
 struct HostShard {
@@ -28,6 +34,7 @@ struct HostShard {
 pub struct HostOptimizer {
     shards: Vec<HostShard>,
     buckets: Arc<[Bucket]>,
+    parcels: Arc<[Parcel]>,
     settings: AdamW,
 }
 
@@ -45,12 +52,13 @@ impl HostOptimizer {
                 gradients: vec![0.0; count],
             }
         });
-        Self { shards: shards.collect(), buckets: first.buckets.clone(), settings }
+        Self { shards: shards.collect(), buckets: first.buckets.clone(), parcels: first.parcels.clone(), settings }
     }
 
-    /// Takes a bucket's sum.
-    pub fn take_sum(&mut self, bucket: usize, values: &[f32]) {
-        for (span, values) in self.buckets[bucket].split(values) {
+    /// Takes a parcel's sum.
+    pub fn take_sum(&mut self, parcel: usize, values: &[f32]) {
+        let Parcel { bucket, range } = &self.parcels[parcel];
+        for (span, values) in self.buckets[*bucket].split(range.start, values) {
             self.shards[span.shard].gradients[span.first..span.first + span.count].copy_from_slice(values);
         }
     }
@@ -74,16 +82,22 @@ impl HostOptimizer {
 
     /// All weights as models read them, as [`Optimizer::write_weights`] takes them.
     pub fn weights(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for HostShard { groups, kept: [values, ..], .. } in &self.shards {
-            for group in groups {
-                let values = &values[group.places.gradient..group.places.gradient + group.count];
-                match self.settings.keep {
-                    Keep::Master(dtype) if group.class.packed => bytes.extend(dtype.narrow(values)),
-                    _ => bytes.extend_from_slice(bytemuck::cast_slice(values)),
-                }
-            }
+        let dtype = |group: &Group| match self.settings.keep {
+            Keep::Master(dtype) if group.class.packed => dtype,
+            _ => tensor::Dtype::F32,
+        };
+        let groups = || self.shards.iter().flat_map(|shard| shard.groups.iter().map(move |group| (shard, group)));
+        let mut bytes = vec![0; groups().map(|(_, group)| group.count * dtype(group).bytes()).sum()];
+        let (mut rest, mut chunks) = (bytes.as_mut_slice(), Vec::new());
+        for (HostShard { kept: [values, ..], .. }, group) in groups() {
+            let dtype = dtype(group);
+            let values = &values[group.places.gradient..group.places.gradient + group.count];
+            let (these, others) = rest.split_at_mut(group.count * dtype.bytes());
+            rest = others;
+            let of_core = these.chunks_mut(CHUNK * dtype.bytes()).zip(values.chunks(CHUNK));
+            chunks.extend(of_core.map(|(bytes, values)| (dtype, values, bytes)));
         }
+        chunks.into_par_iter().for_each(|(dtype, values, bytes)| dtype.narrow_into(values, bytes));
         bytes
     }
 }

@@ -15,13 +15,13 @@ mod shard;
 mod sharing;
 mod state;
 
-pub use buckets::{Bucket, Span};
+pub use buckets::{Bucket, Parcel, Span};
 pub use host::HostOptimizer;
 pub use sharing::Sharing;
 pub use state::{Reader, Remembers, State, Stored};
 
 use arenas::{Entry, Placed, arena, parts};
-use buckets::buckets;
+use buckets::{buckets, parcels};
 use shard::Shard;
 
 use crate::{
@@ -100,6 +100,7 @@ pub struct Optimizer {
     shards: Vec<Shard>,
     sharing: Sharing,
     buckets: Arc<[Bucket]>,
+    parcels: Arc<[Parcel]>,
     /// Where the gradients of each bucket are made, where they pass; buckets take turns.
     homes: Vec<Tensor>,
     /// What the host updates begins with, by shard.
@@ -149,7 +150,8 @@ impl Optimizer {
             let homes = passing.then(|| placed.entries.iter().map(|entry| home(index, entry)).collect());
             shards.push(Shard::new(parameters, placed, settings, homes));
         }
-        Ok(Self { gpu, shards, sharing, buckets: buckets.into(), homes, begin_on_host })
+        let parcels = parcels(&buckets, sharing.bucket_elements).into();
+        Ok(Self { gpu, shards, sharing, buckets: buckets.into(), parcels, homes, begin_on_host })
     }
 
     /// How many numbers train.
@@ -172,6 +174,11 @@ impl Optimizer {
         &self.buckets
     }
 
+    /// What of it is added up at once, in the same order.
+    pub fn parcels(&self) -> &Arc<[Parcel]> {
+        &self.parcels
+    }
+
     pub fn zero_gradients(&self) {
         self.shards.iter().for_each(Shard::zero_gradients);
         self.homes.iter().for_each(|home| elementwise::fill(home, 0.0));
@@ -188,9 +195,10 @@ impl Optimizer {
         Downloading::of(&self.gpu, &self.buckets[bucket].spans.iter().filter_map(part).collect::<Vec<_>>())
     }
 
-    /// Takes what is updated here out of a bucket's sum: how many elements.
-    pub fn take_sum(&self, bucket: usize, values: &[f32]) -> usize {
-        let parts = self.buckets[bucket].split(values);
+    /// Takes what is updated here out of a parcel's sum: how many elements.
+    pub fn take_sum(&self, parcel: usize, values: &[f32]) -> usize {
+        let Parcel { bucket, range } = &self.parcels[parcel];
+        let parts = self.buckets[*bucket].split(range.start, values);
         parts.map(|(span, values)| self.shards[span.shard].take_sum(span.first, values)).sum()
     }
 

@@ -1,4 +1,4 @@
-//! Gradients meet in the host's memory: each bucket is added up in the order of the devices once all have sent it. The
+//! Gradients meet in the host's memory: each parcel is added up in the order of the devices once all have sent it. The
 //! order is fixed, so that the same devices give the same bytes. Weights pass through from who has updated them.
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
@@ -6,15 +6,15 @@ use std::{collections::HashMap, sync::Arc, time::Instant};
 use rayon::prelude::*;
 
 use super::link::{Receiver, Sender};
-use crate::{error::Error, hosts::Hosts, train::optimizer::Bucket};
+use crate::{error::Error, hosts::Hosts, train::optimizer::Parcel};
 
 /// Elements that one core adds up at once; also what a square sum's order follows from.
 const CHUNK: usize = 1 << 16;
 
 /// What a device sends.
 pub enum Sent {
-    /// A bucket's gradients; none from a device that had nothing to compute.
-    Part { device: usize, round: usize, bucket: usize, values: Vec<f32> },
+    /// A parcel's gradients; none from a device that had nothing to compute.
+    Part { device: usize, round: usize, parcel: usize, values: Vec<f32> },
     /// The weights that it has updated.
     Weights { device: usize, bytes: Vec<u8> },
     /// It ends before its time.
@@ -24,8 +24,8 @@ pub enum Sent {
 /// What a device gets.
 #[derive(Clone)]
 pub enum Got {
-    /// The sum of a bucket, in its order of spans.
-    Sum { bucket: usize, values: Arc<Vec<f32>> },
+    /// The sum of a parcel, in its bucket's order of spans.
+    Sum { parcel: usize, values: Arc<Vec<f32>> },
     /// The square sum of all gradients, once there are no more.
     SquareSum(f64),
     /// What another device has updated, or the host.
@@ -40,7 +40,7 @@ pub enum Broken {
     Hosts(Error),
 }
 
-/// A device and its gradients of a bucket.
+/// A device and its gradients of a parcel.
 type Part = (usize, Vec<f32>);
 
 /// The place where a step's devices meet.
@@ -60,23 +60,23 @@ impl Exchange {
     }
 
     /// Adds up what leaves the devices in so many rounds: round by round, and in each in the order of the devices. A
-    /// sum is `finished`, those of other hosts in it, in the order of the buckets. Gives the square sum of all.
+    /// sum is `finished`, those of other hosts in it, in the order of the parcels. Gives the square sum of all.
     pub fn sums(
         &mut self,
-        buckets: &[Bucket],
+        parcels: &[Parcel],
         rounds: usize,
         hosts: &mut dyn Hosts,
         mut finished: impl FnMut(&mut Self, usize, Vec<f32>),
     ) -> Result<f64, Broken> {
-        let mut sums: Vec<Vec<f32>> = vec![Vec::new(); buckets.len()];
+        let mut sums: Vec<Vec<f32>> = vec![Vec::new(); parcels.len()];
         let mut square_sum = 0.0;
         for round in 0..rounds {
-            for (index, bucket) in buckets.iter().enumerate() {
+            for (index, parcel) in parcels.iter().enumerate() {
                 let parts = self.wait_for(round, index)?;
                 sums[index] = add_up(std::mem::take(&mut sums[index]), parts);
                 if round + 1 == rounds {
                     let mut sum = std::mem::take(&mut sums[index]);
-                    sum.resize(bucket.elements(), 0.0);
+                    sum.resize(parcel.range.len(), 0.0);
                     hosts.add_up(&mut sum).map_err(Broken::Hosts)?;
                     square_sum += square(&sum);
                     finished(self, index, sum);
@@ -86,14 +86,14 @@ impl Exchange {
         Ok(square_sum)
     }
 
-    fn wait_for(&mut self, round: usize, bucket: usize) -> Result<Vec<Part>, Broken> {
+    fn wait_for(&mut self, round: usize, parcel: usize) -> Result<Vec<Part>, Broken> {
         loop {
-            if self.parts.get(&(round, bucket)).is_some_and(|parts| parts.len() == self.leaving.len()) {
-                return Ok(self.parts.remove(&(round, bucket)).unwrap_or_default());
+            if self.parts.get(&(round, parcel)).is_some_and(|parts| parts.len() == self.leaving.len()) {
+                return Ok(self.parts.remove(&(round, parcel)).unwrap_or_default());
             }
             match self.arriving.recv() {
-                Ok(Sent::Part { device, round, bucket, values }) => {
-                    self.parts.entry((round, bucket)).or_default().push((device, values));
+                Ok(Sent::Part { device, round, parcel, values }) => {
+                    self.parts.entry((round, parcel)).or_default().push((device, values));
                 }
                 _ => return Err(Broken::DeviceGone),
             }
@@ -200,13 +200,10 @@ fn square(values: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        hosts::Alone,
-        train::{optimizer::Span, team::link::way},
-    };
+    use crate::{hosts::Alone, train::team::link::way};
 
-    fn bucket(count: usize) -> Bucket {
-        Bucket { milestone: None, spans: vec![Span { shard: 0, first: 0, count }] }
+    fn parcel(count: usize) -> Parcel {
+        Parcel { bucket: 0, range: 0..count }
     }
 
     #[test]
@@ -216,13 +213,13 @@ mod tests {
         for order in [[0, 1, 2], [2, 0, 1], [1, 2, 0]] {
             let (mut send, arriving) = way(None);
             for device in order {
-                send.send(Sent::Part { device, round: 0, bucket: 1, values: Vec::new() }, 0).unwrap();
-                send.send(Sent::Part { device, round: 0, bucket: 0, values: given[device].clone() }, 0).unwrap();
+                send.send(Sent::Part { device, round: 0, parcel: 1, values: Vec::new() }, 0).unwrap();
+                send.send(Sent::Part { device, round: 0, parcel: 0, values: given[device].clone() }, 0).unwrap();
             }
             let (leaving, _got): (Vec<_>, Vec<_>) = (0..3).map(|_| way(None)).unzip();
             let mut sums = Vec::new();
             let mut exchange = Exchange::new(arriving, leaving, 1);
-            let total = exchange.sums(&[bucket(2), bucket(1)], 1, &mut Alone, |_, index, sum| sums.push((index, sum)));
+            let total = exchange.sums(&[parcel(2), parcel(1)], 1, &mut Alone, |_, index, sum| sums.push((index, sum)));
             assert_eq!(total.unwrap(), 36.0);
             assert_eq!(sums, [(0, vec![0.0, 6.0]), (1, vec![0.0])]);
         }
@@ -233,11 +230,11 @@ mod tests {
         let (mut send, arriving) = way(None);
         // The first device is a round ahead of the second, which has nothing in the last.
         for (device, round, values) in [(0, 0, vec![1e8]), (0, 1, vec![-1e8]), (1, 0, vec![1.0]), (1, 1, Vec::new())] {
-            send.send(Sent::Part { device, round, bucket: 0, values }, 0).unwrap();
+            send.send(Sent::Part { device, round, parcel: 0, values }, 0).unwrap();
         }
         let (leaving, _got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
         let mut sums = Vec::new();
-        let total = Exchange::new(arriving, leaving, 1).sums(&[bucket(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
+        let total = Exchange::new(arriving, leaving, 1).sums(&[parcel(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
         assert_eq!((total.unwrap(), sums), (0.0, vec![vec![0.0]]));
     }
 
@@ -269,10 +266,10 @@ mod tests {
     fn a_device_that_is_gone_ends_it_for_all() {
         let (mut send, arriving) = way(None);
         let (leaving, mut got) = way(None);
-        send.send(Sent::Part { device: 0, round: 0, bucket: 0, values: vec![1.0] }, 0).unwrap();
+        send.send(Sent::Part { device: 0, round: 0, parcel: 0, values: vec![1.0] }, 0).unwrap();
         send.send(Sent::Gone, 0).unwrap();
         let mut exchange = Exchange::new(arriving, vec![leaving.beside(), leaving], 1);
-        assert!(matches!(exchange.sums(&[bucket(1)], 1, &mut Alone, |_, _, _| ()), Err(Broken::DeviceGone)));
+        assert!(matches!(exchange.sums(&[parcel(1)], 1, &mut Alone, |_, _, _| ()), Err(Broken::DeviceGone)));
         drop(exchange);
         assert!(got.recv().is_err());
     }

@@ -2,7 +2,7 @@
 //! where a test makes the link slow.
 
 use std::{
-    sync::mpsc::{self, RecvError, SendError, TryRecvError},
+    sync::mpsc::{self, RecvError, RecvTimeoutError, SendError, TryRecvError},
     thread,
     time::{Duration, Instant},
 };
@@ -25,14 +25,14 @@ pub struct Sender<T> {
 /// The end that receives, of one sender or several.
 pub struct Receiver<T> {
     from: mpsc::Receiver<(Instant, T)>,
-    /// What is still on its way.
-    early: Option<(Instant, T)>,
+    /// What is still on its way: that of one sender may overtake another's.
+    early: Vec<(Instant, T)>,
 }
 
 /// One way.
 pub fn way<T>(slow: Option<SlowLink>) -> (Sender<T>, Receiver<T>) {
     let (to, from) = mpsc::channel();
-    (Sender { to, slow, is_free: Instant::now() }, Receiver { from, early: None })
+    (Sender { to, slow, is_free: Instant::now() }, Receiver { from, early: Vec::new() })
 }
 
 impl<T> Sender<T> {
@@ -61,9 +61,25 @@ impl<T> Receiver<T> {
     /// # Errors
     /// Nobody sends any more.
     pub fn recv(&mut self) -> Result<T, RecvError> {
-        let (arrives, item) = self.early.take().map_or_else(|| self.from.recv(), Ok)?;
-        thread::sleep(arrives.saturating_duration_since(Instant::now()));
-        Ok(item)
+        loop {
+            match self.try_recv() {
+                Ok(item) => return Ok(item),
+                Err(TryRecvError::Disconnected) => return Err(RecvError),
+                Err(TryRecvError::Empty) => {}
+            }
+            let arrives = self.early.iter().map(|(arrives, _)| *arrives).min();
+            let sent = match arrives.map(|arrives| arrives.saturating_duration_since(Instant::now())) {
+                Some(patience) => self.from.recv_timeout(patience),
+                None => self.from.recv().map_err(|RecvError| RecvTimeoutError::Disconnected),
+            };
+            match (sent, arrives) {
+                (Ok(sent), _) => self.early.push(sent),
+                (Err(RecvTimeoutError::Disconnected), Some(arrives)) => {
+                    thread::sleep(arrives.saturating_duration_since(Instant::now()));
+                }
+                (Err(_), _) => {}
+            }
+        }
     }
 
     /// The next where it is there already.
@@ -71,12 +87,18 @@ impl<T> Receiver<T> {
     /// # Errors
     /// It is not; or nobody sends any more.
     pub fn try_recv(&mut self) -> Result<T, TryRecvError> {
-        let (arrives, item) = self.early.take().map_or_else(|| self.from.try_recv(), Ok)?;
-        if arrives > Instant::now() {
-            self.early = Some((arrives, item));
-            return Err(TryRecvError::Empty);
+        let ended = loop {
+            match self.from.try_recv() {
+                Ok(sent) => self.early.push(sent),
+                Err(ended) => break ended,
+            }
+        };
+        let first = self.early.iter().enumerate().min_by_key(|(_, (arrives, _))| *arrives);
+        match first.map(|(place, (arrives, _))| (place, *arrives)) {
+            Some((place, arrives)) if arrives <= Instant::now() => Ok(self.early.remove(place).1),
+            Some(_) => Err(TryRecvError::Empty),
+            None => Err(ended),
         }
-        Ok(item)
     }
 }
 
@@ -93,11 +115,11 @@ mod tests {
         // Another device has a link of its own.
         to.beside().send('c', 10).unwrap();
         assert_eq!(from.try_recv(), Err(TryRecvError::Empty));
+        assert_eq!(from.recv(), Ok('c'));
         assert_eq!(from.recv(), Ok('a'));
         assert!(begun.elapsed() >= Duration::from_millis(50));
         assert_eq!(from.recv(), Ok('b'));
         assert!(begun.elapsed() >= Duration::from_millis(100));
-        assert_eq!(from.try_recv(), Ok('c'));
         drop(to);
         assert_eq!(from.recv(), Err(RecvError));
     }

@@ -14,7 +14,7 @@ use crate::{
     tensor::Downloading,
     train::{
         config::StageConfig,
-        optimizer::{Bucket, Optimizer, Update},
+        optimizer::{Bucket, Optimizer, Parcel, Update},
         pictures::PictureStore,
         step::Step,
         stepper::Stepper,
@@ -84,7 +84,7 @@ impl Member {
     pub fn run(&mut self, task: &Task<'_>, mine: &[usize], link: Link) -> Result<Done, Stopped> {
         let begun = Instant::now();
         let Self { stepper, pictures } = self;
-        let mut moving = Moving::new(stepper.optimizer.buckets().clone(), link);
+        let mut moving = Moving::new(&stepper.optimizer, link);
         let passing = stepper.optimizer.sharing().gradients_pass();
         stepper.begin();
         for round in 0..task.rounds {
@@ -122,6 +122,7 @@ impl Member {
 /// What moves between this device and the others.
 struct Moving {
     buckets: Arc<[Bucket]>,
+    parcels: Arc<[Parcel]>,
     link: Link,
     round: usize,
     /// Nothing is computed here in this round.
@@ -137,9 +138,10 @@ struct Moving {
 }
 
 impl Moving {
-    fn new(buckets: Arc<[Bucket]>, link: Link) -> Self {
+    fn new(optimizer: &Optimizer, link: Link) -> Self {
         Self {
-            buckets,
+            buckets: optimizer.buckets().clone(),
+            parcels: optimizer.parcels().clone(),
             link,
             round: 0,
             empty: false,
@@ -162,7 +164,7 @@ impl Moving {
         while self.buckets.get(self.next).is_some_and(|bucket| bucket.is_whole(milestone)) {
             let (round, bucket) = (self.round, self.next);
             if self.empty {
-                self.send(round, bucket, Vec::new());
+                self.send(round, bucket, &[]);
             } else {
                 self.underway.push_back((round, bucket, optimizer.download(bucket)));
             }
@@ -176,17 +178,21 @@ impl Moving {
         }
     }
 
-    fn send(&mut self, round: usize, bucket: usize, values: Vec<f32>) {
+    /// Sends a bucket's gradients, or that there are none.
+    fn send(&mut self, round: usize, bucket: usize, values: &[f32]) {
         self.bytes += values.len() as u64 * 4;
-        // Where nobody hears, somebody has failed: that is told when nothing comes back.
-        let bytes = values.len() * 4;
-        let _ = self.link.to.send(Sent::Part { device: self.link.device, round, bucket, values }, bytes);
+        for (parcel, _) in self.parcels.iter().enumerate().filter(|(_, parcel)| parcel.bucket == bucket) {
+            let values = values.get(self.parcels[parcel].range.clone()).unwrap_or_default().to_vec();
+            let bytes = values.len() * 4;
+            // Where nobody hears, somebody has failed: that is told when nothing comes back.
+            let _ = self.link.to.send(Sent::Part { device: self.link.device, round, parcel, values }, bytes);
+        }
     }
 
     fn send_oldest(&mut self) {
         let Some((round, bucket, downloading)) = self.underway.pop_front() else { return };
         match downloading.floats() {
-            Ok(values) => self.send(round, bucket, values),
+            Ok(values) => self.send(round, bucket, &values),
             Err(error) => drop(self.failure.get_or_insert(error)),
         }
     }
@@ -199,7 +205,7 @@ impl Moving {
 
     fn receive(&mut self, optimizer: &Optimizer, got: Got) {
         match got {
-            Got::Sum { bucket, values } => self.bytes += optimizer.take_sum(bucket, &values) as u64 * 4,
+            Got::Sum { parcel, values } => self.bytes += optimizer.take_sum(parcel, &values) as u64 * 4,
             Got::SquareSum(sum) => self.square_sum = Some(sum),
             Got::Weights { owner, bytes } => {
                 optimizer.write_weights(owner, &bytes);

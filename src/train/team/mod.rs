@@ -229,7 +229,7 @@ impl Team {
         dealt: &[usize],
         hosts: &mut dyn Hosts,
     ) -> (Vec<Result<Done, Stopped>>, Result<f64, Broken>) {
-        let buckets = self.members[0].stepper.optimizer.buckets().clone();
+        let parcels = self.members[0].stepper.optimizer.parcels().clone();
         let weights_return = self.members[0].stepper.optimizer.sharing().weights_return();
         let Self { members, host, slow, standing, .. } = self;
         let first = standing.first;
@@ -250,9 +250,9 @@ impl Team {
             let mut exchange = Exchange::new(arriving, leaving, owners);
             let mut meet = || {
                 let square_sum =
-                    exchange.sums(&buckets, task.rounds, hosts, |exchange, bucket, sum| match &mut *host {
-                        Some(host) => host.take_sum(bucket, &sum),
-                        None => exchange.tell(&Got::Sum { bucket, values: Arc::new(sum) }),
+                    exchange.sums(&parcels, task.rounds, hosts, |exchange, parcel, sum| match &mut *host {
+                        Some(host) => host.take_sum(parcel, &sum),
+                        None => exchange.tell(&Got::Sum { parcel, values: Arc::new(sum) }),
                     })?;
                 exchange.tell(&Got::SquareSum(square_sum));
                 if let Some(host) = host {
