@@ -78,7 +78,7 @@ impl Traffic {
         // Forward and backward of each micro-batch; what the turns hold at the end of one is there for the next.
         let layers_up = 2 * resting * rounds;
         let gradients = 4 * optimizer.buckets().iter().map(Bucket::elements).sum::<usize>() as u64;
-        let trained = optimizer.weight_bytes();
+        let trained = optimizer.weight_bytes(None);
         let idle = Self { layers_up, trained: optimizer.elements() as u64, resting, ..Self::default() };
         if sharing.is_alone() {
             return idle;

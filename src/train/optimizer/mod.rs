@@ -29,7 +29,7 @@ use crate::{
     gpu::{Account, Gpu},
     nn::{Id, Parameters},
     ops::elementwise,
-    tensor::{Downloading, Dtype, Tensor},
+    tensor::{ALIGNMENT, Downloading, Dtype, Tensor},
 };
 
 /// Bytes of an arena at most, or of one tensor: devices refuse larger buffers.
@@ -159,10 +159,9 @@ impl Optimizer {
         self.shards.iter().map(Shard::elements).sum()
     }
 
-    /// Bytes of what trains, as the model reads it.
-    pub fn weight_bytes(&self) -> u64 {
-        let bytes = |part: &Tensor| (part.len() * part.dtype().bytes()) as u64;
-        self.weights_of(None).iter().map(bytes).sum()
+    /// Bytes of what trains, as the model reads it: of all, or of what a device updates.
+    pub fn weight_bytes(&self, owner: Option<usize>) -> u64 {
+        self.weights_of(owner).iter().map(|part| bytes_of(part) as u64).sum()
     }
 
     pub fn sharing(&self) -> &Sharing {
@@ -202,18 +201,44 @@ impl Optimizer {
         parts.map(|(span, values)| self.shards[span.shard].take_sum(span.first, values)).sum()
     }
 
-    /// The weights that this device updates, as [`Optimizer::write_weights`] takes them.
-    pub fn download_weights(&self) -> Downloading {
-        Downloading::of(&self.gpu, &self.weights_of(Some(self.sharing.device)))
+    /// The weights that this device updates, in pieces that [`Optimizer::write_weights`] takes: one is passed on while
+    /// the next leaves.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn owned_weights(&self) -> Result<Vec<Vec<u8>>> {
+        let pieces = self.weight_pieces(Some(self.sharing.device));
+        let bytes = Downloading::of(&self.gpu, &pieces).bytes()?;
+        let mut rest = &bytes[..];
+        let mut piece = |piece: &Tensor| {
+            let (these, others) = rest.split_at(bytes_of(piece));
+            rest = others;
+            these.to_vec()
+        };
+        Ok(pieces.iter().map(&mut piece).collect())
     }
 
-    /// Puts weights that were updated elsewhere into their place: by another device, or by the host.
-    pub fn write_weights(&self, owner: Option<usize>, mut bytes: &[u8]) {
-        for part in self.weights_of(owner) {
-            let (these, rest) = bytes.split_at(part.len() * part.dtype().bytes());
-            part.write_bytes(these);
+    /// Puts weights that were updated elsewhere into their place: by another device, or by the host. They are whole
+    /// pieces, from a `first` one on.
+    pub fn write_weights(&self, owner: Option<usize>, first: usize, mut bytes: &[u8]) {
+        for piece in self.weight_pieces(owner).into_iter().skip(first) {
+            if bytes.is_empty() {
+                return;
+            }
+            let (these, rest) = bytes.split_at(bytes_of(&piece));
+            piece.write_bytes(these);
             bytes = rest;
         }
+    }
+
+    /// Weights in pieces of about as many elements as gradients are added up at once.
+    fn weight_pieces(&self, owner: Option<usize>) -> Vec<Tensor> {
+        let most = self.sharing.bucket_elements.next_multiple_of(ALIGNMENT);
+        let cut = |part: Tensor| {
+            let count = part.len();
+            (0..count).step_by(most).map(move |first| part.part(first, &[most.min(count - first)]))
+        };
+        self.weights_of(owner).into_iter().flat_map(cut).collect()
     }
 
     fn weights_of(&self, owner: Option<usize>) -> Vec<Tensor> {
@@ -248,6 +273,10 @@ impl Remembers for Optimizer {
     fn restore<'b>(&mut self, get: Stored<'_, 'b>) -> Result<()> {
         self.shards.iter().enumerate().try_for_each(|(index, shard)| shard.restore(index, get))
     }
+}
+
+fn bytes_of(part: &Tensor) -> usize {
+    part.len() * part.dtype().bytes()
 }
 
 /// Every tensor that trains, and where its gradient is, padding included.

@@ -15,8 +15,8 @@ const CHUNK: usize = 1 << 16;
 pub enum Sent {
     /// A parcel's gradients; none from a device that had nothing to compute.
     Part { device: usize, round: usize, parcel: usize, values: Vec<f32> },
-    /// The weights that it has updated.
-    Weights { device: usize, bytes: Vec<u8> },
+    /// A piece of the weights that it has updated; pieces come in their order.
+    Weights { device: usize, piece: usize, bytes: Vec<u8> },
     /// It ends before its time.
     Gone,
 }
@@ -28,8 +28,8 @@ pub enum Got {
     Sum { parcel: usize, values: Arc<Vec<f32>> },
     /// The square sum of all gradients, once there are no more.
     SquareSum(f64),
-    /// What another device has updated, or the host.
-    Weights { owner: Option<usize>, bytes: Arc<Vec<u8>> },
+    /// What another device has updated, or the host: whole pieces, from a first one on.
+    Weights { owner: Option<usize>, first: usize, bytes: Arc<Vec<u8>> },
 }
 
 /// Why nobody gets anything more.
@@ -101,25 +101,30 @@ impl Exchange {
     }
 
     /// Passes the weights of each device on to all others, those of other hosts' devices too: the first of this host's
-    /// is number `first` of all.
-    pub fn pass_weights(&mut self, first: usize, hosts: &mut dyn Hosts) -> Result<(), Broken> {
-        let mut mine = Vec::new();
-        for _ in 0..self.leaving.len() {
-            let Ok(Sent::Weights { device, bytes }) = self.arriving.recv() else { return Err(Broken::DeviceGone) };
+    /// is number `first` of all, and together they have `owned` bytes.
+    pub fn pass_weights(&mut self, first: usize, owned: u64, hosts: &mut dyn Hosts) -> Result<(), Broken> {
+        let mut mine: Vec<(u64, Vec<u8>)> =
+            (0..self.leaving.len()).map(|device| ((first + device) as u64, Vec::new())).collect();
+        let mut missing = owned;
+        while missing > 0 {
+            let Ok(Sent::Weights { device, piece, bytes }) = self.arriving.recv() else {
+                return Err(Broken::DeviceGone);
+            };
+            missing = missing.saturating_sub(bytes.len() as u64);
+            if hosts.count() > 1 {
+                mine[device].1.extend_from_slice(&bytes);
+            }
             let bytes = Arc::new(bytes);
-            let got = Got::Weights { owner: Some(first + device), bytes: bytes.clone() };
+            let got = Got::Weights { owner: Some(first + device), first: piece, bytes: bytes.clone() };
             let others = self.leaving.iter_mut().enumerate().filter(|(other, _)| *other != device);
             // One that is gone says so itself.
             others.for_each(|(_, to)| drop(to.send(got.clone(), bytes.len())));
-            mine.push(((first + device) as u64, bytes));
         }
         if hosts.count() > 1 {
-            mine.sort_by_key(|(device, _)| *device);
-            let framed: Vec<(u64, &[u8])> = mine.iter().map(|(device, bytes)| (*device, &bytes[..])).collect();
-            let gathered = hosts.gather(&frame(&framed)).map_err(Broken::Hosts)?;
+            let gathered = hosts.gather(&frame(&mine)).map_err(Broken::Hosts)?;
             let others = gathered.iter().enumerate().filter(|(rank, _)| *rank != hosts.rank());
             for (owner, bytes) in others.flat_map(|(_, framed)| unframe(framed)) {
-                self.tell(&Got::Weights { owner: Some(owner as usize), bytes: Arc::new(bytes.to_vec()) });
+                self.tell(&Got::Weights { owner: Some(owner as usize), first: 0, bytes: Arc::new(bytes.to_vec()) });
             }
         }
         Ok(())
@@ -242,14 +247,14 @@ mod tests {
     fn weights_go_to_all_but_their_owner() {
         let (mut send, arriving) = way(None);
         for device in [1, 0] {
-            send.send(Sent::Weights { device, bytes: vec![device as u8] }, 0).unwrap();
+            send.send(Sent::Weights { device, piece: 3, bytes: vec![device as u8] }, 0).unwrap();
         }
         let (leaving, got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
         let mut exchange = Exchange::new(arriving, leaving, 1);
-        exchange.pass_weights(0, &mut Alone).unwrap();
+        exchange.pass_weights(0, 2, &mut Alone).unwrap();
         drop(exchange);
         for (device, mut got) in got.into_iter().enumerate() {
-            let Got::Weights { owner, bytes } = got.recv().unwrap() else { panic!("weights") };
+            let Got::Weights { owner, first: 3, bytes } = got.recv().unwrap() else { panic!("weights") };
             assert_eq!((owner, &bytes[..]), (Some(1 - device), &[1 - device as u8][..]));
             assert!(got.recv().is_err());
         }

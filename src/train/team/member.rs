@@ -133,6 +133,9 @@ struct Moving {
     underway: VecDeque<(usize, usize, Downloading)>,
     square_sum: Option<f64>,
     failure: Option<Error>,
+    /// Bytes of weights that have come back.
+    weights: u64,
+    /// All bytes that have moved.
     bytes: u64,
     finished: bool,
 }
@@ -149,6 +152,7 @@ impl Moving {
             underway: VecDeque::new(),
             square_sum: None,
             failure: None,
+            weights: 0,
             bytes: 0,
             finished: false,
         }
@@ -207,9 +211,10 @@ impl Moving {
         match got {
             Got::Sum { parcel, values } => self.bytes += optimizer.take_sum(parcel, &values) as u64 * 4,
             Got::SquareSum(sum) => self.square_sum = Some(sum),
-            Got::Weights { owner, bytes } => {
-                optimizer.write_weights(owner, &bytes);
+            Got::Weights { owner, first, bytes } => {
+                optimizer.write_weights(owner, first, &bytes);
                 self.bytes += bytes.len() as u64;
+                self.weights += bytes.len() as u64;
             }
         }
     }
@@ -239,15 +244,19 @@ impl Moving {
         if !sharing.weights_return() {
             return Ok(());
         }
-        let mut missing = 1;
+        let mut missing = optimizer.weight_bytes(None);
         if !sharing.offload {
-            let bytes = optimizer.download_weights().bytes()?;
-            let count = bytes.len();
-            self.bytes += count as u64;
-            let _ = self.link.to.send(Sent::Weights { device: self.link.device, bytes }, count);
-            missing = sharing.devices - 1;
+            for (piece, bytes) in optimizer.owned_weights()?.into_iter().enumerate() {
+                let count = bytes.len();
+                self.bytes += count as u64;
+                missing -= count as u64;
+                let _ = self.link.to.send(Sent::Weights { device: self.link.device, piece, bytes }, count);
+            }
         }
-        (0..missing).try_for_each(|_| self.wait(optimizer))
+        while self.weights < missing {
+            self.wait(optimizer)?;
+        }
+        Ok(())
     }
 
     /// Bytes moved.

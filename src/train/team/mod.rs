@@ -117,17 +117,17 @@ impl Team {
         let optimizers = || self.members.iter().map(|member| &member.stepper.optimizer);
         if let Some(host) = &self.host {
             let bytes = host.weights();
-            optimizers().for_each(|optimizer| optimizer.write_weights(None, &bytes));
+            optimizers().for_each(|optimizer| optimizer.write_weights(None, 0, &bytes));
             return Ok(());
         }
         let mut mine = Vec::new();
         for owner in optimizers().filter(|optimizer| optimizer.sharing().weights_return()) {
-            mine.push((owner.sharing().device as u64, owner.download_weights().bytes()?));
+            mine.push((owner.sharing().device as u64, owner.owned_weights()?.concat()));
         }
         for framed in hosts.gather(&frame(&mine))? {
             for (device, bytes) in unframe(&framed) {
                 let others = optimizers().filter(|optimizer| optimizer.sharing().device as u64 != device);
-                others.for_each(|optimizer| optimizer.write_weights(Some(device as usize), bytes));
+                others.for_each(|optimizer| optimizer.write_weights(Some(device as usize), 0, bytes));
             }
         }
         Ok(())
@@ -231,6 +231,11 @@ impl Team {
     ) -> (Vec<Result<Done, Stopped>>, Result<f64, Broken>) {
         let parcels = self.members[0].stepper.optimizer.parcels().clone();
         let weights_return = self.members[0].stepper.optimizer.sharing().weights_return();
+        let owned_bytes = |member: &Member| {
+            let optimizer = &member.stepper.optimizer;
+            optimizer.weight_bytes(Some(optimizer.sharing().device))
+        };
+        let owned = if weights_return { self.members.iter().map(owned_bytes).sum() } else { 0 };
         let Self { members, host, slow, standing, .. } = self;
         let first = standing.first;
         let owners = if weights_return && host.is_none() { standing.total } else { 1 };
@@ -258,9 +263,9 @@ impl Team {
                 if let Some(host) = host {
                     host.step(task.update, square_sum);
                     let bytes = host.weights();
-                    exchange.tell(&Got::Weights { owner: None, bytes: Arc::new(bytes) });
+                    exchange.tell(&Got::Weights { owner: None, first: 0, bytes: Arc::new(bytes) });
                 } else if weights_return {
-                    exchange.pass_weights(first, hosts)?;
+                    exchange.pass_weights(first, owned, hosts)?;
                 }
                 Ok(square_sum)
             };
