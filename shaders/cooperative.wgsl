@@ -86,20 +86,20 @@ alias Left = coop_mat#{SIDE}x#{SIDE}<f16, A>;
 alias Right = coop_mat#{SIDE}x#{SIDE}<f16, B>;
 alias Sum = coop_mat#{SIDE}x#{SIDE}<f32, C>;
 
-// Operands come in fours of neighbours in storage: of A those at (row, k) and on along K, in TN along M; of B at (k, col) and on
-// along N, in NT along K. Beyond the matrix they are zeros, and before the sum begins: k counts from there, and wraps. VEC: they
-// lie in storage as whole vectors, and `at` counts these.
+// What a place in storage, `at`, counts: elements, or whole vectors.
 #ifdef VEC
-const PER: u32 = 4u; // elements
+const PER: u32 = 4u;
 #else
 const PER: u32 = 1u;
 #endif
 
-// A distance that may be negative, in what `at` counts.
+// A distance that may be negative, as `at` counts.
 fn back(elements: u32) -> u32 {
     return bitcast<u32>(bitcast<i32>(elements) / i32(PER));
 }
 
+// Operands come in fours of neighbours in storage: of A those at (row, k) and on along K, in TN along M; of B at (k, col) and on
+// along N, in NT along K. Beyond the matrix they are zeros, and before the sum begins: k counts from there, and wraps.
 fn load_a(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
 #ifdef VEC
     // Read anyway, so that nothing waits behind a condition.

@@ -1,5 +1,6 @@
 //! Weights that stay in 16 bits: every pattern through the casts, tensors that arrive in pieces, and the functions of
 //! the tape on packed weights beside the same functions on the widened ones.
+
 use std::sync::OnceLock;
 
 use half::{bf16, f16};

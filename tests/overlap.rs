@@ -106,7 +106,7 @@ fn transfers_hide_behind_the_backward() {
             println!("{line}");
             // What hides behind a backward is no more than that, and weights that come back (ZeRO) do not hide at all.
             let most = match (each, layout.zero_stage) {
-                (1, 0) if ratio <= 0.5 => 1.4,
+                (1, 0) if ratio <= 0.5 => 1.25,
                 (1, _) => 2.2,
                 _ => 1.4,
             };

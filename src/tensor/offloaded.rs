@@ -29,14 +29,6 @@ impl Downloading {
         self.gpu.check()?;
         Ok(bytes)
     }
-
-    /// As [`Downloading::bytes`], of tensors in f32.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn floats(self) -> Result<Vec<f32>> {
-        Ok(bytemuck::pod_collect_to_vec(&self.bytes()?))
-    }
 }
 
 /// The content of a tensor on the host, or on its way there.

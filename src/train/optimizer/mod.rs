@@ -207,7 +207,7 @@ impl Optimizer {
     /// # Errors
     /// Whatever has failed on the device so far.
     pub fn owned_weights(&self) -> Result<Vec<Vec<u8>>> {
-        let pieces = self.weight_pieces(Some(self.sharing.device));
+        let pieces: Vec<Tensor> = self.weight_pieces(Some(self.sharing.device), 0).collect();
         let bytes = Downloading::of(&self.gpu, &pieces).bytes()?;
         let mut rest = &bytes[..];
         let mut piece = |piece: &Tensor| {
@@ -221,24 +221,23 @@ impl Optimizer {
     /// Puts weights that were updated elsewhere into their place: by another device, or by the host. They are whole
     /// pieces, from a `first` one on.
     pub fn write_weights(&self, owner: Option<usize>, first: usize, mut bytes: &[u8]) {
-        for piece in self.weight_pieces(owner).into_iter().skip(first) {
-            if bytes.is_empty() {
-                return;
-            }
+        let mut pieces = self.weight_pieces(owner, first);
+        while let Some(piece) = pieces.next().filter(|_| !bytes.is_empty()) {
             let (these, rest) = bytes.split_at(bytes_of(&piece));
             piece.write_bytes(these);
             bytes = rest;
         }
     }
 
-    /// Weights in pieces of about as many elements as gradients are added up at once.
-    fn weight_pieces(&self, owner: Option<usize>) -> Vec<Tensor> {
+    /// Weights in pieces of about as many elements as gradients are added up at once, without so many `before`.
+    fn weight_pieces(&self, owner: Option<usize>, mut before: usize) -> impl Iterator<Item = Tensor> + use<> {
         let most = self.sharing.bucket_elements.next_multiple_of(ALIGNMENT);
-        let cut = |part: Tensor| {
+        self.weights_of(owner).into_iter().flat_map(move |part| {
             let count = part.len();
-            (0..count).step_by(most).map(move |first| part.part(first, &[most.min(count - first)]))
-        };
-        self.weights_of(owner).into_iter().flat_map(cut).collect()
+            let skipped = before.min(count.div_ceil(most));
+            before -= skipped;
+            (skipped * most..count).step_by(most).map(move |first| part.part(first, &[most.min(count - first)]))
+        })
     }
 
     fn weights_of(&self, owner: Option<usize>) -> Vec<Tensor> {

@@ -182,21 +182,21 @@ impl Moving {
         }
     }
 
-    /// Sends a bucket's gradients, or that there are none.
-    fn send(&mut self, round: usize, bucket: usize, values: &[f32]) {
-        self.bytes += values.len() as u64 * 4;
-        for (parcel, _) in self.parcels.iter().enumerate().filter(|(_, parcel)| parcel.bucket == bucket) {
-            let values = values.get(self.parcels[parcel].range.clone()).unwrap_or_default().to_vec();
-            let bytes = values.len() * 4;
+    /// Sends the bytes of a bucket's gradients, or that there are none.
+    fn send(&mut self, round: usize, bucket: usize, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
+        for (parcel, Parcel { range, .. }) in self.parcels.iter().enumerate().filter(|(_, of)| of.bucket == bucket) {
+            let these = bytes.get(4 * range.start..4 * range.end).unwrap_or_default();
+            let values = bytemuck::pod_collect_to_vec(these);
             // Where nobody hears, somebody has failed: that is told when nothing comes back.
-            let _ = self.link.to.send(Sent::Part { device: self.link.device, round, parcel, values }, bytes);
+            let _ = self.link.to.send(Sent::Part { device: self.link.device, round, parcel, values }, these.len());
         }
     }
 
     fn send_oldest(&mut self) {
         let Some((round, bucket, downloading)) = self.underway.pop_front() else { return };
-        match downloading.floats() {
-            Ok(values) => self.send(round, bucket, &values),
+        match downloading.bytes() {
+            Ok(bytes) => self.send(round, bucket, &bytes),
             Err(error) => drop(self.failure.get_or_insert(error)),
         }
     }
