@@ -120,7 +120,6 @@ fn an_unknown_config_key() {
 #[test]
 fn a_key_that_is_not_built_yet() {
     Case::new().refused(&["bits=8"], 2, &["bits", "not built yet"]);
-    Case::new().refused(&["zero_stage=3"], 2, &["zero_stage", "not built yet"]);
 }
 
 /// Each of them would train the same into the same folder.

@@ -92,10 +92,12 @@ fn devices_hold_what_was_estimated_and_less_when_they_share() {
         let set = settings(method, &[layout, "devices=[0, 0, 0]"], "full");
         held_as_told(dir.path(), &config, &set, &format!("{method}-{layout}"))
     };
-    let [all, optimizer, gradients, offload] =
-        ["zero_stage=0", "zero_stage=1", "zero_stage=2", "offload=true"].map(|layout| told("full", layout));
-    // Stage 2 gains nothing more here: two of four layers' gradients have their places, and the embeddings'.
-    assert!(optimizer < all && gradients < all && offload < optimizer);
+    let [all, optimizer, gradients, weights, offload] =
+        ["zero_stage=0", "zero_stage=1", "zero_stage=2", "zero_stage=3", "offload=true"]
+            .map(|layout| told("full", layout));
+    // Stage 2 gains nothing more here: two of four layers' gradients have their places, and the embeddings'. Nor does
+    // stage 3, with places for two layers beside a third of all four.
+    assert!(optimizer < all && gradients < all && weights < all && offload < optimizer);
     assert!(told("lora", "zero_stage=3") < told("lora", "zero_stage=2"));
 }
 
@@ -113,7 +115,7 @@ fn stages_share_what_they_say() {
         let others = ["--devices", "8", "--tflops", "1", "--link", "1"];
         estimate(&config.display().to_string(), &set, &others)["stages"][0].clone()
     };
-    let stages = ["zero_stage=0", "zero_stage=1", "zero_stage=2", "offload=true"].map(of);
+    let stages = ["zero_stage=0", "zero_stage=1", "zero_stage=2", "offload=true", "zero_stage=3"].map(of);
     let bytes = |at: usize, kind: &str| stages[at]["bytes"][kind].as_f64().unwrap();
     let parameters = stages[0]["trainable_parameters"].as_f64().unwrap();
     let near = |value: f64, expected: f64| (value / expected - 1.0).abs() < 0.05;
@@ -128,6 +130,10 @@ fn stages_share_what_they_say() {
     let gradients = bytes(2, "gradients");
     assert!((0.5 * parameters + 0.9 * passing..0.5 * parameters + 1.1 * passing).contains(&gradients), "{gradients}");
     assert!(near(bytes(3, "trained"), 2.0 * parameters) && bytes(3, "optimizer") < 1e7);
+    // Stage 3 has its eighth of the layers' weights, and two layers that take turns.
+    let (layers, ends) = (32.0 * 202_383_360.0, 262_144_000.0);
+    assert!(near(bytes(4, "trained"), 0.75 * layers + 2.5 * ends) && near(bytes(4, "optimizer"), parameters));
+    assert!(near(bytes(4, "gradients"), gradients) && near(bytes(4, "weights"), 4.0 * 202_383_360.0));
     assert!(stages[3]["host_bytes"].as_f64().unwrap() > 16.0 * parameters);
 }
 

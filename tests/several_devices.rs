@@ -58,7 +58,7 @@ const FORMS: &[Form] = &[
         case: "mha_untied_linear",
         settings: "method = \"lora\"\nr = 4\nuse_dora = true",
         bound: SUMS,
-        layouts: &[Layout::new(2, 2)],
+        layouts: &[Layout::new(2, 2), Layout::new(2, 3)],
     },
     Form {
         name: "qlora",
@@ -72,35 +72,35 @@ const FORMS: &[Form] = &[
         case: "gqa_tied_mlp_vision",
         settings: "method = \"full\"\nunfreeze_mm_vision_tower = true\nweight_decay = 0.1",
         bound: SUMS,
-        layouts: &[Layout::new(3, 1), Layout::offload(2, 2)],
+        layouts: &[Layout::new(3, 1), Layout::offload(2, 2), Layout::new(3, 3)],
     },
     Form {
         name: "bfloat16",
         case: "llama3_rope_biases",
         settings: "method = \"full\"\nprecision = \"bfloat16\"",
         bound: ROUNDED,
-        layouts: &[Layout::new(2, 0), Layout::offload(3, 1)],
+        layouts: &[Layout::new(2, 0), Layout::offload(3, 1), Layout::new(2, 3), Layout::offload(1, 3)],
     },
     Form {
         name: "stochastic",
         case: "llama3_rope_biases",
         settings: "method = \"full\"\nprecision = \"bfloat16\"\nstochastic_rounding = true",
         bound: ROUNDED,
-        layouts: &[Layout::new(3, 2)],
+        layouts: &[Layout::new(3, 2), Layout::new(2, 3)],
     },
     Form {
         name: "float16",
         case: "llama3_rope_biases",
         settings: "method = \"full\"\nprecision = \"float16\"\ninitial_scale_power = 20",
         bound: ROUNDED,
-        layouts: &[Layout::new(2, 2), Layout::offload(2, 0)],
+        layouts: &[Layout::new(2, 2), Layout::offload(2, 0), Layout::new(3, 3)],
     },
     Form {
         name: "adamw_8bit",
         case: "gqa_tied_mlp_vision",
         settings: "method = \"full\"\noptim = \"adamw_8bit\"",
         bound: SUMS,
-        layouts: &[Layout::new(2, 1)],
+        layouts: &[Layout::new(2, 1), Layout::new(2, 3)],
     },
 ];
 
@@ -147,11 +147,10 @@ fn every_layout_gives_the_losses_of_one() {
     let mut wrong = Vec::new();
     for form in FORMS {
         let can_offload = !["stochastic", "adamw_8bit"].contains(&form.name);
-        let stages = if ["projector", "lora", "qlora"].contains(&form.name) { 0..=3 } else { 0..=2 };
         let mut layouts = Vec::new();
         for devices in 1..=4 {
-            layouts.extend(stages.clone().map(|stage| Layout::new(devices, stage)));
-            layouts.extend(stages.clone().filter(|_| can_offload).map(|stage| Layout::offload(devices, stage)));
+            layouts.extend((0..=3).map(|stage| Layout::new(devices, stage)));
+            layouts.extend((0..=3).filter(|_| can_offload).map(|stage| Layout::offload(devices, stage)));
         }
         layouts.retain(|layout| *layout != Layout::ONE);
         wrong.extend(compare(form, 12, &layouts, folder.path()));
@@ -162,9 +161,12 @@ fn every_layout_gives_the_losses_of_one() {
 #[test]
 fn the_same_layout_gives_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    for (form, layout) in
-        [("lora", Layout::new(3, 2)), ("full", Layout::new(2, 0)), ("bfloat16", Layout::offload(2, 1))]
-    {
+    for (form, layout) in [
+        ("lora", Layout::new(3, 2)),
+        ("full", Layout::new(2, 0)),
+        ("bfloat16", Layout::offload(2, 1)),
+        ("bfloat16", Layout::new(2, 3)),
+    ] {
         let form = FORMS.iter().find(|one| one.name == form).unwrap();
         let settings = format!("{}\nmax_steps = 4", form.settings);
         let run = Run::new(form.case, &settings, 6, &folder.path().join("run"));
@@ -305,7 +307,7 @@ fn bytes_moved_are_those_of_the_formulas() {
 fn a_checkpoint_is_gone_on_with_under_any_layout() {
     let folder = tempfile::tempdir().unwrap();
     let begun_with = Layout::new(2, 2);
-    let others = [Layout::ONE, Layout::new(4, 1), Layout::offload(2, 0)];
+    let others = [Layout::ONE, Layout::new(4, 1), Layout::offload(2, 0), Layout::new(2, 3)];
     for name in ["lora", "adamw_8bit", "bfloat16"] {
         let form = FORMS.iter().find(|form| form.name == name).unwrap();
         let whole = folder.path().join(name);

@@ -85,6 +85,30 @@ fn two_hosts_train_what_one_device_trains() {
     }
 }
 
+/// Weights of layers that train rest on each host, and each device's are brought there by its host.
+#[test]
+fn two_hosts_share_layers_that_train() {
+    let dir = tempfile::tempdir().unwrap();
+    let alone = dir.path().join("alone");
+    let full = |accumulation: &'static str| ["method=full", "learning_rate=1e-3", accumulation];
+    train(&alone, 1, &full("gradient_accumulation_steps=4"), false, &mut Alone).unwrap();
+    for (name, devices, accumulation, offload) in [
+        ("one device each", 1, "gradient_accumulation_steps=2", "offload=false"),
+        ("two devices each", 2, "gradient_accumulation_steps=1", "offload=false"),
+        ("offload", 1, "gradient_accumulation_steps=2", "offload=true"),
+    ] {
+        let out = dir.path().join(name);
+        let set = [&full(accumulation)[..], &["zero_stage=3", offload]].concat();
+        for result in threads::on(2, |hosts| train(&out, devices, &set, false, hosts)) {
+            result.unwrap();
+        }
+        assert_close(&losses(&out), &losses(&alone), name);
+        assert_eq!(state(&out).len(), state(&alone).len(), "{name}: a whole checkpoint");
+        let size = |out: &Path| fs::metadata(out.join("model/model.safetensors")).unwrap().len();
+        assert_eq!(size(&out), size(&alone), "{name}: a whole model");
+    }
+}
+
 /// A run of two hosts goes on on one, and the other way round.
 #[test]
 fn a_run_goes_on_with_another_number_of_hosts() {

@@ -112,6 +112,7 @@ fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<
     let gpu = model.gpu().clone();
     let upload = |tensor: &HostTensor| Tensor::from_f32(&gpu, &tensor.data, &tensor.shape);
     let Llava { language, parameters, .. } = model;
+    let streaming = language.streaming().cloned();
     let mut attached: Vec<(String, Id, Id)> = Vec::new();
     for (index, layer) in language.layers_mut().iter_mut().enumerate() {
         for (name, linear) in layer.linears_mut() {
@@ -135,6 +136,7 @@ fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<
             let lora =
                 linear.lora.insert(Lora { a, b, scale, dropout, stream: attached.len() as u32, bias, dora: None });
             if let Some(magnitude) = &weights.magnitude {
+                streaming.iter().for_each(|streaming| streaming.bring(index, Some(index + 1)));
                 let norm = dora::norm(parameters, linear.weight, lora);
                 let magnitude = parameters.insert(dora::magnitude_name(&module), upload(magnitude));
                 lora.dora = Some(Dora { magnitude, norm });

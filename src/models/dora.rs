@@ -25,9 +25,11 @@ pub fn magnitude_name(module: &str) -> String {
 /// the model computes stays as it is.
 pub fn start(model: &mut Llava) {
     let Llava { language, parameters, .. } = model;
+    let streaming = language.streaming().cloned();
     for (index, layer) in language.layers_mut().iter_mut().enumerate() {
         for (name, linear) in layer.linears_mut() {
             let Some(lora) = linear.lora.as_mut().filter(|lora| lora.dora.is_none()) else { continue };
+            streaming.iter().for_each(|streaming| streaming.bring(index, Some(index + 1)));
             let norm = norm(parameters, linear.weight, lora);
             let magnitude = Tensor::empty(norm.gpu(), norm.shape());
             magnitude.copy_from(&norm);
@@ -40,11 +42,13 @@ pub fn start(model: &mut Llava) {
 /// Computes the norms again, after A and B have changed.
 pub fn update_norms(model: &mut Llava) {
     let Llava { language, parameters, .. } = model;
-    for layer in language.layers_mut() {
+    let streaming = language.streaming().cloned();
+    for (index, layer) in language.layers_mut().iter_mut().enumerate() {
         for (_, linear) in layer.linears_mut() {
             if let Some(lora) = &linear.lora
                 && let Some(dora) = &lora.dora
             {
+                streaming.iter().for_each(|streaming| streaming.bring(index, Some(index + 1)));
                 write_norm(parameters, linear.weight, lora, &dora.norm, NORM_BYTES);
             }
         }

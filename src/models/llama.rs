@@ -240,8 +240,8 @@ impl Llama {
         self.streaming = streaming.map(Arc::new);
     }
 
-    pub fn streaming(&self) -> Option<&Streaming> {
-        self.streaming.as_deref()
+    pub fn streaming(&self) -> Option<&Arc<Streaming>> {
+        self.streaming.as_ref()
     }
 
     /// What the layers keep for their backward from now on.

@@ -9,7 +9,7 @@ use super::{
     loading::{Loader, Loading},
     names,
     projector::Projector,
-    streaming::{Arriving, Streaming},
+    streaming::Arriving,
 };
 use crate::{
     autograd::{Checkpoints, Tape, Var, functions},
@@ -72,8 +72,8 @@ impl Llava {
         let mut load = |name: &str| {
             let tensor = match shapes.iter().find(|(known, _)| known == name) {
                 Some((_, shape)) if replace || !folder.has(name) => loader.fresh(&projector(name, shape)?),
-                _ => match arriving.as_mut().filter(|_| !loader.trains(name)) {
-                    Some(arriving) => arriving.take(name, || loader.stored(name))?,
+                _ => match &mut arriving {
+                    Some(arriving) => arriving.take(name, loader.trains(name), || loader.stored(name))?,
                     None => loader.stored(name)?,
                 },
             };
@@ -98,9 +98,22 @@ impl Llava {
         }
     }
 
+    /// A parameter's values, wherever they are; none where there is no such parameter.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn values(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(id) = self.parameters.find(name) else { return Ok(None) };
+        let value = &self.parameters.get(id).value;
+        match self.language.streaming().and_then(|streaming| streaming.trained(name)) {
+            Some(at_rest) => Ok(Some(value.dtype().widen(&at_rest.read(0..value.len())))),
+            None => value.to_vec().map(Some),
+        }
+    }
+
     /// Bytes of the layers that take turns on the device, all of them; 0 where none do.
     pub fn streamed_bytes(&self) -> u64 {
-        self.language.streaming().map_or(0, Streaming::bytes)
+        self.language.streaming().map_or(0, |streaming| streaming.bytes())
     }
 
     pub fn gpu(&self) -> &Gpu {

@@ -21,7 +21,7 @@ pub struct Loading<'a> {
     pub quantization: Option<Quantization>,
     /// Canonical names of what will train: f32.
     pub trains: &'a dyn Fn(&str) -> bool,
-    /// Where the frozen layers of the decoder rest, and take turns on the device.
+    /// Where the layers of the decoder rest that take turns on the device.
     pub resting: Option<&'a Resting>,
     /// Bytes of the checkpoint that are on the device, and all of them.
     pub progress: &'a mut dyn FnMut(u64, u64),

@@ -1,7 +1,7 @@
 //! One optimizer step on one device: micro-batches through the model, gradients into arenas, the update. Holds all of a
 //! stage that lives on the device, and knows neither data nor files.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use super::{
     config::{Method, Optim, Precision, StageConfig},
@@ -49,7 +49,9 @@ impl Stepper {
     pub fn new(stage: &StageConfig, mut start: Start, micro_batches: usize, sharing: Sharing) -> Result<Self> {
         start.model.set_checkpoints(stage.checkpoints());
         let trainables = trainable::select(stage, &start.model)?;
-        let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings(stage), sharing)?;
+        let Llava { parameters, language, .. } = &mut start.model;
+        let streaming = language.streaming().map(Arc::as_ref);
+        let optimizer = Optimizer::new(parameters, trainables, settings(stage), sharing, streaming)?;
         let gpu = start.model.gpu();
         // What was moved into arenas, and what loading needed.
         gpu.trim();
@@ -174,6 +176,9 @@ impl Stepper {
 
     /// Makes again what follows from the weights, once they are all new.
     pub fn settle(&mut self) {
+        if let Some(streaming) = self.start.model.language.streaming() {
+            streaming.renew();
+        }
         dora::update_norms(&mut self.start.model);
     }
 }
@@ -193,7 +198,7 @@ pub(super) fn settings(stage: &StageConfig) -> AdamW {
 
 /// What of the matrices that train is on the device. Adapters, and a projector that trains without the language model,
 /// are small: they stay in f32.
-fn kept(stage: &StageConfig) -> Keep {
+pub(super) fn kept(stage: &StageConfig) -> Keep {
     match stage.precision {
         _ if stage.method != Method::Full => Keep::Full,
         Some(_) if stage.stochastic_rounding => Keep::Stochastic,

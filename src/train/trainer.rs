@@ -108,7 +108,7 @@ impl<'a> Trainer<'a> {
             }
         }
         let micro_batches = plan.micro_batches();
-        let resting = (stage.zero_stage == 3).then(Resting::default);
+        let resting = Team::resting(stage, standing.total);
         let sharing = Team::sharing(stage, prepared.config(), standing, devices.gpus.len());
         let mut steppers = Vec::new();
         for (gpu, sharing) in devices.gpus.iter().zip(sharing) {
@@ -120,6 +120,7 @@ impl<'a> Trainer<'a> {
             )?);
         }
         let mut team = Team::new(stage, steppers, standing, devices.slow, hosts)?;
+        resting.iter().for_each(Resting::forget_masters);
         let loss_scaler = LossScaling::of(stage).map(|scaling| LossScaler::new(&scaling));
         let mut state = TrainerState {
             step: 0,
@@ -286,8 +287,7 @@ impl<'a> Trainer<'a> {
         };
         let fetch = |name: &str| {
             let missing = || Error::failed(format!("{name} is not in the model"));
-            let (value, shape) = (&parameter(name).ok_or_else(missing)?.value, shapes.get(name).ok_or_else(missing)?);
-            let values = value.to_vec()?;
+            let (values, shape) = (model.values(name)?.ok_or_else(missing)?, shapes.get(name).ok_or_else(missing)?);
             check_finite(name, &values)?;
             Ok(HostTensor::new(shape.clone(), values))
         };

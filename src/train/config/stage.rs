@@ -265,12 +265,6 @@ impl StageConfig {
             return Err(Error::usage(format!("{place}: offload = true keeps moments in float32, not in eight bits"))
                 .hint("set optim = \"adamw\": under offload moments take no device memory"));
         }
-        if stage.zero_stage == 3 && (stage.method == Method::Full || stage.use_dora) {
-            return Err(Error::usage(format!(
-                "{place}: zero_stage = 3 is not built yet for layers that train, and for use_dora"
-            ))
-            .hint("use zero_stage = 2, which shares gradients and the optimizer's state"));
-        }
         if stage.offload && stage.stochastic_rounding {
             return Err(Error::usage(format!("{place}: offload = true keeps float32 masters on the host"))
                 .hint("leave stochastic_rounding out: under offload masters take no device memory"));

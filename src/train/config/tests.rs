@@ -212,10 +212,9 @@ fn what_is_known_but_not_built_says_so() {
     let built =
         ["bits=4", "use_dora=true", "optim=adamw", "gradient_checkpointing=none", "zero_stage=2", "offload=true"];
     resolve(MINIMAL, &built).unwrap();
-    let layers = message(MINIMAL, &["method=full", "zero_stage=3"]);
-    assert!(layers.contains("zero_stage = 3 is not built yet"), "{layers}");
-    for set in [["optim=adamw_8bit", "offload=true"], ["method=full", "zero_stage=3"]] {
-        assert!(resolve(MINIMAL, &set).is_err(), "{set:?}");
+    assert!(resolve(MINIMAL, &["optim=adamw_8bit", "offload=true"]).is_err());
+    for method in ["method=full", "use_dora=true"] {
+        resolve(MINIMAL, &[method, "zero_stage=3"]).unwrap();
     }
     for mode in ["selective", "full", "offload"] {
         resolve(MINIMAL, &[&format!("gradient_checkpointing={mode}")]).unwrap();

@@ -65,7 +65,7 @@ fn changes(stage: &StageConfig) -> Vec<Change> {
             Box::new(|stage| (stage.offload, stage.optim) = (true, Optim::AdamW)),
         ));
     }
-    if stage.zero_stage < 3 && stage.method != Method::Full && !stage.use_dora {
+    if stage.zero_stage < 3 {
         list.push(("zero_stage = 3".into(), Box::new(|stage| stage.zero_stage = 3)));
     }
     if stage.method == Method::Full {

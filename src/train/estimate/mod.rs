@@ -26,7 +26,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     formats::{model_folder::ModelFolder, safetensors::Dtype},
     gpu::{AdapterFacts, Gpu, Holdings, Launches, STAGING_BYTES},
-    models::{released, streaming::Resting},
+    models::released,
 };
 
 /// What one stage needs.
@@ -185,7 +185,7 @@ pub(super) fn simulate(
     let gpu = Gpu::counting(facts.clone());
     let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(1).max(stage.gradient_accumulation_steps);
     let sharing = Team::sharing(stage, prepared.config(), Standing { first: 0, total: devices }, 1)[0];
-    let resting = (stage.zero_stage == 3).then(Resting::default);
+    let resting = Team::resting(stage, devices);
     let mut stepper =
         Stepper::new(stage, prepared.load(stage, &gpu, resting.as_ref(), &mut Silent)?, micro_batches, sharing)?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;

@@ -1,14 +1,17 @@
 //! What trains, in arenas: the weights of many tensors in one buffer each, so that a step is a few dispatches whatever
 //! their number. Where each tensor lies, and which neighbours are updated alike.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use super::{AdamW, Keep, Sharing, Trainable};
 use crate::{
     error::Result,
     gpu::{Account, Gpu},
-    models::names,
-    nn::{Id, Parameters},
+    models::{
+        names,
+        streaming::{AtRest, Streaming},
+    },
+    nn::{Id, Parameter, Parameters},
     ops::{adamw_8bit, cast, elementwise},
     tensor::{ALIGNMENT, Dtype, Tensor},
 };
@@ -57,12 +60,21 @@ pub(super) struct Entry {
     pub shape: Vec<usize>,
     pub class: Class,
     pub places: Places,
+    /// Where its layer takes turns on the device: then only the owned part of it lies in the arenas.
+    pub at_rest: Option<Arc<AtRest>>,
 }
 
 impl Entry {
     /// Elements, without padding.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Its elements that are among these gradients.
+    pub fn elements_in(&self, gradients: &Range<usize>) -> Range<usize> {
+        let first = self.places.gradient;
+        let found = clamp(first..first + self.len(), gradients);
+        found.start - first..found.end - first
     }
 }
 
@@ -99,12 +111,14 @@ pub(super) struct Placed {
     pub groups: Vec<Group>,
     pub entries: Vec<Entry>,
     pub ids: Vec<Id>,
-    /// Where each arena ends.
+    /// Where each arena ends, if it holds all.
     pub end: Places,
     /// f32.
     pub values: Tensor,
     /// 16 bits.
     pub copies: Option<Tensor>,
+    /// The first gradient whose weight they hold.
+    pub first: usize,
     /// f32, of the packed tensors' owned elements, in their order.
     pub masters: Option<Tensor>,
     /// The gradients whose updates are made here.
@@ -129,22 +143,29 @@ fn class(parameters: &Parameters, id: Id, settings: &AdamW) -> Class {
 
 /// Brings tensors that are kept and updated alike together, and cuts what trains into parts of at most `most` elements,
 /// or one tensor.
+///
+/// Those of layers that take turns are by themselves.
 pub(super) fn parts(
     parameters: &Parameters,
     mut trainables: Vec<Trainable>,
     settings: &AdamW,
     most: usize,
+    streaming: Option<&Streaming>,
 ) -> Vec<Vec<Trainable>> {
+    let takes_turns = |t: &Trainable| at_rest(streaming, &parameters.get(t.id).name).is_some();
     trainables.sort_by_key(|t| {
         let Class { packed, eight_bits } = class(parameters, t.id, settings);
-        (!eight_bits, !packed, t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits(), t.id)
+        let rates = (t.learning_rate.to_bits(), t.weight_decay.to_bits());
+        (takes_turns(t), !eight_bits, !packed, t.of_pictures, rates, t.id)
     });
     let (mut parts, mut elements): (Vec<Vec<Trainable>>, usize) = (Vec::new(), 0);
     for trainable in trainables {
         // Blocks of eight-bit moments are the widest alignment.
         let count = parameters.get(trainable.id).value.len().next_multiple_of(adamw_8bit::BLOCK);
         match parts.last_mut() {
-            Some(last) if elements + count <= most => last.push(trainable),
+            Some(last) if elements + count <= most && takes_turns(&last[0]) == takes_turns(&trainable) => {
+                last.push(trainable);
+            }
             _ => {
                 elements = 0;
                 parts.push(vec![trainable]);
@@ -155,14 +176,19 @@ pub(super) fn parts(
     parts
 }
 
+fn at_rest<'a>(streaming: Option<&'a Streaming>, name: &str) -> Option<&'a Arc<AtRest>> {
+    streaming.and_then(|streaming| streaming.trained(name))
+}
+
 impl Placed {
-    /// Moves tensors that train into arenas, in the order of [`parts`].
+    /// Moves tensors that train into arenas, in the order of [`parts`]; of those of layers that take turns what is owned.
     pub fn new(
         gpu: &Gpu,
         parameters: &mut Parameters,
         trainables: &[Trainable],
         settings: &AdamW,
         sharing: &Sharing,
+        streaming: Option<&Streaming>,
     ) -> Self {
         let (mut groups, mut entries, mut end): (Vec<Group>, Vec<Entry>, _) =
             (Vec::new(), Vec::new(), Places::default());
@@ -172,7 +198,8 @@ impl Placed {
             let count = parameter.value.len().next_multiple_of(class.alignment());
             end.pass(class, count);
             let (name, shape) = (parameter.name.clone(), parameter.value.shape().to_vec());
-            entries.push(Entry { name, shape, class, places });
+            let at_rest = at_rest(streaming, &name).cloned();
+            entries.push(Entry { name, shape, class, places, at_rest });
             let Trainable { learning_rate, weight_decay, of_pictures, .. } = *trainable;
             let group = Group { class, places, count, learning_rate, weight_decay, of_pictures };
             match groups.last_mut() {
@@ -181,18 +208,34 @@ impl Placed {
             }
         }
         let owned = sharing.owned(end.gradient);
-        let values = arena(gpu, Account::Trained, end.value);
+        // Tensors of layers that take turns are of one kind, so that all places in their part are the gradients'.
+        let takes_turns = entries.iter().any(|entry| entry.at_rest.is_some());
+        let (first, held) = if takes_turns { (owned.start, owned.len()) } else { (0, usize::MAX) };
+        let values = arena(gpu, Account::Trained, end.value.min(held));
         let copies = (end.copy > 0).then(|| {
             let dtype = if let Keep::Master(dtype) = settings.keep { dtype } else { Dtype::Bf16 };
-            arena(gpu, Account::Trained, end.copy / 2).reinterpreted(dtype)
+            arena(gpu, Account::Trained, end.copy.min(held) / 2).reinterpreted(dtype)
         });
         let has_master = |group: &Group| group.class.packed && matches!(settings.keep, Keep::Master(_));
         let owned_groups = groups.iter().filter_map(|group| group.within(&owned));
         let masters: usize = owned_groups.filter(has_master).map(|group| group.count).sum();
         let masters = (masters > 0).then(|| arena(gpu, Account::Trained, masters));
+        let ids = trainables.iter().map(|trainable| trainable.id).collect();
+        let placed = Self { gpu: gpu.clone(), groups, entries, ids, end, values, copies, first, masters, owned };
+        if takes_turns {
+            placed.write_owned();
+        } else {
+            placed.move_all(parameters);
+        }
+        placed
+    }
+
+    /// Moves what was loaded, and says where the model finds it now.
+    fn move_all(&self, parameters: &mut Parameters) {
+        let Self { entries, ids, values, copies, masters, owned, .. } = self;
         let mut next_master = 0;
-        for (trainable, entry) in trainables.iter().zip(&entries) {
-            let loaded = &parameters.get(trainable.id).value;
+        for (&id, entry) in ids.iter().zip(entries) {
+            let loaded = &parameters.get(id).value;
             let read = match copies.as_ref().filter(|_| entry.class.packed) {
                 None => {
                     let value = values.part(entry.places.value, &entry.shape);
@@ -206,11 +249,11 @@ impl Placed {
                     } else {
                         cast::cast_into(loaded, 0, &copy, 0, loaded.len());
                     }
-                    if let Some(masters) = &masters {
+                    if let Some(masters) = masters {
                         let first = entry.places.gradient;
                         let padded = entry.len().next_multiple_of(entry.class.alignment());
-                        let all = clamp(first..first + padded, &owned);
-                        let real = clamp(first..first + entry.len(), &owned);
+                        let all = clamp(first..first + padded, owned);
+                        let real = clamp(first..first + entry.len(), owned);
                         if !real.is_empty() {
                             masters.copy_elements(next_master, loaded, real.start - first, real.len());
                         }
@@ -219,10 +262,29 @@ impl Placed {
                     copy
                 }
             };
-            parameters.place(trainable.id, read, None);
+            parameters.place(id, read, None);
         }
-        let ids = trainables.iter().map(|trainable| trainable.id).collect();
-        Self { gpu: gpu.clone(), groups, entries, ids, end, values, copies, masters, owned }
+    }
+
+    /// Copies what is owned of layers at rest.
+    fn write_owned(&self) {
+        for entry in &self.entries {
+            let elements = entry.elements_in(&self.owned);
+            let Some(at_rest) = entry.at_rest.as_ref().filter(|_| !elements.is_empty() && !self.gpu.only_counts())
+            else {
+                continue;
+            };
+            let (place, count) = (entry.places.gradient + elements.start - self.first, [elements.len()]);
+            match &self.copies {
+                None => self.values.part(place, &count).write(&at_rest.loaded(elements)),
+                Some(copies) => {
+                    copies.arena_part(place, &count).write_bytes(&at_rest.read(elements.clone()));
+                    if let Some(masters) = &self.masters {
+                        masters.part(place, &count).write(&at_rest.loaded(elements));
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -230,11 +292,20 @@ impl Placed {
 ///
 /// # Errors
 /// Whatever has failed on the device so far.
-pub(super) fn on_host(parameters: &Parameters, trainables: &[Trainable], settings: &AdamW) -> Result<Vec<f32>> {
+pub(super) fn on_host(
+    parameters: &Parameters,
+    trainables: &[Trainable],
+    settings: &AdamW,
+    streaming: Option<&Streaming>,
+) -> Result<Vec<f32>> {
     let mut values = Vec::new();
     for trainable in trainables {
         let class = class(parameters, trainable.id, settings);
-        values.extend(parameters.get(trainable.id).value.to_vec()?);
+        let Parameter { name, value, .. } = parameters.get(trainable.id);
+        match at_rest(streaming, name) {
+            Some(at_rest) => values.extend(at_rest.loaded(0..value.len())),
+            None => values.extend(value.to_vec()?),
+        }
         values.resize(values.len().next_multiple_of(class.alignment()), 0.0);
     }
     Ok(values)

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     formats::safetensors::Dtype,
+    models::streaming::AtRest,
     ops::adamw,
     tensor,
 };
@@ -24,10 +25,18 @@ const CHUNK: usize = 1 << 16;
 /// Weights, gradients and moments of a part of what trains, in the order of the devices' gradients.
 struct HostShard {
     groups: Vec<Group>,
-    entries: Vec<(String, Vec<usize>, usize)>,
+    entries: Vec<HostEntry>,
     /// Weights or masters, then both moments.
     kept: [Vec<f32>; 3],
     gradients: Vec<f32>,
+}
+
+struct HostEntry {
+    name: String,
+    shape: Vec<usize>,
+    /// Among the gradients.
+    first: usize,
+    at_rest: Option<Arc<AtRest>>,
 }
 
 /// All that trains, updated by the host.
@@ -44,7 +53,12 @@ impl HostOptimizer {
         let begin = std::mem::take(&mut first.begin_on_host);
         let shards = first.shards.iter().zip(begin).map(|(shard, values)| {
             let count = values.len();
-            let entry = |entry: &Entry| (entry.name.clone(), entry.shape.clone(), entry.places.gradient);
+            let entry = |Entry { name, shape, places, at_rest, .. }: &Entry| HostEntry {
+                name: name.clone(),
+                shape: shape.clone(),
+                first: places.gradient,
+                at_rest: at_rest.clone(),
+            };
             HostShard {
                 groups: shard.groups().to_vec(),
                 entries: shard.entries.iter().map(entry).collect(),
@@ -80,13 +94,27 @@ impl HostOptimizer {
         }
     }
 
-    /// All weights as models read them, as [`Optimizer::write_weights`] takes them.
+    /// Brings layers that take turns on the devices to where they rest.
+    pub fn rest(&self) {
+        for HostShard { entries, kept: [values, ..], .. } in &self.shards {
+            for HostEntry { shape, first, at_rest, .. } in entries {
+                let Some(at_rest) = at_rest else { continue };
+                let values = &values[*first..first + shape.iter().product::<usize>()];
+                let chunks = values.par_chunks(CHUNK).enumerate();
+                chunks.for_each(|(at, values)| at_rest.write(at * CHUNK, &at_rest.dtype().narrow(values)));
+            }
+        }
+    }
+
+    /// All other weights as models read them, as [`Optimizer::write_weights`] takes them.
     pub fn weights(&self) -> Vec<u8> {
         let dtype = |group: &Group| match self.settings.keep {
             Keep::Master(dtype) if group.class.packed => dtype,
             _ => tensor::Dtype::F32,
         };
-        let groups = || self.shards.iter().flat_map(|shard| shard.groups.iter().map(move |group| (shard, group)));
+        let stays = |shard: &&HostShard| shard.entries.iter().all(|entry| entry.at_rest.is_none());
+        let stay = || self.shards.iter().filter(stays);
+        let groups = || stay().flat_map(|shard| shard.groups.iter().map(move |group| (shard, group)));
         let mut bytes = vec![0; groups().map(|(_, group)| group.count * dtype(group).bytes()).sum()];
         let (mut rest, mut chunks) = (bytes.as_mut_slice(), Vec::new());
         for (HostShard { kept: [values, ..], .. }, group) in groups() {
@@ -106,7 +134,7 @@ impl Remembers for HostOptimizer {
     fn states(&self) -> Vec<State> {
         let mut states = Vec::new();
         for (shard, HostShard { entries, .. }) in self.shards.iter().enumerate() {
-            for (name, shape, first) in entries {
+            for HostEntry { name, shape, first, .. } in entries {
                 for (which, suffix) in [None].into_iter().chain(MOMENTS.map(Some)).enumerate() {
                     let name = suffix.map_or_else(|| name.clone(), |suffix| format!("{name}.{suffix}"));
                     let (shape, part) = (shape.clone(), 0..shape.iter().product());

@@ -27,6 +27,7 @@ use shard::Shard;
 use crate::{
     error::Result,
     gpu::{Account, Gpu},
+    models::streaming::Streaming,
     nn::{Id, Parameters},
     ops::elementwise,
     tensor::{ALIGNMENT, Downloading, Dtype, Tensor},
@@ -62,6 +63,16 @@ pub enum Keep {
     Master(Dtype),
     /// bfloat16, rounded at random.
     Stochastic,
+}
+
+impl Keep {
+    /// The type of copies beside masters.
+    pub fn copies(self) -> Option<Dtype> {
+        match self {
+            Self::Master(dtype) => Some(dtype),
+            Self::Full | Self::Stochastic => None,
+        }
+    }
 }
 
 /// What AdamW needs besides the gradient; `torch.optim.AdamW`'s names.
@@ -108,7 +119,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// Moves what trains into arenas, and gives each its place for gradients.
+    /// Moves what trains into arenas, and gives each its place for gradients. Of layers that take turns it takes what
+    /// this device updates.
     ///
     /// # Errors
     /// Whatever has failed on the device so far.
@@ -117,6 +129,7 @@ impl Optimizer {
         trainables: Vec<Trainable>,
         settings: AdamW,
         sharing: Sharing,
+        streaming: Option<&Streaming>,
     ) -> Result<Self> {
         let gpu = match trainables.first() {
             Some(first) => parameters.get(first.id).value.gpu().clone(),
@@ -125,11 +138,11 @@ impl Optimizer {
         let most = ARENA_BYTES.min(gpu.facts().limits.max_buffer_size) / 4;
         let mut placed = Vec::new();
         let mut begin_on_host = Vec::new();
-        for part in parts(parameters, trainables, &settings, most as usize) {
+        for part in parts(parameters, trainables, &settings, most as usize, streaming) {
             if sharing.offload && sharing.first_of_host && !gpu.only_counts() {
-                begin_on_host.push(arenas::on_host(parameters, &part, &settings)?);
+                begin_on_host.push(arenas::on_host(parameters, &part, &settings, streaming)?);
             }
-            placed.push(Placed::new(&gpu, parameters, &part, &settings, &sharing));
+            placed.push(Placed::new(&gpu, parameters, &part, &settings, &sharing, streaming));
             // What the weights were loaded to goes before there is more than the weights.
             gpu.trim();
         }
@@ -159,7 +172,7 @@ impl Optimizer {
         self.shards.iter().map(Shard::elements).sum()
     }
 
-    /// Bytes of what trains, as the model reads it: of all, or of what a device updates.
+    /// Bytes of what trains, as the model reads it, without layers that take turns: of all, or of what a device updates.
     pub fn weight_bytes(&self, owner: Option<usize>) -> u64 {
         self.weights_of(owner).iter().map(|part| bytes_of(part) as u64).sum()
     }
@@ -242,7 +255,40 @@ impl Optimizer {
 
     fn weights_of(&self, owner: Option<usize>) -> Vec<Tensor> {
         let range = |end: usize| owner.map_or(0..end, |owner| self.sharing.owned_by(owner, end));
-        self.shards.iter().flat_map(|shard| shard.weights(&range(shard.end.gradient))).collect()
+        let stays = self.shards.iter().filter(|shard| !shard.takes_turns());
+        stays.flat_map(|shard| shard.weights(&range(shard.end.gradient))).collect()
+    }
+
+    /// Brings what this device has updated of layers that take turns to where they rest.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn rest(&self) -> Result<()> {
+        self.shards.iter().try_for_each(|shard| shard.rest(&self.gpu))
+    }
+
+    /// Bytes of that.
+    pub fn rested_bytes(&self) -> u64 {
+        let owned = |shard: &Shard| shard.weights(&shard.owned).iter().map(|part| bytes_of(part) as u64).sum::<u64>();
+        self.shards.iter().filter(|shard| shard.takes_turns()).map(owned).sum()
+    }
+
+    /// The parts of the optimizer whose layers take turns, by number.
+    pub fn resting(&self) -> impl Iterator<Item = usize> + use<> {
+        let found = |(number, shard): (usize, &Shard)| shard.takes_turns().then_some(number);
+        self.shards.iter().enumerate().filter_map(found).collect::<Vec<_>>().into_iter()
+    }
+
+    /// What a device has updated of a part whose layers take turns, from where it rests.
+    pub fn read_rested(&self, shard: usize, owner: usize) -> Vec<u8> {
+        let shard = &self.shards[shard];
+        shard.read_rested(&self.sharing.owned_by(owner, shard.end.gradient))
+    }
+
+    /// Puts it there.
+    pub fn write_rested(&self, shard: usize, owner: usize, bytes: &[u8]) {
+        let shard = &self.shards[shard];
+        shard.write_rested(&self.sharing.owned_by(owner, shard.end.gradient), bytes);
     }
 
     /// Adds the gradients' square sum to `out[slot]`, where the device has all of them.

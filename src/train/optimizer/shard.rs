@@ -7,14 +7,16 @@ use super::{
     arenas::{Entry, Group, Placed, Places, arena, clamp},
 };
 use crate::{
-    gpu::Account,
+    error::Result,
+    gpu::{Account, Gpu},
+    models::streaming::AtRest,
     nn::Parameters,
     ops::{
         adamw::{self, Draw, Weights},
         adamw_8bit::{self, Moments},
         cast, elementwise, reduce,
     },
-    tensor::Tensor,
+    tensor::{Downloading, Tensor},
 };
 
 /// Owned neighbours that are updated alike, and where what is kept of them here lies.
@@ -47,10 +49,12 @@ pub(super) struct Shard {
     /// In arena order.
     pub entries: Vec<Entry>,
     pub end: Places,
-    /// f32 weights that the model reads.
+    /// f32 weights that the model reads, or that go to rest for it.
     values: Tensor,
     /// 16 bits.
     copies: Option<Tensor>,
+    /// The first gradient whose weight they hold.
+    first: usize,
     masters: Option<Tensor>,
     gradients: Gradients,
     pub owned: Range<usize>,
@@ -75,7 +79,7 @@ impl Shard {
     /// Gives what was [`Placed`] its place for gradients, and what is owned of it its moments. `homes` has where the
     /// gradient of each entry is made, where gradients pass.
     pub fn new(parameters: &mut Parameters, placed: Placed, settings: AdamW, homes: Option<Vec<Tensor>>) -> Self {
-        let Placed { gpu, groups, entries, ids, end, values, copies, masters, owned } = placed;
+        let Placed { gpu, groups, entries, ids, end, values, copies, first, masters, owned } = placed;
         let (pieces, kept) = pieces(&groups, &owned, settings.keep);
         let gradients = match &homes {
             None => Gradients::Whole(arena(&gpu, Account::Gradients, end.gradient)),
@@ -100,6 +104,7 @@ impl Shard {
             end,
             values,
             copies,
+            first,
             masters,
             gradients,
             owned,
@@ -144,13 +149,68 @@ impl Shard {
         }
     }
 
+    /// Whether its layers take turns on the device.
+    pub fn takes_turns(&self) -> bool {
+        self.entries.iter().any(|entry| entry.at_rest.is_some())
+    }
+
     /// The weights that the model reads of the gradients in `range`, in arena order.
     pub fn weights(&self, range: &Range<usize>) -> Vec<Tensor> {
-        let part = |Group { class, places, count, .. }: Group| match self.copies.as_ref().filter(|_| class.packed) {
-            Some(copies) => copies.part(places.copy, &[count]),
-            None => self.values.part(places.value, &[count]),
+        let part = |group: Group| match self.copy(&group) {
+            Some(copy) => copy,
+            None => self.value(&group),
         };
         self.groups.iter().filter_map(|group| group.within(range)).map(part).collect()
+    }
+
+    /// Weights in 16 bits, of a group that has them.
+    fn copy(&self, Group { class, places, count, .. }: &Group) -> Option<Tensor> {
+        let copies = self.copies.as_ref().filter(|_| class.packed)?;
+        Some(copies.part(places.copy - self.first, &[*count]))
+    }
+
+    /// Weights in f32, of a group without copies.
+    fn value(&self, Group { places, count, .. }: &Group) -> Tensor {
+        self.values.part(places.value - self.first, &[*count])
+    }
+
+    /// Brings what is owned to where it rests.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn rest(&self, gpu: &Gpu) -> Result<()> {
+        if self.takes_turns() && !gpu.only_counts() {
+            self.write_rested(&self.owned, &Downloading::of(gpu, &self.weights(&self.owned)).bytes()?);
+        }
+        Ok(())
+    }
+
+    /// Writes the weights of the gradients in `range` to where they rest, as the model reads them.
+    pub fn write_rested(&self, range: &Range<usize>, bytes: &[u8]) {
+        let size = bytes.len().checked_div(range.len()).unwrap_or(0);
+        for (entry, at_rest, elements) in self.at_rest(range) {
+            let first = entry.places.gradient + elements.start - range.start;
+            at_rest.write(elements.start, &bytes[first * size..(first + elements.len()) * size]);
+        }
+    }
+
+    /// What [`Shard::write_rested`] takes.
+    pub fn read_rested(&self, range: &Range<usize>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (entry, at_rest, elements) in self.at_rest(range) {
+            let size = at_rest.dtype().bytes();
+            bytes.resize((entry.places.gradient + elements.start - range.start) * size, 0);
+            bytes.extend(at_rest.read(elements));
+            bytes.resize(bytes.len().next_multiple_of(size * entry.class.alignment()).min(range.len() * size), 0);
+        }
+        bytes
+    }
+
+    fn at_rest(&self, range: &Range<usize>) -> impl Iterator<Item = (&Entry, &AtRest, Range<usize>)> {
+        self.entries.iter().filter_map(move |entry| {
+            let elements = entry.elements_in(range);
+            Some((entry, entry.at_rest.as_deref()?, elements)).filter(|(.., elements)| !elements.is_empty())
+        })
     }
 
     /// Adds the gradients' square sum to `out[slot]`.
@@ -168,13 +228,13 @@ impl Shard {
             let step = self.settings.step(group, update);
             let gradient = self.owned_gradient(places.gradient, group.count);
             let (value, copy, master);
-            let weights = match self.copies.as_ref().filter(|_| group.class.packed) {
+            let weights = match self.copy(group) {
                 None => {
-                    value = self.values.part(places.value, &count);
+                    value = self.value(group);
                     Weights::Full(&value)
                 }
-                Some(copies) => {
-                    copy = copies.part(places.copy, &count);
+                Some(found) => {
+                    copy = found;
                     match &self.masters {
                         None => {
                             let (seed, step) = (self.settings.seed as u32, update.step as u32);
@@ -202,11 +262,11 @@ impl Shard {
 
     /// Makes the owned copies in 16 bits again from their masters.
     pub fn refresh_copies(&self) {
-        let (Some(copies), Some(masters)) = (&self.copies, &self.masters) else { return };
-        for Piece { group, kept } in self.pieces.iter().filter(|piece| piece.group.class.packed) {
-            let (master, copy) =
-                (masters.part(kept.master, &[group.count]), copies.part(group.places.copy, &[group.count]));
-            cast::cast_into(&master, 0, &copy, 0, group.count);
+        let Some(masters) = &self.masters else { return };
+        for Piece { group, kept } in &self.pieces {
+            if let Some(copy) = self.copy(group) {
+                cast::cast_into(&masters.part(kept.master, &[group.count]), 0, &copy, 0, group.count);
+            }
         }
     }
 
@@ -225,8 +285,8 @@ impl Shard {
         let Piece { group: Group { class, places, .. }, kept } = piece;
         match (&self.copies, &self.masters) {
             (Some(_), Some(masters)) if class.packed => masters.part(kept.master + first, &[count]),
-            (Some(copies), None) if class.packed => copies.arena_part(places.copy + first, &[count]),
-            _ => self.values.part(places.value + first, &[count]),
+            (Some(copies), None) if class.packed => copies.arena_part(places.copy - self.first + first, &[count]),
+            _ => self.values.part(places.value - self.first + first, &[count]),
         }
     }
 

@@ -37,7 +37,7 @@ pub struct DeviceTimes {
     pub tokens_per_second: f64,
     /// Seconds between its own last gradient and the last sum.
     pub waiting_seconds: f64,
-    /// To the host and back.
+    /// To the host and back: gradients, sums and weights, but for layers that come in for their turn.
     pub bytes_moved: u64,
 }
 
@@ -110,6 +110,7 @@ impl Member {
         let square_sum = moving.square_sum(&stepper.optimizer)?;
         let waiting_seconds = begun.elapsed().as_secs_f64() - own;
         stepper.update(task.update, square_sum);
+        moving.rest(&stepper.optimizer)?;
         moving.exchange_weights(&stepper.optimizer)?;
         stepper.settle();
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
@@ -236,6 +237,12 @@ impl Moving {
             }
             self.wait(optimizer)?;
         }
+    }
+
+    /// Brings layers that are updated here and take turns to where they rest.
+    fn rest(&mut self, optimizer: &Optimizer) -> Result<(), Stopped> {
+        self.bytes += optimizer.rested_bytes();
+        Ok(optimizer.rest()?)
     }
 
     /// Sends the weights that are updated here, and waits for all others.

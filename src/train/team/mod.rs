@@ -26,19 +26,19 @@ use member::{Done, Link, Member, Stopped, Task};
 use super::{
     agreement::told_by_all,
     checkpoint::{self, TrainerState},
-    config::StageConfig,
+    config::{Method, StageConfig},
     events::{Event, Observer},
     loss_scale::LossScaler,
     optimizer::{HostOptimizer, Optimizer, Remembers, Sharing, Updates},
     pictures::PictureStore,
     step::{Measured, Step},
-    stepper::{Stepper, settings},
+    stepper::{Stepper, kept, settings},
 };
 use crate::{
     error::{Error, Result},
     gpu::Gpu,
     hosts::Hosts,
-    models::{config::ModelConfig, llava::Llava},
+    models::{config::ModelConfig, llava::Llava, streaming::Resting},
 };
 
 /// A host's devices of a stage, at least one.
@@ -76,6 +76,17 @@ impl Team {
         let host = offload.then(|| HostOptimizer::new(&mut steppers[0].optimizer, settings(stage)));
         let without = |stepper| Member { stepper, pictures: PictureStore::default() };
         Ok(Self { members: steppers.into_iter().map(without).collect(), standing, host, shares, slow })
+    }
+
+    /// Where layers rest that take turns on the devices, of so many on all hosts: those that train too, unless there is
+    /// nobody to share them with.
+    pub fn resting(stage: &StageConfig, devices: usize) -> Option<Resting> {
+        let shared = devices > 1 || stage.offload;
+        match (stage.zero_stage, stage.method) {
+            (3, Method::Full) => shared.then(|| Resting::of_trained(kept(stage).copies())),
+            (3, _) => Some(Resting::default()),
+            _ => None,
+        }
     }
 
     /// What part of the optimizer each of so many of this host's devices has.
@@ -118,8 +129,11 @@ impl Team {
         if let Some(host) = &self.host {
             let bytes = host.weights();
             optimizers().for_each(|optimizer| optimizer.write_weights(None, 0, &bytes));
+            host.rest();
             return Ok(());
         }
+        optimizers().try_for_each(Optimizer::rest)?;
+        self.share_rested(hosts)?;
         let mut mine = Vec::new();
         for owner in optimizers().filter(|optimizer| optimizer.sharing().weights_return()) {
             mine.push((owner.sharing().device as u64, owner.owned_weights()?.concat()));
@@ -128,6 +142,24 @@ impl Team {
             for (device, bytes) in unframe(&framed) {
                 let others = optimizers().filter(|optimizer| optimizer.sharing().device as u64 != device);
                 others.for_each(|optimizer| optimizer.write_weights(Some(device as usize), 0, bytes));
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings what devices of each host have updated of layers that take turns to where they rest on all others.
+    fn share_rested(&self, hosts: &mut dyn Hosts) -> Result<()> {
+        let first = &self.members[0].stepper.optimizer;
+        if hosts.count() == 1 || self.host.is_some() {
+            return Ok(());
+        }
+        for shard in first.resting() {
+            let devices = self.members.iter().map(|member| member.stepper.optimizer.sharing().device);
+            let mine: Vec<_> = devices.map(|device| (device as u64, first.read_rested(shard, device))).collect();
+            for (rank, framed) in hosts.gather(&frame(&mine))?.iter().enumerate() {
+                for (device, bytes) in unframe(framed).into_iter().filter(|_| rank != hosts.rank()) {
+                    first.write_rested(shard, device as usize, bytes);
+                }
             }
         }
         Ok(())
@@ -193,6 +225,7 @@ impl Team {
         let task = Task { stage, step, update: &update, loss_scale, rounds: self.rounds(&dealt) };
         let results = self.compute(&task, &dealt, hosts);
         let (mine, square_sum) = self.agreed(results)?;
+        self.share_rested(hosts)?;
         let results = everywhere(mine, hosts)?;
         let sums: Vec<f32> = dealt.iter().enumerate().map(|(index, &device)| results[device].losses[index]).collect();
         let mut measured = step.conclude(stage, (&sums, square_sum), (updates, before), loss_scaler);
@@ -262,6 +295,7 @@ impl Team {
                 exchange.tell(&Got::SquareSum(square_sum));
                 if let Some(host) = host {
                     host.step(task.update, square_sum);
+                    host.rest();
                     let bytes = host.weights();
                     exchange.tell(&Got::Weights { owner: None, first: 0, bytes: Arc::new(bytes) });
                 } else if weights_return {
