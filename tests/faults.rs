@@ -30,13 +30,14 @@ use wgpu_llava::{
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is trained, and on what.
-const RUNS: [(&str, Layout); 6] = [
+const RUNS: [(&str, Layout); 7] = [
     (LORA, Layout::new(2, 0)),
     (FULL, Layout::new(3, 2)),
     (LORA, Layout::new(2, 1)),
     (FULL, Layout::offload(2, 0)),
     (FULL, Layout::new(2, 2)),
     (LORA, Layout::offload(3, 2)),
+    (FULL, Layout::new(2, 3)),
 ];
 const LORA: &str = "method = \"lora\"\nr = 2\nlora_dropout = 0.1\nsave_steps = 2";
 const FULL: &str = "method = \"full\"\nprecision = \"bfloat16\"\nsave_steps = 3";

@@ -4,19 +4,23 @@
     python tools/scale.py [--program target/release/wgpu-llava]
 
 Two parts. Measured: `train` on one to four devices of this machine, which all are its processor, beside the step time
-that `estimate` gives once it knows the rate of one device (its measured step). Predicted: 7B to 65B on 1 to 64 cards of
-named rates, which are assumptions and no measurement. Standard library alone.
+that `estimate` gives once it knows the rate of one device (its measured step, in turns with theirs). Predicted: 7B to 65B
+on 1 to 64 cards of named rates, which are assumptions and no measurement. Standard library alone.
 """
 import argparse
+import array
 import json
 import pathlib
+import random
+import shutil
 import statistics
+import struct
 import subprocess
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Assumed of each card, in the places of what `estimate` measures where it can.
-CARD = {"memory": "24GB", "tflops": 50.0, "link": 12.0, "network": 10.0, "devices_of_a_host": 8}
+CARD = {"memory": "24GB", "tflops": 50.0, "link": 12.0, "network": 10.0, "host_bandwidth": 200.0, "devices_of_a_host": 8}
 SIZES = ["7b", "13b", "33b", "65b"]
 COUNTS = [1, 4, 16, 64]
 # Method, and what a run of that size needs on cards of 24 GB.
@@ -24,16 +28,24 @@ LAYOUTS = [
     ("qlora", ["zero_stage=2", "optim=adamw_8bit"]),
     ("qlora", ["zero_stage=3", "optim=adamw_8bit"]),
     ("lora", ["zero_stage=3"]),
-    ("full", ["zero_stage=2", "offload=true", "precision=bfloat16"]),
+    ("full", ["zero_stage=3", "precision=bfloat16", "optim=adamw_8bit"]),
+    ("full", ["zero_stage=3", "offload=true", "precision=bfloat16"]),
 ]
 COMMON = ["gradient_checkpointing=full", "per_device_train_batch_size=1", "gradient_accumulation_steps=8",
           "model_max_length=2048"]
-RUN = """model_name_or_path = "embedded:tiny"
-data_path = [{ path = "embedded:easy-vqa-questions", limit = 256 }]
-per_device_train_batch_size = 8
-max_steps = 10
-learning_rate = 1e-3
+# A decoder whose products keep all cores of a small machine busy, as one device has them.
+DECODER = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
+           "num_key_value_heads": 4, "head_dim": 64}
+RUN = """model_name_or_path = "{model}"
+data_path = "{data}"
+per_device_train_batch_size = 2
+max_steps = 6
+learning_rate = 1e-4
 """
+# Method and layout; the first one has next to nothing to move.
+MEASURED = [("lora", []), ("full", []), ("full", ["zero_stage=1"]), ("full", ["zero_stage=2"]), ("full", ["zero_stage=3"]),
+            ("full", ["offload=true"])]
+REPEATS = 2
 
 
 def settings(pairs):
@@ -44,30 +56,85 @@ def estimate(program, arguments):
     return json.loads(subprocess.run([program, "estimate", "--json", *arguments], check=True, capture_output=True).stdout)
 
 
+def make_model(program, folder):
+    """A LLaMA of random weights, with the tokenizer of the embedded model."""
+    start = 'model_name_or_path = "embedded:tiny"\ndata_path = "embedded:easy-vqa-questions"\nmethod = "full"\nmax_steps = 1\n'
+    pathlib.Path(folder, "start.toml").write_text(start)
+    out = pathlib.Path(folder, "start")
+    subprocess.run([program, "--quiet", "train", pathlib.Path(folder, "start.toml"), "--output-dir", out], check=True)
+    model = pathlib.Path(folder, "model")
+    model.mkdir()
+    for file in (out / "model").glob("*token*"):
+        shutil.copy(file, model)
+    config = json.loads((out / "model/config.json").read_text())["text_config"]
+    config |= DECODER | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    (model / "config.json").write_text(json.dumps(config))
+    width, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes = {"model.embed_tokens.weight": [vocab, width], "model.norm.weight": [width], "lm_head.weight": [vocab, width]}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": [width, width] for name in "qkvo"}
+        shapes |= {f"{at}.mlp.{name}_proj.weight": [inner, width] for name in ["gate", "up"]}
+        shapes |= {f"{at}.mlp.down_proj.weight": [width, inner]}
+        shapes |= {f"{at}.{name}_layernorm.weight": [width] for name in ["input", "post_attention"]}
+    header, data, draws = {}, bytearray(), random.Random(0)
+    for name, shape in shapes.items():
+        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        block = [draws.gauss(0, 0.02) for _ in range(min(count, 1 << 14))] if len(shape) > 1 else [1.0] * count
+        values = array.array("f", (block * (count // len(block) + 1))[:count]).tobytes()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    text = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return model
+
+
+def make_data(folder):
+    """Records of text alone."""
+    draws = random.Random(0)
+    words = ["circle", "square", "triangle", "red", "blue", "green", "is", "a", "the", "what", "shape", "colour", "in"]
+    text = lambda count: " ".join(draws.choice(words) for _ in range(count))
+    turns = lambda: [{"from": "human", "value": text(20)}, {"from": "gpt", "value": text(20)}]
+    path = pathlib.Path(folder, "data.json")
+    path.write_text(json.dumps([{"id": str(at), "conversations": turns()} for at in range(64)]))
+    return path
+
+
+def step_seconds(program, config, folder, pairs):
+    out = pathlib.Path(tempfile.mkdtemp(dir=folder), "run")
+    subprocess.run([program, "--quiet", "train", config, "--output-dir", out, *settings(pairs)], check=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out)
+    return [line["step_seconds"] for line in lines[2:]]
+
+
 def measured(program):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         config = pathlib.Path(folder, "run.toml")
-        config.write_text(RUN)
-        for method, others in [("lora", []), ("full", []), ("full", ["zero_stage=1"]), ("full", ["zero_stage=2"]),
-                               ("full", ["offload=true"])]:
-            rate = None
-            for devices in [1, 2, 4]:
-                pairs = [f"method={method}", f"devices={[0] * devices}", f"gradient_accumulation_steps={4 // devices}"]
-                pairs += others
-                out = pathlib.Path(tempfile.mkdtemp(dir=folder), "run")
-                subprocess.run([program, "--quiet", "train", config, "--output-dir", out, *settings(pairs)], check=True)
-                lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-                seconds = statistics.median(line["step_seconds"] for line in lines[2:])
-                stage = estimate(program, [config, *settings(pairs), "--tflops", str((rate or 1e9) / devices / 1e12)])
-                stage = stage["stages"][0]
-                if rate is None:
-                    # What one device reached: it is what all of them share.
-                    rate = stage["flops_per_step"] / seconds
-                    continue
-                rows.append({"method": method, "settings": others, "devices": devices, "measured": seconds,
-                             "predicted": stage["seconds_per_step"], "error": stage["seconds_per_step"] / seconds - 1})
-                print(rows[-1], flush=True)
+        config.write_text(RUN.format(model=make_model(program, folder), data=make_data(folder)))
+        for method, others in MEASURED:
+            def pairs(devices):
+                alone = [] if devices == 1 else others
+                return [f"method={method}", f"devices={[0] * devices}", f"gradient_accumulation_steps={4 // devices}", *alone]
+
+            seconds = {devices: [] for devices in [1, 2, 4]}
+            # In turns, so that what else the machine does is in all of them.
+            for _ in range(REPEATS):
+                for devices, found in seconds.items():
+                    found += step_seconds(program, config, folder, pairs(devices))
+            seconds = {devices: statistics.median(found) for devices, found in seconds.items()}
+            told = {}
+            for devices in seconds:
+                # What one device reached is what all of them share.
+                rate = told[1]["flops_per_step"] / seconds[1] / devices if told else 1e9
+                told[devices] = estimate(program, [config, *settings(pairs(devices)), "--tflops", str(rate / 1e12)])["stages"][0]
+                if devices > 1:
+                    predicted = told[devices]["seconds_per_step"]
+                    rows.append({"method": method, "settings": others, "devices": devices, "one_device": seconds[1],
+                                 "measured": seconds[devices], "predicted": predicted, "parts": told[devices]["seconds"],
+                                 "error": predicted / seconds[devices] - 1})
+                    print(rows[-1], flush=True)
     return rows
 
 
@@ -80,7 +147,8 @@ def predicted(program):
                 found = estimate(program, ["--recipe", f"{size}-{method}", *settings(COMMON + others),
                                            "--devices", str(devices), "--hosts", str(hosts), "--memory", CARD["memory"],
                                            "--tflops", str(CARD["tflops"]), "--link", str(CARD["link"]),
-                                           "--network", str(CARD["network"])])["stages"][0]
+                                           "--network", str(CARD["network"]),
+                                           "--host-bandwidth", str(CARD["host_bandwidth"])])["stages"][0]
                 positions = found["batch"]["tokens"] * 8 * devices
                 rows.append({"size": size, "method": method, "settings": others, "devices": devices, "hosts": hosts,
                              "device_bytes": found["total_bytes"], "host_bytes": found["host_bytes"],
@@ -94,19 +162,21 @@ def table(data):
     text = ["# Many devices: what is predicted, and how far off it is", "",
             "Made by `tools/scale.py`; the figures are in [scale.json](scale.json).", "",
             "## Beside measured runs", "",
-            f"Ten steps of the embedded model on one, two and four devices that all are the processor of one machine "
-            f"({data['device']}): a step's median beside what `estimate` says for as many devices that share the rate of "
-            "one device's own step. The links are measured by `estimate`.", "",
-            "| method | settings | devices | measured | predicted | off by |", "|---|---|---|---|---|---|"]
+            f"Steps of a small decoder ({DECODER['num_hidden_layers']} layers of width {DECODER['hidden_size']}, random weights) "
+            f"on one, two and four devices that all are the processor of one machine ({data['device']}): the median of "
+            f"{4 * REPEATS} beside what `estimate` says for as many devices that share the rate of one device's own step. Links, "
+            "sums and updates are measured by `estimate`.", "",
+            "| method | settings | devices | one device | measured | predicted | off by |", "|---|---|---|---|---|---|---|"]
     for row in data["measured"]:
-        text.append(f"| {row['method']} | {', '.join(row['settings'])} | {row['devices']} | {row['measured']:.3f} s | "
+        text.append(f"| {row['method']} | {', '.join(row['settings'])} | {row['devices']} | {row['one_device']:.3f} s | "
+                    f"{row['measured']:.3f} s | "
                     f"{row['predicted']:.3f} s | {row['error']:+.0%} |")
     errors = [abs(row["error"]) for row in data["measured"]]
     text += ["", f"The median error is {statistics.median(errors):.0%}, the largest {max(errors):.0%}.", "",
              "## Clusters that are not there", "",
              f"Assumed, not measured: cards of {CARD['memory']}, {CARD['tflops']:.0f} TFLOP/s in products, "
-             f"{CARD['link']:.0f} GB/s to the host, {CARD['devices_of_a_host']} a host, {CARD['network']:.0f} GB/s between "
-             "hosts. Eight micro-batches of one sequence of 2,048 positions on each card, full checkpointing, rank 64. "
+             f"{CARD['link']:.0f} GB/s to the host, {CARD['devices_of_a_host']} a host, whose memory reads and writes "
+             f"{CARD['host_bandwidth']:.0f} GB/s, {CARD['network']:.0f} GB/s between hosts. Eight micro-batches of one sequence of 2,048 positions on each card, full checkpointing, rank 64. "
              "Thousands of tokens a second; in brackets what does not fit the card.", ""]
     for size in SIZES:
         text += [f"### {size.upper()}", "",

@@ -168,6 +168,10 @@ pub struct EstimateArgs {
     /// What goes between that card and its host, each way, GB/s [default: measured on this device]
     #[arg(long, value_name = "NUMBER", value_parser = above_zero)]
     pub link: Option<f64>,
+    /// What a host's memory reads and writes, GB/s: for gradients that are added up and updates under `offload`
+    /// [default: both measured on this machine]
+    #[arg(long, value_name = "NUMBER", value_parser = above_zero)]
+    pub host_bandwidth: Option<f64>,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,

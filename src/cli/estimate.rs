@@ -15,6 +15,7 @@ use crate::{
     train::{
         config::{RunConfig, StageConfig},
         estimate::{Advice, Cluster, Estimate, Rates, StepTime, advise, estimate},
+        optimizer::updating_rate,
         report::{duration, grouped},
         team::adding_rate,
     },
@@ -68,7 +69,12 @@ fn rates(args: &EstimateArgs, gpu: Option<&Gpu>, devices: usize) -> Result<Optio
         (None, Some(gpu)) => roof::links(gpu)?,
         (None, None) => return Ok(None),
     };
-    Ok(Some(Rates { flops, down, up, adding: adding_rate(), network: args.network * 1e9 }))
+    let (adding, updating) = match args.host_bandwidth {
+        Some(bandwidth) => Rates::of_host(bandwidth * 1e9),
+        None => (adding_rate(), updating_rate()),
+    };
+    let on_host = args.link.is_none() && gpu.is_some_and(Gpu::is_cpu);
+    Ok(Some(Rates { flops, down, up, adding, updating, network: args.network * 1e9, on_host }))
 }
 
 /// The adapter that the run would take; none where there is none, since memory can be told without.
@@ -118,6 +124,11 @@ impl Row<'_> {
         context.rates.map(|rates| traffic.step_time(self.flops(), micro_batches, cluster, &rates))
     }
 
+    /// Of each host's memory.
+    fn host_bytes(&self, context: &Context<'_>) -> u64 {
+        self.estimate.traffic.host_bytes(self.estimate.devices / context.hosts)
+    }
+
     /// Of a whole step on each device: the one that was counted may have fewer micro-batches.
     fn flops(&self) -> f64 {
         let micro = self.stage.gradient_accumulation_steps as f64 / self.estimate.micro_batches.max(1) as f64;
@@ -136,7 +147,7 @@ impl Row<'_> {
             "batch": {"sequences": batch.sequences, "tokens": batch.tokens, "targets": batch.targets,
                 "pictures": batch.pictures, "from_data": batch.from_data},
             "device_bytes": self.estimate.peak.held, "total_bytes": self.estimate.bytes(), "bytes": bytes,
-            "host_bytes": self.estimate.host,
+            "host_bytes": self.host_bytes(context),
             "flops_per_step": self.estimate.flops, "seconds_per_step": self.time(context).map(|time| time.seconds()),
             "seconds": self.time(context).map(|time| json!({
                 "compute": time.compute, "waiting": time.waiting, "weights": time.weights,
@@ -184,8 +195,10 @@ impl Row<'_> {
             (None, None) => "no device was found: say its memory with --memory".to_owned(),
         };
         row("total", format!("{:>9}  {fits}", gigabytes(total)));
-        if self.estimate.host > 0 {
-            row("on the host", format!("{:>9}  at most, for all devices together", gigabytes(self.estimate.host)));
+        let host = self.host_bytes(context);
+        if host > 0 {
+            let each = if context.hosts > 1 { "each host" } else { "the host" };
+            row(&format!("on {each}"), format!("{:>9}  at most, for all of its devices together", gigabytes(host)));
         }
         let time = match self.time(context) {
             Some(time) => format!(

@@ -46,10 +46,7 @@ pub struct Estimate {
     pub peak: Holdings,
     /// Of the host's memory that the device sees: what goes to it and comes back passes through.
     pub staging: u64,
-    /// Of the host's memory, for all of its devices together: moments and masters under `offload`, layers at rest under
-    /// `zero_stage = 3`, and gradients that meet, which are fewer where the devices keep step.
-    pub host: u64,
-    /// What moves in a step.
+    /// What moves in a step, and what the host has for it.
     pub traffic: Traffic,
     pub devices: usize,
     /// Of a step of such micro-batches, recomputation included.
@@ -216,7 +213,6 @@ pub(super) fn simulate(
             (None, checkpointing) if sharing.is_alone() && checkpointing != GradientCheckpointing::Offload => 0,
             _ => 2 * STAGING_BYTES,
         },
-        host: traffic.host_bytes(&sharing),
         traffic,
         devices,
         flops: flops / of_all as u64,

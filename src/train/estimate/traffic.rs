@@ -1,10 +1,6 @@
 //! What moves between devices and host in a step, and how long a step takes with it.
 
-use crate::train::{
-    config::StageConfig,
-    optimizer::{Bucket, Sharing},
-    stepper::Stepper,
-};
+use crate::train::{config::StageConfig, optimizer::Bucket, stepper::Stepper};
 
 /// Forward is a third of a micro-batch, backward the rest: two products for each one of the forward.
 const BACKWARD: f64 = 2.0 / 3.0;
@@ -22,10 +18,14 @@ pub struct Traffic {
     pub weights_up: u64,
     /// Layers that come in for their turn: beside the layers before.
     pub layers_up: u64,
-    /// That train, all of them.
+    /// Weights that hosts get from each other, those that rest too.
+    between_hosts: u64,
+    /// Numbers that train, all of them.
     trained: u64,
     /// At rest on the host.
     resting: u64,
+    offload: bool,
+    alone: bool,
 }
 
 /// How fast a machine is.
@@ -36,10 +36,22 @@ pub struct Rates {
     /// Bytes a second from one device to the host, and to the device.
     pub down: f64,
     pub up: f64,
-    /// Bytes of gradients that the host adds up in a second, of all devices together.
+    /// Bytes of gradients that a host adds up in a second, of all its devices together.
     pub adding: f64,
+    /// Numbers that a host updates in a second.
+    pub updating: f64,
     /// Bytes a second from a host to others, each way.
     pub network: f64,
+    /// Whether the devices are the host's processor: then nothing hides behind anything.
+    pub on_host: bool,
+}
+
+impl Rates {
+    /// What a host of this memory bandwidth (bytes a second) adds up and updates: to add, two numbers are read and one
+    /// is written; to update, four are read and three written.
+    pub fn of_host(bandwidth: f64) -> (f64, f64) {
+        (bandwidth / 3.0, bandwidth / 28.0)
+    }
 }
 
 /// Where a step is computed.
@@ -58,7 +70,7 @@ pub struct StepTime {
     pub compute: f64,
     /// Gradients and layers, as far as nothing hides them.
     pub waiting: f64,
-    /// Weights that are exchanged after the update.
+    /// The host's updates, and weights that are exchanged after the update.
     pub weights: f64,
 }
 
@@ -75,56 +87,74 @@ impl Traffic {
         let sharing = optimizer.sharing();
         let resting = stepper.model().streamed_bytes();
         let rounds = stage.gradient_accumulation_steps.max(micro_batches) as u64;
-        // Forward and backward of each micro-batch; what the turns hold at the end of one is there for the next.
-        let layers_up = 2 * resting * rounds;
+        // Forward and backward of each micro-batch; what the turns hold at the end of one is there for the next. DoRA
+        // reads them all once more for its norms.
+        let layers_up = resting * (2 * rounds + u64::from(stage.use_dora));
         let gradients = 4 * optimizer.buckets().iter().map(Bucket::elements).sum::<usize>() as u64;
-        let trained = optimizer.weight_bytes(None);
-        let idle = Self { layers_up, trained: optimizer.elements() as u64, resting, ..Self::default() };
+        let (weights, rested) = (optimizer.weight_bytes(None), optimizer.rested_bytes());
+        let idle = Self {
+            layers_up,
+            trained: optimizer.elements() as u64,
+            resting,
+            offload: sharing.offload,
+            alone: sharing.is_alone(),
+            ..Self::default()
+        };
         if sharing.is_alone() {
             return idle;
         }
         let devices = sharing.devices as u64;
         let gradients_down = gradients * if sharing.gradients_pass() { rounds } else { 1 };
         match (sharing.offload, sharing.weights_return()) {
-            (true, _) => Self { gradients_down, weights_up: trained, ..idle },
+            (true, _) => Self { gradients_down, weights_up: weights, ..idle },
             (false, true) => Self {
                 gradients_down,
                 sums_up: gradients / devices,
-                weights_down: trained / devices,
-                weights_up: trained - trained / devices,
+                weights_down: weights / devices + rested,
+                weights_up: weights - weights / devices,
+                between_hosts: weights + rested * devices,
                 ..idle
             },
             (false, false) => Self { gradients_down, sums_up: gradients, ..idle },
         }
     }
 
-    /// Of the host's memory, for all of its devices.
-    pub(super) fn host_bytes(&self, sharing: &Sharing) -> u64 {
+    /// Of each host's memory, at most, for so many devices of its own: how far apart they are decides how many gradients
+    /// wait for each other.
+    pub fn host_bytes(&self, devices: usize) -> u64 {
         // Weights and two moments, and the gradients that they are updated with.
-        let offloaded = if sharing.offload { 16 * self.trained } else { 0 };
-        let sums = if sharing.is_alone() { 0 } else { 4 * self.trained * (1 + sharing.devices as u64) };
+        let offloaded = if self.offload { 16 * self.trained } else { 0 };
+        let sums = if self.alone { 0 } else { 4 * self.trained * (1 + devices as u64) };
         offloaded + sums + self.resting
     }
 
     /// How long a step takes whose part for each device are `flops` in so many micro-batches.
     pub fn step_time(&self, flops: f64, micro_batches: f64, cluster: Cluster, rates: &Rates) -> StepTime {
         let compute = flops / rates.flops;
-        let seconds = |bytes: f64, rate: f64| bytes / rate;
+        let seconds = |bytes: u64, rate: f64| bytes as f64 / rate;
         let rounds = if cluster.passing { micro_batches.max(1.0) } else { 1.0 };
-        let down = self.gradients_down as f64;
-        // Links work side by side with each other and with the host, which works for all of its devices.
-        let added = seconds(down, rates.adding) * (cluster.devices as f64 / cluster.hosts as f64);
+        let of_host = cluster.devices as f64 / cluster.hosts as f64;
+        let elsewhere = 1.0 - 1.0 / cluster.hosts as f64;
+        let (down, up) = (seconds(self.gradients_down, rates.down), seconds(self.sums_up, rates.up));
+        let added = seconds(self.gradients_down, rates.adding) * of_host;
         // A slice of the sum to every other host, and the added slices back.
-        let between = 2.0 * (down / rounds) * (1.0 - 1.0 / cluster.hosts as f64) / rates.network;
-        let gradients = seconds(down, rates.down).max(added).max(between) + seconds(self.sums_up as f64, rates.up);
+        let between = 2.0 * seconds(self.gradients_down, rates.network) / rounds * elsewhere;
+        let layers = seconds(self.layers_up, rates.up);
+        let updated = if self.offload { self.trained as f64 / rates.updating } else { 0.0 };
+        let (weights_down, weights_up) = (seconds(self.weights_down, rates.down), seconds(self.weights_up, rates.up));
+        let weights_between = seconds(self.between_hosts, rates.network) * elsewhere;
+        if rates.on_host {
+            let waiting = of_host * (down + up + layers) + added + between;
+            let weights = of_host * (weights_down + weights_up) + updated + weights_between;
+            return StepTime { compute, waiting, weights };
+        }
+        // Parcel by parcel, all of these at once: links work side by side with each other and with the host.
+        let gradients = down.max(up).max(added).max(between);
         let one = compute / micro_batches.max(1.0);
         // Gradients that pass leave from every backward, and hide behind the next forward too.
         let hiding = if cluster.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
-        let waiting = (gradients - hiding).max(0.0) + (seconds(self.layers_up as f64, rates.up) - compute).max(0.0);
-        let others = if cluster.hosts > 1 { seconds(self.weights_up as f64, rates.network) } else { 0.0 };
-        let weights =
-            seconds(self.weights_down as f64, rates.down) + seconds(self.weights_up as f64, rates.up) + others;
-        StepTime { compute, waiting, weights }
+        let waiting = (gradients - hiding).max(0.0) + (layers - compute).max(0.0);
+        StepTime { compute, waiting, weights: updated + weights_down.max(weights_up).max(weights_between) }
     }
 }
 
@@ -132,13 +162,14 @@ impl Traffic {
 mod tests {
     use super::*;
 
-    const RATES: Rates = Rates { flops: 10.0, down: 2.0, up: 2.0, adding: 1000.0, network: 1.0 };
+    const RATES: Rates =
+        Rates { flops: 10.0, down: 2.0, up: 2.0, adding: 1000.0, updating: 1000.0, network: 1.0, on_host: false };
     const TWO: Cluster = Cluster { devices: 2, hosts: 1, passing: false };
 
     #[test]
     fn gradients_hide_behind_the_backward() {
-        let traffic = Traffic { gradients_down: 4, sums_up: 4, ..Traffic::default() };
-        // 9 s of computation in three micro-batches: the last backward takes 2 s, the gradients 4.
+        let traffic = Traffic { gradients_down: 8, sums_up: 8, ..Traffic::default() };
+        // 9 s of computation in three micro-batches: the last backward takes 2 s, the gradients 4, up and down at once.
         let time = traffic.step_time(90.0, 3.0, TWO, &RATES);
         assert!((time.compute - 9.0).abs() < 1e-9 && (time.waiting - 2.0).abs() < 1e-9, "{time:?}");
         let passing = traffic.step_time(90.0, 3.0, Cluster { passing: true, ..TWO }, &RATES);
@@ -158,6 +189,25 @@ mod tests {
         let traffic = Traffic { gradients_down: 4, weights_down: 2, weights_up: 6, ..Traffic::default() };
         let slow = Rates { adding: 0.5, ..RATES };
         let time = traffic.step_time(30.0, 1.0, TWO, &slow);
-        assert!((time.waiting - 14.0).abs() < 1e-9 && (time.weights - 4.0).abs() < 1e-9, "{time:?}");
+        assert!((time.waiting - 14.0).abs() < 1e-9 && (time.weights - 3.0).abs() < 1e-9, "{time:?}");
+        let offload = Traffic { offload: true, trained: 10, ..traffic };
+        let time = offload.step_time(30.0, 1.0, TWO, &Rates { updating: 5.0, ..RATES });
+        assert!((time.weights - 5.0).abs() < 1e-9, "{time:?}");
+    }
+
+    #[test]
+    fn devices_that_are_the_processor_hide_nothing() {
+        let traffic = Traffic { gradients_down: 2, sums_up: 2, layers_up: 4, weights_up: 2, ..Traffic::default() };
+        let time = traffic.step_time(30.0, 1.0, TWO, &Rates { adding: 1.0, on_host: true, ..RATES });
+        // Both devices': 1 s down, 1 up and 2 of layers each, and 4 to add.
+        assert!((time.waiting - 12.0).abs() < 1e-9 && (time.weights - 2.0).abs() < 1e-9, "{time:?}");
+    }
+
+    #[test]
+    fn a_host_holds_gradients_of_its_own_devices() {
+        let traffic = Traffic { trained: 10, resting: 3, ..Traffic::default() };
+        assert_eq!([1, 4].map(|devices| traffic.host_bytes(devices)), [83, 203]);
+        assert_eq!(Traffic { offload: true, ..traffic }.host_bytes(1), 243);
+        assert_eq!(Traffic { alone: true, ..traffic }.host_bytes(1), 3);
     }
 }

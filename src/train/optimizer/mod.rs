@@ -16,7 +16,7 @@ mod sharing;
 mod state;
 
 pub use buckets::{Bucket, Parcel, Span};
-pub use host::HostOptimizer;
+pub use host::{HostOptimizer, updating_rate};
 pub use sharing::Sharing;
 pub use state::{Reader, Remembers, State, Stored};
 
