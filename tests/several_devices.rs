@@ -106,7 +106,7 @@ const FORMS: &[Form] = &[
 
 /// How far apart losses are, with what it took.
 fn line(name: &str, layout: Layout, distance: f64, begun: Instant) -> String {
-    let Layout { devices, zero_stage, offload } = layout;
+    let Layout { devices, zero_stage, offload, .. } = layout;
     let seconds = begun.elapsed().as_secs_f64();
     format!(
         "{name:10} {devices} devices, ZeRO {zero_stage}, offload {offload:5}: within {distance:.1e}  ({seconds:.1} s)"

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     autograd::Tape,
     error::Result,
-    gpu::Account,
+    gpu::{Account, Gpu},
     models::{dora, llava::Llava},
     nn::Forward,
     ops::{elementwise, reduce},
@@ -50,11 +50,10 @@ impl Stepper {
         start.model.set_checkpoints(stage.checkpoints());
         let trainables = trainable::select(stage, &start.model)?;
         let optimizer = Optimizer::new(&mut start.model.parameters, trainables, settings(stage), sharing)?;
-        let gpu = start.model.gpu();
         // What was moved into arenas, and what loading needed.
-        gpu.trim();
-        let sums = elementwise::zeros(gpu, &[1 + micro_batches]);
-        gpu.start_peak();
+        start.model.gpus().iter().for_each(Gpu::trim);
+        let sums = elementwise::zeros(start.model.head_gpu(), &[1 + micro_batches]);
+        start.model.gpus().iter().for_each(Gpu::start_peak);
         Ok(Self { start, optimizer, phases: None, sums })
     }
 
@@ -82,7 +81,7 @@ impl Stepper {
     /// Where the step is timed: waits for the device and notes the seconds since `begun`.
     fn note(&mut self, begun: Instant, phase: fn(&mut Phases) -> &mut f64) -> Result<()> {
         if let Some(phases) = &mut self.phases {
-            self.start.model.gpu().sync()?;
+            self.start.model.gpus().iter().try_for_each(Gpu::sync)?;
             *phase(phases) += begun.elapsed().as_secs_f64();
         }
         Ok(())
@@ -107,13 +106,21 @@ impl Stepper {
             self.micro_batch(stage, step, index, loss_scale, pictures, &mut |_, _| ())?;
         }
         let begun = Instant::now();
-        self.optimizer.add_square_sum(&self.sums, 0);
         let before = *updates;
-        self.optimizer.step(&step.update(updates, loss_scale), &self.sums);
+        let update = step.update(updates, loss_scale);
+        let square_sum = match self.model().gpus() {
+            [_] => {
+                self.optimizer.add_square_sum(&self.sums, 0);
+                self.optimizer.step(&update, &self.sums);
+                None
+            }
+            _ => Some(self.optimizer.step_apart(&update)?),
+        };
         self.settle();
         self.note(begun, |phases| &mut phases.optimizer)?;
         let sums = self.sums.to_vec()?;
-        let sums = (&sums[1..=step.batches.len()], f64::from(sums[0]));
+        self.model().gpus().iter().try_for_each(Gpu::check)?;
+        let sums = (&sums[1..=step.batches.len()], square_sum.unwrap_or(f64::from(sums[0])));
         Ok(step.conclude(stage, sums, (updates, before), loss_scaler))
     }
 

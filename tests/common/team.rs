@@ -29,17 +29,28 @@ pub struct Layout {
     pub devices: usize,
     pub zero_stage: u8,
     pub offload: bool,
+    /// Each device has a part of the layers.
+    pub layer_split: bool,
 }
 
 impl Layout {
-    pub const ONE: Self = Self { devices: 1, zero_stage: 0, offload: false };
+    pub const ONE: Self = Self { devices: 1, zero_stage: 0, offload: false, layer_split: false };
 
     pub const fn new(devices: usize, zero_stage: u8) -> Self {
-        Self { devices, zero_stage, offload: false }
+        Self { devices, zero_stage, ..Self::ONE }
     }
 
     pub const fn offload(devices: usize, zero_stage: u8) -> Self {
-        Self { devices, zero_stage, offload: true }
+        Self { devices, zero_stage, offload: true, ..Self::ONE }
+    }
+
+    pub const fn split(devices: usize) -> Self {
+        Self { devices, layer_split: true, ..Self::ONE }
+    }
+
+    /// Devices that compute micro-batches of their own.
+    pub fn ranks(self) -> usize {
+        if self.layer_split { 1 } else { self.devices }
     }
 }
 
@@ -91,11 +102,12 @@ impl Run {
 
     /// The config of this run under a layout.
     pub fn config(&self, layout: Layout) -> Result<RunConfig> {
-        assert!(self.micro_batches.is_multiple_of(layout.devices), "{layout:?}");
+        assert!(self.micro_batches.is_multiple_of(layout.ranks()), "{layout:?}");
         let set = [
-            format!("gradient_accumulation_steps={}", self.micro_batches / layout.devices),
+            format!("gradient_accumulation_steps={}", self.micro_batches / layout.ranks()),
             format!("zero_stage={}", layout.zero_stage),
             format!("offload={}", layout.offload),
+            format!("layer_split={}", layout.layer_split),
         ];
         RunConfig::resolve(&Request {
             recipe: None,

@@ -186,8 +186,12 @@ pub(super) fn simulate(
     let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(1).max(stage.gradient_accumulation_steps);
     let sharing = Team::sharing(stage, prepared.config(), Standing { first: 0, total: devices }, 1)[0];
     let resting = (stage.zero_stage == 3).then(Resting::default);
-    let mut stepper =
-        Stepper::new(stage, prepared.load(stage, &gpu, resting.as_ref(), &mut Silent)?, micro_batches, sharing)?;
+    let mut stepper = Stepper::new(
+        stage,
+        prepared.load(stage, std::slice::from_ref(&gpu), resting.as_ref(), &mut Silent)?,
+        micro_batches,
+        sharing,
+    )?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
     let (mut flops, mut updates) = (0, Updates::default());
     for batches in &steps.steps {

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{AdamW, Keep, Sharing, Trainable};
+use super::{AdamW, Keep, Sharing, Trainable, apart};
 use crate::{
     error::Result,
     gpu::{Account, Gpu},
@@ -128,23 +128,26 @@ fn class(parameters: &Parameters, id: Id, settings: &AdamW) -> Class {
 }
 
 /// Brings tensors that are kept and updated alike together, and cuts what trains into parts of at most `most` elements,
-/// or one tensor.
+/// or one tensor, each on one device.
 pub(super) fn parts(
     parameters: &Parameters,
     mut trainables: Vec<Trainable>,
     settings: &AdamW,
     most: usize,
 ) -> Vec<Vec<Trainable>> {
+    let devices = apart::devices(parameters, &trainables);
+    let device = |t: &Trainable| devices.iter().position(|gpu| gpu.is(parameters.get(t.id).value.gpu()));
     trainables.sort_by_key(|t| {
         let Class { packed, eight_bits } = class(parameters, t.id, settings);
-        (!eight_bits, !packed, t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits(), t.id)
+        let alike = (!eight_bits, !packed, t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits());
+        (device(t), alike, t.id)
     });
     let (mut parts, mut elements): (Vec<Vec<Trainable>>, usize) = (Vec::new(), 0);
     for trainable in trainables {
         // Blocks of eight-bit moments are the widest alignment.
         let count = parameters.get(trainable.id).value.len().next_multiple_of(adamw_8bit::BLOCK);
         match parts.last_mut() {
-            Some(last) if elements + count <= most => last.push(trainable),
+            Some(last) if elements + count <= most && device(&last[0]) == device(&trainable) => last.push(trainable),
             _ => {
                 elements = 0;
                 parts.push(vec![trainable]);

@@ -7,7 +7,7 @@ use super::{
     arenas::{Entry, Group, Placed, Places, arena, clamp},
 };
 use crate::{
-    gpu::Account,
+    gpu::{Account, Gpu},
     nn::Parameters,
     ops::{
         adamw::{self, Draw, Weights},
@@ -106,6 +106,10 @@ impl Shard {
             moments,
             moments_8bit,
         }
+    }
+
+    pub fn gpu(&self) -> &Gpu {
+        self.values.gpu()
     }
 
     /// How many numbers train here.
