@@ -8,6 +8,7 @@ use super::{
     loss_scale::LossScaler,
     optimizer::{AdamW, Keep, Optimizer, Sharing, Update, Updates},
     pictures::PictureStore,
+    pipeline,
     start::Start,
     step::{Measured, Step},
     trainable,
@@ -102,8 +103,13 @@ impl Stepper {
     ) -> Result<Measured> {
         let loss_scale = loss_scaler.as_ref().map(|scaler| f64::from(scaler.scale));
         self.begin();
-        for index in 0..step.batches.len() {
-            self.micro_batch(stage, step, index, loss_scale, pictures, &mut |_, _| ())?;
+        // Parts that are timed take no turns.
+        if self.phases.is_none() && pipeline::suits(self) {
+            pipeline::run(self, stage, step, loss_scale, pictures)?;
+        } else {
+            for index in 0..step.batches.len() {
+                self.micro_batch(stage, step, index, loss_scale, pictures, &mut |_, _| ())?;
+            }
         }
         let begun = Instant::now();
         let before = *updates;
@@ -130,6 +136,24 @@ impl Stepper {
         self.optimizer.zero_gradients();
     }
 
+    /// What the token losses of a micro-batch are multiplied with, and the seed and step of its dropout.
+    pub(super) fn scale_and_dropout(
+        &self,
+        stage: &StageConfig,
+        step: &Step<'_>,
+        index: usize,
+        loss_scale: Option<f64>,
+    ) -> (f32, (u32, u32)) {
+        let scale = step.factor_of(stage, index) * loss_scale.unwrap_or(1.0);
+        let pass = step.number * (self.sums.len() - 1) as u64 + index as u64;
+        (scale as f32, (stage.seed as u32, pass as u32))
+    }
+
+    /// Square sum of the gradients, then the loss sum of each micro-batch.
+    pub(super) fn sums(&self) -> &Tensor {
+        &self.sums
+    }
+
     /// Forward and backward of one micro-batch of a step; its loss goes to its slot of the sums. `passed` is told the
     /// decoder's milestones as the backward comes back to them.
     ///
@@ -144,16 +168,14 @@ impl Stepper {
         pictures: &PictureStore,
         passed: &mut dyn FnMut(&Optimizer, usize),
     ) -> Result<()> {
-        let scale = step.factor_of(stage, index) * loss_scale.unwrap_or(1.0);
-        let pass = step.number * (self.sums.len() - 1) as u64 + index as u64;
-        let dropout = (stage.seed as u32, pass as u32);
+        let (scale, dropout) = self.scale_and_dropout(stage, step, index, loss_scale);
         let pictures = pictures.load(&step.images[index])?;
         let model = &self.start.model;
         let _activations = model.gpu().account(Account::Activations);
         let (begun, views) = (Instant::now(), pictures.views());
         let mut tape = Tape::recording();
         let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
-        let losses = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale as f32)?;
+        let losses = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale)?;
         self.note(begun, |phases| &mut phases.forward)?;
         if let Some(losses) = losses {
             let begun = Instant::now();
