@@ -5,15 +5,10 @@ mod common;
 #[path = "common/team.rs"]
 mod team;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{fs, path::Path, time::Instant};
 
 use common::{copy_folder, golden};
-use serde_json::json;
-use team::{Layout, Outcome, Run, gpus};
+use team::{Layout, Outcome, Run, gpus, write_records};
 use wgpu_llava::{
     error::ErrorKind,
     formats::model_folder::ModelFolder,
@@ -170,26 +165,6 @@ fn the_same_layout_gives_the_same_bytes() {
         let run = Run::new(form.case, &settings, 6, &folder.path().join("run"));
         run.train(layout).assert_same(&run.train(layout), form.name);
     }
-}
-
-/// Records by what they are: a picture, text, and either with an answer behind the cut, where nothing is supervised.
-fn write_records(folder: &Path, kinds: &str) -> PathBuf {
-    let long = "a long question ".repeat(80);
-    let record = |(at, kind): (usize, char)| {
-        let picture = kind == 'P' || kind == 'p';
-        let question = if kind.is_uppercase() { format!("What is number {at}?") } else { long.clone() };
-        let question = if picture { format!("<image>\n{question}") } else { question };
-        let mut record = json!({"id": format!("{kind}-{at}"), "conversations": [
-            {"from": "human", "value": question}, {"from": "gpt", "value": format!("It is {at} and no other.")}]});
-        if picture {
-            record["image"] = ["wide.png", "tall.png", "grey.png"][at % 3].into();
-        }
-        record
-    };
-    let records: Vec<_> = kinds.chars().enumerate().map(record).collect();
-    let path = folder.join("records.json");
-    fs::write(&path, json!(records).to_string()).unwrap();
-    path
 }
 
 /// A micro-batch without a picture or without a supervised token, a step without either, and one with fewer micro-batches

@@ -153,7 +153,9 @@ pub fn run(
             if schedule.is_broken() {
                 return Ok(());
             }
-            micro_batch(stepper, stage, step, loss_scale, pictures, &pass)?;
+            let done = micro_batch(stepper, stage, step, loss_scale, pictures, &pass);
+            // Those that this thread will not come to are not waited for.
+            done.inspect_err(|_| schedule.break_off())?;
         }
         Ok(())
     };

@@ -101,9 +101,12 @@ impl<'a> Trainer<'a> {
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if devices.checked {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
+            let parts =
+                if stage.layer_split { estimate::check_parts(stage, &prepared, &steps, devices)? } else { vec![] };
+            devices.gpus.iter().zip(parts).for_each(|(gpu, launches)| gpu.compile_ahead(launches));
             // The same adapter needs the same again.
             let mut known: HashMap<usize, Launches> = HashMap::new();
-            for gpu in &devices.gpus {
+            for gpu in devices.gpus.iter().filter(|_| !stage.layer_split) {
                 let Some(memory) = devices.memory_of(gpu) else { continue };
                 let launches = match known.get(&gpu.facts().index) {
                     Some(launches) => launches.clone(),

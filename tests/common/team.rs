@@ -8,6 +8,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
+use serde_json::json;
 use wgpu_llava::{
     error::Result,
     gpu::{AdapterOptions, Gpu},
@@ -135,6 +136,26 @@ impl Run {
         }
         self.train_on(&gpus, layout, &mut Silent).unwrap_or_else(|error| panic!("{layout:?}: {error:?}"))
     }
+}
+
+/// Records by what they are: a picture, text, and either with an answer behind the cut, where nothing is supervised.
+pub fn write_records(folder: &Path, kinds: &str) -> PathBuf {
+    let long = "a long question ".repeat(80);
+    let record = |(at, kind): (usize, char)| {
+        let picture = kind == 'P' || kind == 'p';
+        let question = if kind.is_uppercase() { format!("What is number {at}?") } else { long.clone() };
+        let question = if picture { format!("<image>\n{question}") } else { question };
+        let mut record = json!({"id": format!("{kind}-{at}"), "conversations": [
+            {"from": "human", "value": question}, {"from": "gpt", "value": format!("It is {at} and no other.")}]});
+        if picture {
+            record["image"] = ["wide.png", "tall.png", "grey.png"][at % 3].into();
+        }
+        record
+    };
+    let records: Vec<_> = kinds.chars().enumerate().map(record).collect();
+    let path = folder.join("records.json");
+    fs::write(&path, json!(records).to_string()).unwrap();
+    path
 }
 
 /// Step, loss, norm, supervised tokens, and bytes moved by each device.

@@ -22,6 +22,8 @@ pub struct Traffic {
     pub weights_up: u64,
     /// Layers that come in for their turn: beside the layers before.
     pub layers_up: u64,
+    /// What goes from one part of the layers to the next for a micro-batch, and as much comes back.
+    pub crossing: u64,
     /// That train, all of them.
     trained: u64,
     /// At rest on the host.
@@ -50,6 +52,8 @@ pub struct Cluster {
     pub hosts: usize,
     /// Whether gradients leave after every micro-batch.
     pub passing: bool,
+    /// Of the layers, each on a device; else 1.
+    pub parts: usize,
 }
 
 /// The parts of a step, in seconds. What hides behind the computation is in none.
@@ -69,8 +73,8 @@ impl StepTime {
 }
 
 impl Traffic {
-    /// Of a step of so many micro-batches a device.
-    pub(super) fn of(stage: &StageConfig, stepper: &Stepper, micro_batches: usize) -> Self {
+    /// Of a step of so many micro-batches a device, of so many `tokens` at most.
+    pub(super) fn of(stage: &StageConfig, stepper: &Stepper, micro_batches: usize, tokens: usize) -> Self {
         let optimizer = &stepper.optimizer;
         let sharing = optimizer.sharing();
         let resting = stepper.model().streamed_bytes();
@@ -79,7 +83,9 @@ impl Traffic {
         let layers_up = 2 * resting * rounds;
         let gradients = 4 * optimizer.buckets().iter().map(Bucket::elements).sum::<usize>() as u64;
         let trained = optimizer.weight_bytes(None);
-        let idle = Self { layers_up, trained: optimizer.elements() as u64, resting, ..Self::default() };
+        let width = stepper.model().config.text().hidden_size;
+        let crossing = if stepper.model().gpus().len() > 1 { 4 * (tokens * width) as u64 } else { 0 };
+        let idle = Self { layers_up, crossing, trained: optimizer.elements() as u64, resting, ..Self::default() };
         if sharing.is_alone() {
             return idle;
         }
@@ -98,6 +104,12 @@ impl Traffic {
         }
     }
 
+    /// Bytes of hidden states and their gradients that a device in the middle of the parts moves each way.
+    pub fn crossings(&self, micro_batches: f64, parts: usize) -> u64 {
+        let borders = parts.saturating_sub(1).min(2) as f64;
+        (self.crossing as f64 * micro_batches * borders) as u64
+    }
+
     /// Of the host's memory, for all of its devices.
     pub(super) fn host_bytes(&self, sharing: &Sharing) -> u64 {
         // Weights and two moments, and the gradients that they are updated with.
@@ -108,7 +120,9 @@ impl Traffic {
 
     /// How long a step takes whose part for each device are `flops` in so many micro-batches.
     pub fn step_time(&self, flops: f64, micro_batches: f64, cluster: Cluster, rates: &Rates) -> StepTime {
-        let compute = flops / rates.flops;
+        // The last part waits until the first micro-batch has come to it, and the first until the last one is back.
+        let filling = (cluster.parts.max(1) - 1) as f64;
+        let compute = flops / rates.flops * (1.0 + filling / micro_batches.max(1.0));
         let seconds = |bytes: f64, rate: f64| bytes / rate;
         let rounds = if cluster.passing { micro_batches.max(1.0) } else { 1.0 };
         let down = self.gradients_down as f64;
@@ -120,7 +134,11 @@ impl Traffic {
         let one = compute / micro_batches.max(1.0);
         // Gradients that pass leave from every backward, and hide behind the next forward too.
         let hiding = if cluster.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
-        let waiting = (gradients - hiding).max(0.0) + (seconds(self.layers_up as f64, rates.up) - compute).max(0.0);
+        // Other micro-batches hide what crosses over, but for the first on its way and the last on its.
+        let over = self.crossing as f64;
+        let crossing = 2.0 * filling * (seconds(over, rates.down) + seconds(over, rates.up));
+        let waiting =
+            crossing + (gradients - hiding).max(0.0) + (seconds(self.layers_up as f64, rates.up) - compute).max(0.0);
         let others = if cluster.hosts > 1 { seconds(self.weights_up as f64, rates.network) } else { 0.0 };
         let weights =
             seconds(self.weights_down as f64, rates.down) + seconds(self.weights_up as f64, rates.up) + others;
@@ -133,7 +151,7 @@ mod tests {
     use super::*;
 
     const RATES: Rates = Rates { flops: 10.0, down: 2.0, up: 2.0, adding: 1000.0, network: 1.0 };
-    const TWO: Cluster = Cluster { devices: 2, hosts: 1, passing: false };
+    const TWO: Cluster = Cluster { devices: 2, hosts: 1, passing: false, parts: 1 };
 
     #[test]
     fn gradients_hide_behind_the_backward() {
@@ -143,6 +161,15 @@ mod tests {
         assert!((time.compute - 9.0).abs() < 1e-9 && (time.waiting - 2.0).abs() < 1e-9, "{time:?}");
         let passing = traffic.step_time(90.0, 3.0, Cluster { passing: true, ..TWO }, &RATES);
         assert_eq!((passing.waiting, passing.seconds()), (0.0, 9.0));
+    }
+
+    #[test]
+    fn parts_wait_for_the_first_micro_batch_and_the_last() {
+        let traffic = Traffic { crossing: 4, ..Traffic::default() };
+        // 9 s of computation on each of two devices: of three micro-batches there are four turns. One crossing is 4 s.
+        let time = traffic.step_time(90.0, 3.0, Cluster { parts: 2, ..TWO }, &RATES);
+        assert!((time.compute - 12.0).abs() < 1e-9 && (time.waiting - 8.0).abs() < 1e-9, "{time:?}");
+        assert_eq!((traffic.crossings(3.0, 1), traffic.crossings(3.0, 2), traffic.crossings(3.0, 5)), (0, 12, 24));
     }
 
     #[test]
