@@ -78,6 +78,7 @@ fn a_split_gives_the_bytes_of_one_device_where_nothing_is_clipped() {
         ("method = \"lora\"\nr = 4\nlora_dropout = 0.1\ngradient_checkpointing = \"selective\"", 3),
         ("method = \"full\"\nunfreeze_mm_vision_tower = true", 2),
         ("method = \"full\"\nprecision = \"bfloat16\"", 3),
+        ("method = \"full\"\nprecision = \"float16\"\ninitial_scale_power = 20", 2),
     ] {
         let settings = format!("{settings}\nmax_grad_norm = 0.0\nmax_steps = 4");
         let run = Run::new(THREE, &settings, 7, &folder.path().join("run"));
@@ -129,10 +130,10 @@ fn open(count: usize) -> Vec<Gpu> {
 #[test]
 fn each_device_holds_its_own_layers_and_what_was_estimated() {
     let folder = tempfile::tempdir().unwrap();
-    for (method, mode) in [("qlora", "full"), ("lora", "none"), ("full", "full")] {
+    for (method, mode) in [("qlora", "full"), ("lora", "none")] {
         let settings = format!(
-            "model_name_or_path = \"embedded:tiny\"\ndata_path = [{{ path = \"embedded:easy-vqa-questions\", limit = 24 }}]\n\
-             method = \"{method}\"\nr = 8\nper_device_train_batch_size = 4\nmax_steps = 3\nprecision = \"float32\"\n\
+            "model_name_or_path = \"embedded:tiny\"\ndata_path = [{{ path = \"embedded:easy-vqa-questions\", limit = 96 }}]\n\
+             method = \"{method}\"\nr = 8\nper_device_train_batch_size = 4\nmax_steps = 10\nprecision = \"float32\"\n\
              gradient_checkpointing = \"{mode}\""
         );
         let run = Run::new(THREE, &settings, 4, &folder.path().join("run"));

@@ -84,12 +84,12 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self> {
         // All that can be wrong with files is told before weights go to the device.
         let prepared = Prepared::open(stage, before)?;
-        prepared.check_split(stage, devices.gpus.len())?;
         if stage.layer_split && hosts.count() > 1 {
             return Err(Error::usage("layer_split = true is for the devices of one host, and the run has several")
                 .hint("start it on one host, without mpirun")
                 .hint("leave layer_split out: zero_stage and offload work on several hosts"));
         }
+        prepared.check_split(stage, devices.gpus.len())?;
         let dataset = prepared.dataset(stage, observer)?;
         let processor = prepared.processor(stage)?;
         let standing = Standing::of(stage.ranks(devices.gpus.len()), hosts)?;
