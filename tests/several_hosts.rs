@@ -58,6 +58,18 @@ fn state(out: &Path) -> Vec<u8> {
 }
 
 #[test]
+fn layers_are_not_split_over_hosts() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let results = threads::on(2, |hosts| train(&out, 2, &["layer_split=true"], false, hosts));
+    for result in results {
+        let error = result.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Usage, "{error:?}");
+        assert!(error.message.contains("one host") && error.hints.join(" ").contains("zero_stage"), "{error:?}");
+    }
+}
+
+#[test]
 fn two_hosts_train_what_one_device_trains() {
     let dir = tempfile::tempdir().unwrap();
     let alone = dir.path().join("alone");

@@ -2,7 +2,7 @@
 
 use super::{Node, Tape, Var, Weight};
 use crate::{
-    gpu::Account,
+    gpu::{Account, Gpu},
     ops::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
@@ -440,4 +440,24 @@ pub fn reshape(tape: &mut Tape, x: &Var, shape: &[usize]) -> Var {
     let y = x.value.reshape(shape);
     let (node, shape) = (x.node(), x.value.shape().to_vec());
     tape.record_taking(y, x.wants_gradient(), move |gradients, dy| gradients.add(node, dy.reshape(&shape)))
+}
+
+/// The same elements on another device, by way of the host, as their gradient goes back; nothing where they are there.
+pub fn to_device(tape: &mut Tape, x: Var, gpu: &Gpu) -> Var {
+    let Var { value, node } = x;
+    if value.gpu().is(gpu) {
+        return Var { value, node };
+    }
+    let (from, crossing) = (value.gpu().clone(), tape.crossing.clone());
+    let cross = move |value: Tensor, to: &Gpu| {
+        let offloaded = value.offload();
+        // A device does what it is told in order: the memory may be used again.
+        drop(value);
+        if let Some(crossing) = &crossing {
+            crossing();
+        }
+        offloaded.restore_on(to)
+    };
+    let y = cross(value, gpu);
+    tape.record_taking(y, node.wants_gradient(), move |gradients, dy| gradients.add(node, cross(dy, &from)))
 }

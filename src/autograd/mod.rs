@@ -20,7 +20,7 @@ mod checkpoint;
 
 pub use checkpoint::{Checkpointing, Checkpoints, checkpoint};
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, rc::Rc};
 
 use crate::{
     gpu::Gpu,
@@ -106,6 +106,8 @@ pub struct Tape {
     /// Whether nobody will read the values that are computed now.
     unread: bool,
     infers: bool,
+    /// See [`Tape::at_crossings`].
+    crossing: Option<Rc<dyn Fn()>>,
 }
 
 /// Results that are kept because they are dear, when the rest of a layer is computed again.
@@ -164,6 +166,12 @@ impl Tape {
         if self.recording {
             self.nodes.push(Entry::OnReturn(Box::new(call)));
         }
+    }
+
+    /// Has something called whenever a value, or in the backward its gradient, has left a device for another
+    /// ([`functions::to_device`]), and before it arrives there.
+    pub fn at_crossings(&mut self, call: Rc<dyn Fn()>) {
+        self.crossing = Some(call);
     }
 
     /// Puts `value` on the tape, with the function that passes its gradient on. When nothing that trains lies

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    gpu::{Account, AdapterFacts, AdapterOptions, Gpu},
+    gpu::{Account, AdapterFacts, AdapterOptions, Gpu, Holdings},
     ops::roof,
     train::{
         config::{RunConfig, StageConfig},
@@ -30,6 +30,11 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
     let facts = gpu.as_ref().map_or_else(AdapterFacts::of_a_usual_gpu, |gpu| gpu.facts().clone());
     let memory = args.memory.or(gpu.as_ref().and_then(Gpu::available_memory));
     let devices = args.devices.map_or(config.devices.len().max(1), usize::from);
+    if args.hosts > 1 && config.stages.iter().any(|stage| stage.layer_split) {
+        return Err(
+            Error::usage("layer_split = true is for the devices of one host").hint("leave --hosts out, or layer_split")
+        );
+    }
     let estimates = estimate(&config.stages, &facts, devices)?;
     if !devices.is_multiple_of(args.hosts.into()) {
         return Err(Error::usage(format!("{devices} devices do not divide by --hosts {}", args.hosts))
@@ -109,7 +114,10 @@ struct Row<'a> {
 impl Row<'_> {
     /// What the memory is for, in the order of the table.
     fn kinds(&self) -> Vec<(&'static str, u64)> {
-        let peak = &self.estimate.peak;
+        self.kinds_of(&self.estimate.peak)
+    }
+
+    fn kinds_of(&self, peak: &Holdings) -> Vec<(&'static str, u64)> {
         let mut kinds: Vec<_> = Account::ALL.iter().map(|&account| (account.name(), peak.of(account))).collect();
         kinds.extend([("reserve", peak.free()), ("staging", self.estimate.staging)]);
         kinds
@@ -119,7 +127,7 @@ impl Row<'_> {
     fn time(&self, context: &Context<'_>) -> Option<StepTime> {
         let Estimate { traffic, devices, .. } = self.estimate;
         let passing = self.stage.zero_stage >= 2 && *devices > 1;
-        let cluster = Cluster { devices: *devices, hosts: context.hosts, passing };
+        let cluster = Cluster { devices: *devices, hosts: context.hosts, passing, parts: self.estimate.parts.len() };
         let micro_batches = self.stage.gradient_accumulation_steps as f64;
         context.rates.map(|rates| traffic.step_time(self.flops(), micro_batches, cluster, &rates))
     }
@@ -137,8 +145,13 @@ impl Row<'_> {
 
     fn json(&self, context: &Context<'_>) -> Value {
         let Estimate { title, method, model, model_found, parameters, trainable, batch, traffic, .. } = self.estimate;
-        let bytes: serde_json::Map<String, Value> =
-            self.kinds().into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect();
+        let by_kind = |peak: &Holdings| -> serde_json::Map<String, Value> {
+            self.kinds_of(peak).into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect()
+        };
+        let bytes = by_kind(&self.estimate.peak);
+        let parts: Vec<Value> = (self.estimate.parts.iter())
+            .map(|part| json!({"device_bytes": part.peak.held, "bytes": by_kind(&part.peak)}))
+            .collect();
         let advice: Vec<Value> =
             self.advice.iter().map(|a| json!({"change": a.change, "bytes": a.bytes, "fits": a.fits})).collect();
         json!({
@@ -147,14 +160,14 @@ impl Row<'_> {
             "batch": {"sequences": batch.sequences, "tokens": batch.tokens, "targets": batch.targets,
                 "pictures": batch.pictures, "from_data": batch.from_data},
             "device_bytes": self.estimate.peak.held, "total_bytes": self.estimate.bytes(), "bytes": bytes,
-            "host_bytes": self.host_bytes(context),
+            "parts": parts, "host_bytes": self.host_bytes(context),
             "flops_per_step": self.estimate.flops, "seconds_per_step": self.time(context).map(|time| time.seconds()),
             "seconds": self.time(context).map(|time| json!({
                 "compute": time.compute, "waiting": time.waiting, "weights": time.weights,
             })),
             "traffic": {"gradients_down": traffic.gradients_down, "sums_up": traffic.sums_up,
                 "weights_down": traffic.weights_down, "weights_up": traffic.weights_up,
-                "layers_up": traffic.layers_up},
+                "layers_up": traffic.layers_up, "crossing": traffic.crossing},
             "fits": context.memory.map(|memory| self.estimate.bytes() <= memory),
             "changes": advice,
         })
@@ -195,6 +208,14 @@ impl Row<'_> {
             (None, None) => "no device was found: say its memory with --memory".to_owned(),
         };
         row("total", format!("{:>9}  {fits}", gigabytes(total)));
+        let parts = &self.estimate.parts;
+        for (at, part) in parts.iter().enumerate().filter(|_| parts.len() > 1) {
+            let of = |account| gigabytes(part.peak.of(account));
+            let (weights, activations) = (of(Account::Weights), of(Account::Activations));
+            let bytes = gigabytes(part.peak.held + self.estimate.staging);
+            let text = format!("{bytes:>9}  with its layers' {weights} of weights, and activations of {activations}");
+            row(&format!("device {}", at + 1), text);
+        }
         let host = self.host_bytes(context);
         if host > 0 {
             let each = if context.hosts > 1 { "each host" } else { "the host" };
@@ -212,8 +233,9 @@ impl Row<'_> {
         let each = if self.estimate.devices > 1 { " on each device" } else { "" };
         row("a step", format!("{:.3} TFLOP{each}{time}", self.flops() / 1e12));
         let traffic = &self.estimate.traffic;
-        let down = traffic.gradients_down + traffic.weights_down;
-        let up = traffic.sums_up + traffic.weights_up + traffic.layers_up;
+        let crossings = traffic.crossings(self.stage.gradient_accumulation_steps as f64, self.estimate.parts.len());
+        let down = traffic.gradients_down + traffic.weights_down + crossings;
+        let up = traffic.sums_up + traffic.weights_up + traffic.layers_up + crossings;
         if down + up > 0 {
             let time = self.time(context).map_or_else(String::new, |time| {
                 let more = time.waiting + time.weights;

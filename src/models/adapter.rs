@@ -31,7 +31,6 @@ fn matrices(module: &str) -> [String; 2] {
 /// `Usage` when the model has an adapter already; `Data` when the adapter does not fit the model; whatever has failed on
 /// the device.
 pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<(String, Id, Id)>> {
-    let gpu = model.gpu().clone();
     let unused = names::unused_vision_tensors(&model.config);
     let is_unused = |name: &str| unused.iter().any(|(unused, _)| unused == name);
     if adapter.unties_head {
@@ -40,7 +39,8 @@ pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<
     for (name, tensor) in &adapter.saved {
         match model.parameters.find(name) {
             Some(id) => {
-                let shape = model.parameters.get(id).value.shape().to_vec();
+                let replaced = &model.parameters.get(id).value;
+                let (gpu, shape) = (replaced.gpu().clone(), replaced.shape().to_vec());
                 if shape.iter().product::<usize>() != tensor.len() {
                     return Err(misfit(format!("the adapter's {name} is {:?}, the model's {shape:?}", tensor.shape)));
                 }
@@ -61,7 +61,8 @@ pub fn attach(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<
                 .parameters
                 .find(&name)
                 .ok_or_else(|| misfit(format!("the adapter's {name} is not in the model")))?;
-            let shape = model.parameters.get(id).value.shape().to_vec();
+            let merged = &model.parameters.get(id).value;
+            let (gpu, shape) = (merged.gpu().clone(), merged.shape().to_vec());
             let mut values = dora::weight_rows(&model.parameters, id, 0, shape[0]).to_vec()?;
             if part == "weight" {
                 check_shapes(module, weights, &shape)?;
@@ -99,8 +100,14 @@ fn check_shapes(module: &str, weights: &LoraWeights, weight: &[usize]) -> Result
 fn untie(model: &mut Llava) {
     if let Some(id) = model.parameters.find(names::EMBED_TOKENS).filter(|_| model.config.text().tie_word_embeddings) {
         let embeddings = &model.parameters.get(id).value;
-        let head = Tensor::empty_of(model.gpu(), embeddings.dtype(), embeddings.shape());
-        head.copy_from(embeddings);
+        let last = &model.gpus()[model.gpus().len() - 1];
+        let head = if embeddings.gpu().is(last) {
+            let head = Tensor::empty_of(last, embeddings.dtype(), embeddings.shape());
+            head.copy_from(embeddings);
+            head
+        } else {
+            embeddings.offload().restore_on(last)
+        };
         let head = model.parameters.insert(names::LM_HEAD, head);
         model.language.untie(head);
         model.config.text_mut().tie_word_embeddings = false;
@@ -109,8 +116,6 @@ fn untie(model: &mut Llava) {
 
 /// The part of [`attach`] that stays beside the weights.
 fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<Vec<(String, Id, Id)>> {
-    let gpu = model.gpu().clone();
-    let upload = |tensor: &HostTensor| Tensor::from_f32(&gpu, &tensor.data, &tensor.shape);
     let Llava { language, parameters, .. } = model;
     let streaming = language.streaming().cloned();
     let mut attached: Vec<(String, Id, Id)> = Vec::new();
@@ -121,7 +126,10 @@ fn attach_decoder(model: &mut Llava, adapter: &Adapter, dropout: f64) -> Result<
             if linear.lora.is_some() {
                 return Err(Error::usage(format!("{module} has an adapter already")).hint("load the model afresh"));
             }
-            check_shapes(&module, weights, parameters.get(linear.weight).value.shape())?;
+            let adapted = &parameters.get(linear.weight).value;
+            check_shapes(&module, weights, adapted.shape())?;
+            let gpu = adapted.gpu().clone();
+            let upload = |tensor: &HostTensor| Tensor::from_f32(&gpu, &tensor.data, &tensor.shape);
             let (scale, [a, b]) = (weights.scale as f32, matrices(&module));
             let (a, b) = (parameters.insert(a, upload(&weights.lora_a)), parameters.insert(b, upload(&weights.lora_b)));
             let bias = match &weights.bias {

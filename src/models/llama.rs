@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{config::LlamaConfig, names, rotary, streaming::Streaming};
 use crate::{
-    autograd::{Checkpoints, Var, checkpoint, functions},
+    autograd::{Checkpoints, Var, Weight, checkpoint, functions},
     error::Result,
     gpu::Gpu,
-    nn::{Forward, Id, Linear},
+    nn::{Forward, Id, Linear, Parameters},
     ops::{
         attention::{Heads, Mask, Ranges},
         elementwise, embedding, rope,
@@ -22,7 +22,10 @@ pub struct Llama {
     layers: Arc<Vec<Layer>>,
     norm: Id,
     lm_head: Id,
-    rope_table: Mutex<Option<Tensor>>,
+    /// Of embeddings that are the head too, and are on another device than the last layers.
+    head_copy: Option<Tensor>,
+    /// One for each device.
+    rope_tables: Mutex<Vec<Tensor>>,
     checkpoints: Checkpoints,
     streaming: Option<Arc<Streaming>>,
 }
@@ -210,7 +213,8 @@ impl Llama {
             layers,
             norm,
             lm_head,
-            rope_table: Mutex::default(),
+            head_copy: None,
+            rope_tables: Mutex::default(),
             checkpoints,
             streaming: None,
         })
@@ -225,9 +229,24 @@ impl Llama {
         self.lm_head
     }
 
+    /// The output head as the losses read it.
+    pub fn head(&self, parameters: &Parameters) -> Weight {
+        self.head_copy.clone().map_or_else(|| parameters.weight(self.lm_head), Weight::frozen)
+    }
+
+    /// Where the losses read the output head.
+    pub fn head_gpu<'a>(&'a self, parameters: &'a Parameters) -> &'a Gpu {
+        self.head_copy.as_ref().unwrap_or(&parameters.get(self.lm_head).value).gpu()
+    }
+
+    /// What is read in place of embeddings that are the head too.
+    pub fn set_head_copy(&mut self, copy: Tensor) {
+        self.head_copy = Some(copy);
+    }
+
     /// Gives a model whose head is its embeddings a head of its own.
     pub fn untie(&mut self, lm_head: Id) {
-        self.lm_head = lm_head;
+        (self.lm_head, self.head_copy) = (lm_head, None);
         self.config.tie_word_embeddings = false;
     }
 
@@ -266,15 +285,22 @@ impl Llama {
     }
 
     /// Embeddings [T, D] to the last hidden states [T, D], normalised. Before each layer, and before the norm, stands a
-    /// milestone with the number of layers before it.
+    /// milestone with the number of layers before it. What comes to a layer on another device goes there, and what its
+    /// tokens see is told there anew; `places` are on the first one.
     pub fn forward(&self, forward: &mut Forward<'_>, embeddings: Var, places: &Places<'_>) -> Var {
-        let mut x = embeddings;
+        let (mut x, mut elsewhere) = (embeddings, None);
         for index in 0..self.layers.len() {
             forward.tape.milestone(index);
             if let Some(streaming) = &self.streaming {
                 streaming.bring(index, Some(index + 1));
             }
-            x = self.decoder_layer(forward, index, x, places);
+            let gpu = forward.parameters.get(self.layers[index].input_layernorm).value.gpu();
+            if !x.value.gpu().is(gpu) {
+                drop(elsewhere.take());
+                x = functions::to_device(forward.tape, x, gpu);
+                elsewhere = Some(self.packed(gpu, places.ranges.lengths()));
+            }
+            x = self.decoder_layer(forward, index, x, elsewhere.as_ref().unwrap_or(places));
             if let Some(streaming) = self.streaming.clone() {
                 forward.tape.on_return(move || streaming.bring(index, index.checked_sub(1)));
             }
@@ -334,12 +360,15 @@ impl Llama {
 
     /// Cosines and sines for at least `positions` positions, kept and grown by doubling.
     fn rope_table(&self, gpu: &Gpu, positions: usize) -> Tensor {
-        let mut kept = self.rope_table.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(table) = kept.as_ref().filter(|table| table.shape()[0] >= positions) {
+        let mut kept = self.rope_tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = kept.iter().find(|table| table.gpu().is(gpu) && table.shape()[0] >= positions) {
             return table.clone();
         }
+        kept.retain(|table| !table.gpu().is(gpu));
         let size = positions.next_power_of_two().max(256);
         let frequencies = rotary::frequencies(&self.config, 0);
-        kept.insert(rope::table(gpu, (0..size).map(|position| (position, frequencies.as_slice())))).clone()
+        let table = rope::table(gpu, (0..size).map(|position| (position, frequencies.as_slice())));
+        kept.push(table.clone());
+        table
     }
 }

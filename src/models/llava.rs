@@ -8,6 +8,7 @@ use super::{
     llama::Llama,
     loading::{Loader, Loading},
     names,
+    placement::Placement,
     projector::Projector,
     streaming::Arriving,
 };
@@ -27,7 +28,7 @@ pub struct Llava {
     pub language: Llama,
     pub vision: Option<ClipVision>,
     pub projector: Option<Projector>,
-    gpu: Gpu,
+    placement: Placement,
 }
 
 /// What a batch's pictures are given as.
@@ -52,26 +53,26 @@ impl Llava {
         Self::load_with(gpu, folder, folder.config().clone(), false, complete, &mut loading)
     }
 
-    /// Reads a model's tensors to the device under `config`, which may differ from the folder's in its projector.
+    /// Reads a model's tensors to where they belong, under `config`, which may differ from the folder's in its projector.
     /// Where the folder has no projector, or `replace` says so, its tensors come from `projector` by canonical name
     /// and shape.
     pub fn load_with(
-        gpu: &Gpu,
+        placement: impl Into<Placement>,
         folder: &ModelFolder,
         config: ModelConfig,
         replace: bool,
         projector: &mut dyn FnMut(&str, &[usize]) -> Result<HostTensor>,
         loading: &mut Loading<'_>,
     ) -> Result<Self> {
-        let mut parameters = Parameters::default();
+        let (placement, mut parameters) = (placement.into(), Parameters::default());
         let shapes = config.llava().map(names::projector_tensors).unwrap_or_default();
         let wanted = names::expected_tensors(&config).into_iter().map(|(name, _)| name);
         let wanted = wanted.filter(|name| !(replace && name.starts_with(names::PROJECTOR)));
         let mut arriving = loading.resting.map(Arriving::new);
-        let mut loader = Loader::new(gpu, folder, wanted, loading)?;
+        let mut loader = Loader::new(&placement, folder, wanted, loading)?;
         let mut load = |name: &str| {
             let tensor = match shapes.iter().find(|(known, _)| known == name) {
-                Some((_, shape)) if replace || !folder.has(name) => loader.fresh(&projector(name, shape)?),
+                Some((_, shape)) if replace || !folder.has(name) => loader.fresh(name, &projector(name, shape)?),
                 _ => match &mut arriving {
                     Some(arriving) => arriving.take(name, loader.trains(name), || loader.stored(name))?,
                     None => loader.stored(name)?,
@@ -87,7 +88,7 @@ impl Llava {
             part = Some(Projector::new(llava, &mut load)?);
         }
         language.set_streaming(arriving.map(Arriving::finish));
-        Ok(Self { parameters, language, vision, projector: part, gpu: gpu.clone(), config })
+        Ok(Self { parameters, language, vision, projector: part, placement, config })
     }
 
     /// What the layers of decoder and tower keep for their backward from now on.
@@ -116,8 +117,30 @@ impl Llava {
         self.language.streaming().map_or(0, |streaming| streaming.bytes())
     }
 
+    /// The device that has the model, or its beginning.
     pub fn gpu(&self) -> &Gpu {
-        &self.gpu
+        &self.gpus()[0]
+    }
+
+    /// The devices that have the decoder's layers, in order.
+    pub fn gpus(&self) -> &[Gpu] {
+        self.placement.gpus()
+    }
+
+    /// The device that has the output head.
+    pub fn head_gpu(&self) -> &Gpu {
+        self.language.head_gpu(&self.parameters)
+    }
+
+    /// Makes a second copy of embeddings that are the head too beside the last layers, where these are on another
+    /// device. For embeddings that stay as they are.
+    pub fn copy_head(&mut self) {
+        let last = &self.gpus()[self.gpus().len() - 1];
+        let embeddings = &self.parameters.get(self.language.lm_head()).value;
+        if !embeddings.gpu().is(last) {
+            let copy = embeddings.offload().restore_on(last);
+            self.language.set_head_copy(copy);
+        }
     }
 
     /// Rows that a picture takes in the sequence; 0 for a plain LLaMA.
@@ -141,7 +164,7 @@ impl Llava {
             patches.extend(patch_embed::patchify(pixels, clip.image_size, clip.patch_size));
         }
         let width = clip.num_channels * clip.patch_size * clip.patch_size;
-        let patches = Tensor::from_f32(&self.gpu, &patches, &[patches.len() / width, width]);
+        let patches = Tensor::from_f32(self.gpu(), &patches, &[patches.len() / width, width]);
         Ok(vision.forward(forward, &patches))
     }
 
@@ -159,7 +182,7 @@ impl Llava {
             return Err(Error::usage("this model has no projector for pictures").hint("use a LLaVA"));
         };
         let projected = projector.forward(forward, &features);
-        let rows = Tensor::from_u32(&self.gpu, &batch.image_rows, &[batch.image_rows.len()]);
+        let rows = Tensor::from_u32(self.gpu(), &batch.image_rows, &[batch.image_rows.len()]);
         Ok(functions::place_rows(forward.tape, &words, &rows, &projected))
     }
 
@@ -176,11 +199,12 @@ impl Llava {
             return Ok(None);
         }
         let embeddings = self.embed(forward, batch, pictures)?;
-        let hidden = self.language.forward(forward, embeddings, &self.language.packed(&self.gpu, &batch.lengths));
-        let rows = Tensor::from_u32(&self.gpu, &batch.predicting_rows, &[batch.predicting_rows.len()]);
+        let hidden = self.language.forward(forward, embeddings, &self.language.packed(self.gpu(), &batch.lengths));
+        let rows = Tensor::from_u32(hidden.value.gpu(), &batch.predicting_rows, &[batch.predicting_rows.len()]);
         let picked = functions::pick_rows(forward.tape, &hidden, &rows);
         drop(hidden);
-        let head = forward.parameters.weight(self.language.lm_head());
+        let head = self.language.head(forward.parameters);
+        let picked = functions::to_device(forward.tape, picked, head.value.gpu());
         Ok(Some(functions::head_loss(forward.tape, &picked, &head, &batch.targets, scale)))
     }
 

@@ -1,6 +1,6 @@
 //! Weights from a model folder to the device, in pieces: the host never holds a whole tensor.
 
-use super::{names, streaming::Resting};
+use super::{names, placement::Placement, streaming::Resting};
 use crate::{
     error::Result,
     formats::{HostTensor, model_folder::ModelFolder, safetensors, stored::StoredTensor},
@@ -79,9 +79,9 @@ fn of_file(dtype: safetensors::Dtype) -> Dtype {
     }
 }
 
-/// Brings tensors to one device, one after the other.
+/// Brings tensors to their devices, one after the other.
 pub(super) struct Loader<'a, 'b> {
-    gpu: &'a Gpu,
+    placement: &'a Placement,
     folder: &'a ModelFolder,
     loading: &'a mut Loading<'b>,
     done: u64,
@@ -91,7 +91,7 @@ pub(super) struct Loader<'a, 'b> {
 impl<'a, 'b> Loader<'a, 'b> {
     /// For the tensors of these names, as far as the folder has them.
     pub fn new(
-        gpu: &'a Gpu,
+        placement: &'a Placement,
         folder: &'a ModelFolder,
         names: impl Iterator<Item = String>,
         loading: &'a mut Loading<'b>,
@@ -100,7 +100,7 @@ impl<'a, 'b> Loader<'a, 'b> {
         for name in names.filter(|name| folder.has(name)) {
             total += bytes(&folder.stored(&name)?);
         }
-        Ok(Self { gpu, folder, loading, done: 0, total })
+        Ok(Self { placement, folder, loading, done: 0, total })
     }
 
     /// Whether a tensor of this name trains.
@@ -112,20 +112,21 @@ impl<'a, 'b> Loader<'a, 'b> {
     pub fn stored(&mut self, name: &str) -> Result<Tensor> {
         let stored = self.folder.stored(name)?;
         let (from, shape) = (of_file(stored.dtype()), matrix(&stored.shape));
-        if self.gpu.only_counts() {
-            return Ok(self.counted(name, &shape, &stored));
+        let gpu = self.placement.gpu_of(name);
+        if gpu.only_counts() {
+            return Ok(self.counted(gpu, name, &shape, &stored));
         }
         let tensor = if let Some(packed) = stored.packed().filter(|_| self.loading.keeps_packed(name, &shape)) {
-            self.for_precision(Tensor::from_codes(self.gpu, packed.kind, &shape, packed.codes, &packed.factors()), from)
+            self.for_precision(Tensor::from_codes(gpu, packed.kind, &shape, packed.codes, &packed.factors()), from)
         } else if let Some(Quantization { kind, double, .. }) = self.loading.quantization(name, &shape) {
-            let mut upload = nf4::Upload::new(self.gpu, from, kind, double, &shape);
+            let mut upload = nf4::Upload::new(gpu, from, kind, double, &shape);
             for rows in stored.row_chunks(PIECE) {
                 upload.push(&stored.bytes(rows)?);
             }
             self.for_precision(upload.finish()?, from)
         } else {
             let to = self.loading.dtype(name, &shape, from);
-            let mut upload = cast::Upload::new(self.gpu, from, to, &shape);
+            let mut upload = cast::Upload::new(gpu, from, to, &shape);
             for rows in stored.row_chunks(PIECE) {
                 upload.push(&stored.bytes(rows)?);
             }
@@ -145,22 +146,22 @@ impl<'a, 'b> Loader<'a, 'b> {
     }
 
     /// A tensor of the memory that the stored one would take, on a device that only counts.
-    fn counted(&self, name: &str, shape: &[usize], stored: &StoredTensor) -> Tensor {
+    fn counted(&self, gpu: &Gpu, name: &str, shape: &[usize], stored: &StoredTensor) -> Tensor {
         let from = of_file(stored.dtype());
         if let Some(packed) = stored.packed().filter(|_| self.loading.keeps_packed(name, shape)) {
-            return self.for_precision(Tensor::empty_quantized(self.gpu, packed.kind, packed.is_nested(), shape), from);
+            return self.for_precision(Tensor::empty_quantized(gpu, packed.kind, packed.is_nested(), shape), from);
         }
         match self.loading.quantization(name, shape) {
             Some(Quantization { kind, double, .. }) => {
-                self.for_precision(Tensor::empty_quantized(self.gpu, kind, double, shape), from)
+                self.for_precision(Tensor::empty_quantized(gpu, kind, double, shape), from)
             }
-            None => Tensor::empty_of(self.gpu, self.loading.dtype(name, shape, from), shape),
+            None => Tensor::empty_of(gpu, self.loading.dtype(name, shape, from), shape),
         }
     }
 
     /// A tensor of the host, which is new and f32.
-    pub fn fresh(&self, tensor: &HostTensor) -> Tensor {
-        Tensor::from_f32(self.gpu, &tensor.data, &matrix(&tensor.shape))
+    pub fn fresh(&self, name: &str, tensor: &HostTensor) -> Tensor {
+        Tensor::from_f32(self.placement.gpu_of(name), &tensor.data, &matrix(&tensor.shape))
     }
 }
 

@@ -17,6 +17,7 @@ pub mod loading;
 pub mod memory;
 pub mod names;
 pub mod open;
+pub mod placement;
 pub mod projector;
 pub mod released;
 pub mod rotary;

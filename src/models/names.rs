@@ -15,6 +15,11 @@ pub const PROJECTOR: &str = "multi_modal_projector";
 pub const VISION_TOWER: &str = "vision_tower";
 pub const POSITION_EMBEDDING: &str = "vision_tower.vision_model.embeddings.position_embedding.weight";
 
+/// The decoder layer that a tensor belongs to.
+pub fn decoder_layer(name: &str) -> Option<usize> {
+    name.strip_prefix(DECODER_LAYERS)?.split_once('.')?.0.parse().ok()
+}
+
 /// A tensor's name and shape.
 pub type NamedShape = (String, Vec<usize>);
 

@@ -129,8 +129,8 @@ pub fn step(
 }
 
 impl Step {
-    /// What the benches of this optimizer and its relative take.
-    pub(super) fn usual() -> Self {
+    /// What is taken where an update is only timed.
+    pub fn usual() -> Self {
         Self {
             learning_rate: 1e-5,
             beta1: 0.9,

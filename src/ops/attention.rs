@@ -56,6 +56,11 @@ impl Mask {
 }
 
 impl Ranges {
+    /// Of packed sequences; empty where queries and keys are not the same rows.
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
     /// Sequences of the given lengths, packed one behind the other; each attends to itself only.
     pub fn packed(gpu: &Gpu, lengths: &[usize], mask: Mask) -> Self {
         let causal = mask != Mask::Full;

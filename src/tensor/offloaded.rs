@@ -48,8 +48,14 @@ impl Offloaded {
 
     /// The tensor again, in other memory of the device.
     pub fn restore(self) -> Tensor {
-        let tensor = Tensor::empty_of(&self.gpu, self.dtype, &self.shape);
-        self.gpu.write(&tensor.buffer, 0, &self.gpu.downloaded(self.download));
+        let gpu = self.gpu.clone();
+        self.restore_on(&gpu)
+    }
+
+    /// The tensor in the memory of any device.
+    pub fn restore_on(self, gpu: &Gpu) -> Tensor {
+        let tensor = Tensor::empty_of(gpu, self.dtype, &self.shape);
+        gpu.write(&tensor.buffer, 0, &self.gpu.downloaded(self.download));
         tensor
     }
 }

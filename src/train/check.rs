@@ -25,12 +25,13 @@ pub fn check(run: &RunConfig, observer: &mut dyn Observer) -> Result<Vec<String>
             (None, Some(before)) => Prepared::after(stage, before)?,
             _ => Prepared::open(stage, None)?,
         };
+        prepared.check_split(stage, run.devices.len())?;
         let dataset = prepared.dataset(stage, observer)?;
         prepared.processor(stage)?;
         // One of them read shows that the format is built.
         let first = (0..dataset.len()).find_map(|index| dataset.record(index).images.first());
         first.map(ImageSource::load).transpose()?;
-        let plan = trainer::plan(stage, &dataset, run.devices.len().max(1))?;
+        let plan = trainer::plan(stage, &dataset, stage.ranks(run.devices.len().max(1)))?;
         lines.push(line(stage, prepared.folder.name(), dataset.len(), &plan));
         before = Some(prepared);
     }

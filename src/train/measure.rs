@@ -103,7 +103,8 @@ pub fn steps(
     gpu.compile_ahead(estimate.launches);
     observer.event(Event::Note(&format!("expected: {:.2} GB of device memory", estimated as f64 / 1e9)));
     let begun = Instant::now();
-    let mut stepper = Stepper::new(stage, prepared.load(stage, gpu, None, observer)?, 1, Sharing::ALONE)?;
+    let mut stepper =
+        Stepper::new(stage, prepared.load(stage, std::slice::from_ref(gpu), None, observer)?, 1, Sharing::ALONE)?;
     let pictures = PictureStore::made_up(stepper.model(), made_up.pictures, !stage.unfreeze_mm_vision_tower)?;
     gpu.sync()?;
     let loading_seconds = begun.elapsed().as_secs_f64();

@@ -16,6 +16,7 @@ pub mod measure;
 pub mod metrics;
 pub mod optimizer;
 pub mod pictures;
+mod pipeline;
 pub mod plot;
 pub mod report;
 pub mod run;

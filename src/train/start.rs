@@ -32,6 +32,7 @@ use crate::{
         llava::Llava,
         loading::Loading,
         names, open,
+        placement::Placement,
         streaming::Resting,
     },
 };
@@ -207,6 +208,26 @@ impl Prepared {
         &self.config
     }
 
+    /// Refuses layers that cannot be spread over so many devices.
+    ///
+    /// # Errors
+    /// `Usage`: one device, or more of them than layers.
+    pub fn check_split(&self, stage: &StageConfig, devices: usize) -> Result<()> {
+        let layers = self.config.text().num_hidden_layers;
+        let (title, name) = (stage.title(), self.folder.name());
+        match devices {
+            _ if !stage.layer_split => Ok(()),
+            0 | 1 => Err(Error::usage(format!("{title}: layer_split = true is for several devices, and there is one"))
+                .hint("name them: devices = [0, 1]")
+                .hint("leave layer_split out: one device has all layers")),
+            _ if devices > layers => Err(Error::usage(format!(
+                "{title}: layer_split = true on {devices} devices, and {name} has {layers} layers"
+            ))
+            .hint(format!("name at most {layers} devices"))),
+            _ => Ok(()),
+        }
+    }
+
     /// How pictures are brought to the tower; none for a plain LLaMA.
     ///
     /// # Errors
@@ -247,7 +268,7 @@ impl Prepared {
         Ok(dataset)
     }
 
-    /// Brings the weights to the device; what is new (projector, adapter) gets its first values. The decoder's layers go
+    /// Brings the weights to the device, or under `layer_split` to several; what is new (projector, adapter) gets its first values. The decoder's layers go
     /// to rest in `resting`, where it is given.
     ///
     /// # Errors
@@ -255,12 +276,13 @@ impl Prepared {
     pub fn load(
         &self,
         stage: &StageConfig,
-        gpu: &Gpu,
+        gpus: &[Gpu],
         resting: Option<&Resting>,
         observer: &mut dyn Observer,
     ) -> Result<Start> {
-        let _weights = gpu.account(Account::Weights);
+        let _weights: Vec<_> = gpus.iter().map(|gpu| gpu.account(Account::Weights)).collect();
         let Self { folder, config, projector: given, adapter: read } = self;
+        let placement = Placement::split(gpus, config.text().num_hidden_layers);
         let named = config.clone();
         let mut projector = |name: &str, shape: &[usize]| match given {
             Some(checkpoint) => projector_tensor(checkpoint, name, shape),
@@ -278,7 +300,8 @@ impl Prepared {
             resting,
             progress: &mut |done, total| observer.event(Event::loaded(done, total)),
         };
-        let mut model = Llava::load_with(gpu, folder, config.clone(), given.is_some(), &mut projector, &mut loading)?;
+        let mut model =
+            Llava::load_with(placement, folder, config.clone(), given.is_some(), &mut projector, &mut loading)?;
         let mut changed = BTreeSet::new();
         if let Some(llava) = model.config.llava().filter(|_| given.is_some() || !folder.has_projector()) {
             changed.extend(names::projector_tensors(llava).into_iter().map(|(name, _)| name));
@@ -303,11 +326,14 @@ impl Prepared {
             (_, None) => None,
         };
         if let Some(adapter) = &adapter {
-            let _trained = gpu.account(Account::Trained);
+            let _trained: Vec<_> = gpus.iter().map(|gpu| gpu.account(Account::Trained)).collect();
             adapter::attach(&mut model, adapter, adapter.lora_dropout)?;
             if stage.use_dora && fresh {
                 dora::start(&mut model);
             }
+        }
+        if trainable::trains(stage, names::EMBED_TOKENS).is_none() {
+            model.copy_head();
         }
         Ok(Start { model, folder: folder.clone(), adapter, changed })
     }

@@ -8,6 +8,7 @@ use super::{
     loss_scale::LossScaler,
     optimizer::{AdamW, Keep, Optimizer, Sharing, Update, Updates},
     pictures::PictureStore,
+    pipeline,
     start::Start,
     step::{Measured, Step},
     trainable,
@@ -15,7 +16,7 @@ use super::{
 use crate::{
     autograd::Tape,
     error::Result,
-    gpu::Account,
+    gpu::{Account, Gpu},
     models::{dora, llava::Llava},
     nn::Forward,
     ops::{elementwise, reduce},
@@ -52,11 +53,10 @@ impl Stepper {
         let Llava { parameters, language, .. } = &mut start.model;
         let streaming = language.streaming().map(Arc::as_ref);
         let optimizer = Optimizer::new(parameters, trainables, settings(stage), sharing, streaming)?;
-        let gpu = start.model.gpu();
         // What was moved into arenas, and what loading needed.
-        gpu.trim();
-        let sums = elementwise::zeros(gpu, &[1 + micro_batches]);
-        gpu.start_peak();
+        start.model.gpus().iter().for_each(Gpu::trim);
+        let sums = elementwise::zeros(start.model.head_gpu(), &[1 + micro_batches]);
+        start.model.gpus().iter().for_each(Gpu::start_peak);
         Ok(Self { start, optimizer, phases: None, sums })
     }
 
@@ -84,7 +84,7 @@ impl Stepper {
     /// Where the step is timed: waits for the device and notes the seconds since `begun`.
     fn note(&mut self, begun: Instant, phase: fn(&mut Phases) -> &mut f64) -> Result<()> {
         if let Some(phases) = &mut self.phases {
-            self.start.model.gpu().sync()?;
+            self.start.model.gpus().iter().try_for_each(Gpu::sync)?;
             *phase(phases) += begun.elapsed().as_secs_f64();
         }
         Ok(())
@@ -105,17 +105,30 @@ impl Stepper {
     ) -> Result<Measured> {
         let loss_scale = loss_scaler.as_ref().map(|scaler| f64::from(scaler.scale));
         self.begin();
-        for index in 0..step.batches.len() {
-            self.micro_batch(stage, step, index, loss_scale, pictures, &mut |_, _| ())?;
+        // Parts that are timed take no turns.
+        if self.phases.is_none() && pipeline::suits(self) {
+            pipeline::run(self, stage, step, loss_scale, pictures)?;
+        } else {
+            for index in 0..step.batches.len() {
+                self.micro_batch(stage, step, index, loss_scale, pictures, &mut |_, _| ())?;
+            }
         }
         let begun = Instant::now();
-        self.optimizer.add_square_sum(&self.sums, 0);
         let before = *updates;
-        self.optimizer.step(&step.update(updates, loss_scale), &self.sums);
+        let update = step.update(updates, loss_scale);
+        let square_sum = match self.model().gpus() {
+            [_] => {
+                self.optimizer.add_square_sum(&self.sums, 0);
+                self.optimizer.step(&update, &self.sums);
+                None
+            }
+            _ => Some(self.optimizer.step_apart(&update)?),
+        };
         self.settle();
         self.note(begun, |phases| &mut phases.optimizer)?;
         let sums = self.sums.to_vec()?;
-        let sums = (&sums[1..=step.batches.len()], f64::from(sums[0]));
+        self.model().gpus().iter().try_for_each(Gpu::check)?;
+        let sums = (&sums[1..=step.batches.len()], square_sum.unwrap_or(f64::from(sums[0])));
         Ok(step.conclude(stage, sums, (updates, before), loss_scaler))
     }
 
@@ -123,6 +136,24 @@ impl Stepper {
     pub fn begin(&self) {
         elementwise::fill(&self.sums, 0.0);
         self.optimizer.zero_gradients();
+    }
+
+    /// What the token losses of a micro-batch are multiplied with, and the seed and step of its dropout.
+    pub(super) fn scale_and_dropout(
+        &self,
+        stage: &StageConfig,
+        step: &Step<'_>,
+        index: usize,
+        loss_scale: Option<f64>,
+    ) -> (f32, (u32, u32)) {
+        let scale = step.factor_of(stage, index) * loss_scale.unwrap_or(1.0);
+        let pass = step.number * (self.sums.len() - 1) as u64 + index as u64;
+        (scale as f32, (stage.seed as u32, pass as u32))
+    }
+
+    /// Square sum of the gradients, then the loss sum of each micro-batch.
+    pub(super) fn sums(&self) -> &Tensor {
+        &self.sums
     }
 
     /// Forward and backward of one micro-batch of a step; its loss goes to its slot of the sums. `passed` is told the
@@ -139,16 +170,14 @@ impl Stepper {
         pictures: &PictureStore,
         passed: &mut dyn FnMut(&Optimizer, usize),
     ) -> Result<()> {
-        let scale = step.factor_of(stage, index) * loss_scale.unwrap_or(1.0);
-        let pass = step.number * (self.sums.len() - 1) as u64 + index as u64;
-        let dropout = (stage.seed as u32, pass as u32);
+        let (scale, dropout) = self.scale_and_dropout(stage, step, index, loss_scale);
         let pictures = pictures.load(&step.images[index])?;
         let model = &self.start.model;
         let _activations = model.gpu().account(Account::Activations);
         let (begun, views) = (Instant::now(), pictures.views());
         let mut tape = Tape::recording();
         let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
-        let losses = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale as f32)?;
+        let losses = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale)?;
         self.note(begun, |phases| &mut phases.forward)?;
         if let Some(losses) = losses {
             let begun = Instant::now();

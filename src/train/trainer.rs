@@ -35,7 +35,7 @@ use crate::{
     },
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
-    gpu::Launches,
+    gpu::{Gpu, Launches},
     hosts::{Hosts, same_on_all},
     hub::id_or_path,
     models::{adapter, batch::PackedBatch, names, streaming::Resting},
@@ -84,9 +84,15 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self> {
         // All that can be wrong with files is told before weights go to the device.
         let prepared = Prepared::open(stage, before)?;
+        if stage.layer_split && hosts.count() > 1 {
+            return Err(Error::usage("layer_split = true is for the devices of one host, and the run has several")
+                .hint("start it on one host, without mpirun")
+                .hint("leave layer_split out: zero_stage and offload work on several hosts"));
+        }
+        prepared.check_split(stage, devices.gpus.len())?;
         let dataset = prepared.dataset(stage, observer)?;
         let processor = prepared.processor(stage)?;
-        let standing = Standing::of(devices.gpus.len(), hosts)?;
+        let standing = Standing::of(stage.ranks(devices.gpus.len()), hosts)?;
         if hosts.count() > 1 {
             same_on_all(hosts, &alike(stage, &prepared, &dataset)?)?;
         }
@@ -95,9 +101,12 @@ impl<'a> Trainer<'a> {
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if devices.checked {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
+            let parts =
+                if stage.layer_split { estimate::check_parts(stage, &prepared, &steps, devices)? } else { vec![] };
+            devices.gpus.iter().zip(parts).for_each(|(gpu, launches)| gpu.compile_ahead(launches));
             // The same adapter needs the same again.
             let mut known: HashMap<usize, Launches> = HashMap::new();
-            for gpu in &devices.gpus {
+            for gpu in devices.gpus.iter().filter(|_| !stage.layer_split) {
                 let Some(memory) = devices.memory_of(gpu) else { continue };
                 let launches = match known.get(&gpu.facts().index) {
                     Some(launches) => launches.clone(),
@@ -109,12 +118,13 @@ impl<'a> Trainer<'a> {
         }
         let micro_batches = plan.micro_batches();
         let resting = Team::resting(stage, standing.total);
-        let sharing = Team::sharing(stage, prepared.config(), standing, devices.gpus.len());
+        let ranks: Vec<&[Gpu]> = devices.gpus.chunks(devices.gpus.len() / stage.ranks(devices.gpus.len())).collect();
+        let sharing = Team::sharing(stage, prepared.config(), standing, ranks.len());
         let mut steppers = Vec::new();
-        for (gpu, sharing) in devices.gpus.iter().zip(sharing) {
+        for (gpus, sharing) in ranks.into_iter().zip(sharing) {
             steppers.push(Stepper::new(
                 stage,
-                prepared.load(stage, gpu, resting.as_ref(), observer)?,
+                prepared.load(stage, gpus, resting.as_ref(), observer)?,
                 micro_batches,
                 sharing,
             )?);

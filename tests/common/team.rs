@@ -8,6 +8,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
+use serde_json::json;
 use wgpu_llava::{
     error::Result,
     gpu::{AdapterOptions, Gpu},
@@ -29,17 +30,28 @@ pub struct Layout {
     pub devices: usize,
     pub zero_stage: u8,
     pub offload: bool,
+    /// Each device has a part of the layers.
+    pub layer_split: bool,
 }
 
 impl Layout {
-    pub const ONE: Self = Self { devices: 1, zero_stage: 0, offload: false };
+    pub const ONE: Self = Self { devices: 1, zero_stage: 0, offload: false, layer_split: false };
 
     pub const fn new(devices: usize, zero_stage: u8) -> Self {
-        Self { devices, zero_stage, offload: false }
+        Self { devices, zero_stage, ..Self::ONE }
     }
 
     pub const fn offload(devices: usize, zero_stage: u8) -> Self {
-        Self { devices, zero_stage, offload: true }
+        Self { devices, zero_stage, offload: true, ..Self::ONE }
+    }
+
+    pub const fn split(devices: usize) -> Self {
+        Self { devices, layer_split: true, ..Self::ONE }
+    }
+
+    /// Devices that compute micro-batches of their own.
+    pub fn ranks(self) -> usize {
+        if self.layer_split { 1 } else { self.devices }
     }
 }
 
@@ -91,11 +103,12 @@ impl Run {
 
     /// The config of this run under a layout.
     pub fn config(&self, layout: Layout) -> Result<RunConfig> {
-        assert!(self.micro_batches.is_multiple_of(layout.devices), "{layout:?}");
+        assert!(self.micro_batches.is_multiple_of(layout.ranks()), "{layout:?}");
         let set = [
-            format!("gradient_accumulation_steps={}", self.micro_batches / layout.devices),
+            format!("gradient_accumulation_steps={}", self.micro_batches / layout.ranks()),
             format!("zero_stage={}", layout.zero_stage),
             format!("offload={}", layout.offload),
+            format!("layer_split={}", layout.layer_split),
         ];
         RunConfig::resolve(&Request {
             recipe: None,
@@ -123,6 +136,26 @@ impl Run {
         }
         self.train_on(&gpus, layout, &mut Silent).unwrap_or_else(|error| panic!("{layout:?}: {error:?}"))
     }
+}
+
+/// Records by what they are: a picture, text, and either with an answer behind the cut, where nothing is supervised.
+pub fn write_records(folder: &Path, kinds: &str) -> PathBuf {
+    let long = "a long question ".repeat(80);
+    let record = |(at, kind): (usize, char)| {
+        let picture = kind == 'P' || kind == 'p';
+        let question = if kind.is_uppercase() { format!("What is number {at}?") } else { long.clone() };
+        let question = if picture { format!("<image>\n{question}") } else { question };
+        let mut record = json!({"id": format!("{kind}-{at}"), "conversations": [
+            {"from": "human", "value": question}, {"from": "gpt", "value": format!("It is {at} and no other.")}]});
+        if picture {
+            record["image"] = ["wide.png", "tall.png", "grey.png"][at % 3].into();
+        }
+        record
+    };
+    let records: Vec<_> = kinds.chars().enumerate().map(record).collect();
+    let path = folder.join("records.json");
+    fs::write(&path, json!(records).to_string()).unwrap();
+    path
 }
 
 /// Step, loss, norm, supervised tokens, and bytes moved by each device.

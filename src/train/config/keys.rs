@@ -170,6 +170,7 @@ pub static KEYS: &[Key] = &[
     run("devices", Kind::Devices, "indices or names of adapters; the best one"),
     stage("zero_stage", within(0, 3), "0", "sharding over several devices"),
     stage("offload", Kind::Flag, "false", "optimizer state in host memory"),
+    stage("layer_split", Kind::Flag, "false", "the decoder's layers in parts, one on each device"),
     run("output_dir", Kind::Path, "the run folder"),
     run("eval_after", Kind::Choices(EVAL_TASKS), "evaluations after the last stage"),
     run("eval_limit", at_least(1), "questions of each evaluation"),

@@ -174,6 +174,7 @@ impl RunConfig {
             "gradient_accumulation_steps",
             "zero_stage",
             "offload",
+            "layer_split",
         ];
         let refuse = |what: String| {
             Error::usage(format!("{} cannot be gone on with: {what}", self.output_dir.display()))

@@ -109,6 +109,8 @@ pub struct StageConfig {
     /// 0 to 3.
     pub zero_stage: u8,
     pub offload: bool,
+    /// The devices have a part of the decoder's layers each, and are one to the micro-batches.
+    pub layer_split: bool,
     pub logging_steps: u64,
     pub save_steps: u64,
     pub save_total_limit: usize,
@@ -237,6 +239,7 @@ impl StageConfig {
                 .required("gradient_checkpointing", |v| GradientCheckpointing::parse(v.as_str()?))?,
             zero_stage: read.required("zero_stage", count)?,
             offload: read.flag("offload")?,
+            layer_split: read.flag("layer_split")?,
             logging_steps: read.required("logging_steps", count)?,
             save_steps: read.required("save_steps", count)?,
             save_total_limit: read.required("save_total_limit", count)?,
@@ -269,6 +272,13 @@ impl StageConfig {
             return Err(Error::usage(format!("{place}: offload = true keeps float32 masters on the host"))
                 .hint("leave stochastic_rounding out: under offload masters take no device memory"));
         }
+        if stage.layer_split && (stage.zero_stage > 0 || stage.offload) {
+            let other = if stage.offload { "offload = true" } else { "zero_stage" };
+            return Err(Error::usage(format!(
+                "{place}: layer_split = true does not go with {other}: no two devices have the same layers"
+            ))
+            .hint(format!("leave {other} out, or layer_split")));
+        }
         // Both the factor and its reciprocal are f32.
         for (key, factor) in [("loss_scale", stage.loss_scale), ("min_loss_scale", stage.min_loss_scale)] {
             if factor != 0.0 && !(1e-30..=1e30).contains(&factor) {
@@ -295,6 +305,11 @@ impl StageConfig {
     /// The name, or `train` for the stage of a config without stages.
     pub fn title(&self) -> &str {
         if self.name.is_empty() { "train" } else { &self.name }
+    }
+
+    /// How many of so many devices compute micro-batches of their own.
+    pub fn ranks(&self, devices: usize) -> usize {
+        if self.layer_split { 1 } else { devices }
     }
 
     /// Records per optimizer step on one device.

@@ -216,6 +216,12 @@ fn what_is_known_but_not_built_says_so() {
     for method in ["method=full", "use_dora=true"] {
         resolve(MINIMAL, &[method, "zero_stage=3"]).unwrap();
     }
+    for set in [["layer_split=true", "zero_stage=1"], ["layer_split=true", "offload=true"]] {
+        let told = message(MINIMAL, &set);
+        assert!(told.contains("layer_split") && told.contains(set[1].split('=').next().unwrap()), "{told}");
+    }
+    let split = &resolve(MINIMAL, &["layer_split=true"]).unwrap().stages[0];
+    assert_eq!((split.layer_split, split.ranks(3), split.zero_stage), (true, 1, 0));
     for mode in ["selective", "full", "offload"] {
         resolve(MINIMAL, &[&format!("gradient_checkpointing={mode}")]).unwrap();
     }

@@ -24,7 +24,7 @@ type Change = (String, Box<dyn Fn(&mut StageConfig)>);
 
 /// What can be changed, in the order of how little it costs: what is computed stays the same, then nearly the same,
 /// then another method.
-fn changes(stage: &StageConfig) -> Vec<Change> {
+fn changes(stage: &StageConfig, devices: usize) -> Vec<Change> {
     let mut list: Vec<Change> = Vec::new();
     if matches!(stage.gradient_checkpointing, GradientCheckpointing::None | GradientCheckpointing::Selective) {
         list.push((
@@ -55,18 +55,29 @@ fn changes(stage: &StageConfig) -> Vec<Change> {
             Box::new(|stage| stage.gradient_checkpointing = GradientCheckpointing::Offload),
         ));
     }
-    if stage.zero_stage < 2 {
+    if stage.zero_stage < 2 && !stage.layer_split {
         // Of no use to one device: passed over then.
         list.push(("zero_stage = 2".into(), Box::new(|stage| stage.zero_stage = 2)));
     }
-    if !stage.offload && !stage.stochastic_rounding {
+    if !stage.offload && !stage.stochastic_rounding && !stage.layer_split {
         list.push((
             "offload = true with optim = \"adamw\"".into(),
             Box::new(|stage| (stage.offload, stage.optim) = (true, Optim::AdamW)),
         ));
     }
-    if stage.zero_stage < 3 {
+    if stage.zero_stage < 3 && !stage.layer_split {
         list.push(("zero_stage = 3".into(), Box::new(|stage| stage.zero_stage = 3)));
+    }
+    if devices > 1 && !stage.layer_split {
+        // A step keeps its micro-batches.
+        let accumulated = stage.gradient_accumulation_steps;
+        list.push((
+            format!("layer_split = true with gradient_accumulation_steps = {}", accumulated * devices),
+            Box::new(move |stage| {
+                (stage.layer_split, stage.zero_stage, stage.offload) = (true, 0, false);
+                stage.gradient_accumulation_steps = accumulated * devices;
+            }),
+        ));
     }
     if stage.method == Method::Full {
         list.push(("method = \"lora\"".into(), Box::new(|stage| stage.method = Method::Lora)));
@@ -107,12 +118,15 @@ pub fn advise(
     let mut stages = stages.to_vec();
     let Some(stage) = stages.last().cloned() else { return Ok(Vec::new()) };
     let (mut advice, mut bytes) = (Vec::new(), needed);
-    for (change, apply) in changes(&stage) {
+    for (change, apply) in changes(&stage, devices) {
         let mut changed = stages.clone();
         let Some(stage) = changed.last_mut() else { break };
         apply(stage);
         let stage = stage.clone();
         let known = open_last(&changed)?;
+        if known.prepared.check_split(&stage, devices).is_err() {
+            continue;
+        }
         let steps = Steps::of(&stage, &known.prepared, known.found, devices)?;
         let needed = simulate(&stage, &known.prepared, known.found, &steps, facts, devices)?.bytes();
         if needed > bytes - bytes / 100 {

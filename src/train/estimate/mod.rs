@@ -19,14 +19,14 @@ use super::{
     start::{self, Prepared},
     step::Step,
     stepper::Stepper,
-    team::{Standing, Team},
+    team::{Devices, Standing, Team},
 };
 use crate::{
     data::ImageSource,
     error::{Error, ErrorKind, Result},
     formats::{model_folder::ModelFolder, safetensors::Dtype},
     gpu::{AdapterFacts, Gpu, Holdings, Launches, STAGING_BYTES},
-    models::released,
+    models::{batch::PackedBatch, released},
 };
 
 /// What one stage needs.
@@ -42,8 +42,10 @@ pub struct Estimate {
     /// The largest micro-batch.
     pub batch: Batch,
     pub micro_batches: usize,
-    /// When most is held.
+    /// When most is held, by the device that holds most.
     pub peak: Holdings,
+    /// One, or under `layer_split` one for each device in order.
+    pub parts: Vec<Part>,
     /// Of the host's memory that the device sees: what goes to it and comes back passes through.
     pub staging: u64,
     /// What moves in a step, and what the host has for it.
@@ -52,6 +54,13 @@ pub struct Estimate {
     /// Of a step of such micro-batches, recomputation included.
     pub flops: u64,
     /// The kernels of the start and of the steps.
+    pub launches: Launches,
+}
+
+/// What one device holds when it holds most, and the kernels of the start and of the steps.
+#[derive(Clone, Debug)]
+pub struct Part {
+    pub peak: Holdings,
     pub launches: Launches,
 }
 
@@ -122,6 +131,7 @@ pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts, devices: usize) ->
     let mut estimates = Vec::new();
     for stage in stages {
         let known = open(stage, before.take())?;
+        known.prepared.check_split(stage, devices)?;
         let steps = Steps::of(stage, &known.prepared, known.found, devices)?;
         estimates.push(simulate(stage, &known.prepared, known.found, &steps, facts, devices)?);
         before = Some(known);
@@ -145,6 +155,40 @@ pub fn check(
     if needed <= memory {
         return Ok(estimate.launches);
     }
+    Err(refusal(stage, prepared, needed, facts, (memory, devices))?)
+}
+
+/// As [`check`], of a layer split over these devices; the kernels of each.
+///
+/// # Errors
+/// As [`check`], with the first device that has too little.
+pub fn check_parts(
+    stage: &StageConfig,
+    prepared: &Prepared,
+    steps: &Steps,
+    devices: &Devices,
+) -> Result<Vec<Launches>> {
+    let facts: Vec<&AdapterFacts> = devices.gpus.iter().map(Gpu::facts).collect();
+    let Estimate { parts, staging, .. } = simulate_on(stage, prepared, true, steps, &facts, facts.len())?;
+    for (at, (gpu, part)) in devices.gpus.iter().zip(&parts).enumerate() {
+        let needed = part.peak.held + staging;
+        if let Some(memory) = devices.memory_of(gpu).filter(|&memory| needed > memory) {
+            let error = refusal(stage, prepared, needed, gpu.facts(), (memory, parts.len()))?;
+            let message = format!("{} (device {} of {})", error.message, at + 1, parts.len());
+            return Err(Error { message, ..error });
+        }
+    }
+    Ok(parts.into_iter().map(|part| part.launches).collect())
+}
+
+/// Says that a stage needs too much, and what would make it fit.
+fn refusal(
+    stage: &StageConfig,
+    prepared: &Prepared,
+    needed: u64,
+    facts: &AdapterFacts,
+    (memory, devices): (u64, usize),
+) -> Result<Error> {
     let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
     let message = format!(
         "{}: {} on {} needs {}, and {} has {} free",
@@ -164,10 +208,11 @@ pub fn check(
             error = error.hint(format!("{and}{}: {}", advice.change, gigabytes(advice.bytes)));
         }
     }
-    Err(error.hint("`wgpu-llava estimate` tells what the memory is for; --force starts it all the same"))
+    Ok(error.hint("`wgpu-llava estimate` tells what the memory is for; --force starts it all the same"))
 }
 
-/// Runs a stage's start and some of its steps on a device that only counts: the first of so many.
+/// Runs a stage's start and some of its steps on devices that only count: the first of so many like that of `facts`, or
+/// under `layer_split` all of them.
 ///
 /// # Errors
 /// A config with which nothing trains.
@@ -179,25 +224,46 @@ pub(super) fn simulate(
     facts: &AdapterFacts,
     devices: usize,
 ) -> Result<Estimate> {
-    let gpu = Gpu::counting(facts.clone());
+    let parts = if stage.layer_split { devices } else { 1 };
+    simulate_on(stage, prepared, found, steps, &vec![facts; parts], devices)
+}
+
+/// As [`simulate`], on devices like these.
+fn simulate_on(
+    stage: &StageConfig,
+    prepared: &Prepared,
+    found: bool,
+    steps: &Steps,
+    facts: &[&AdapterFacts],
+    devices: usize,
+) -> Result<Estimate> {
+    let gpus: Vec<Gpu> = facts.iter().map(|&facts| Gpu::counting(facts.clone())).collect();
+    let ranks = stage.ranks(devices);
     let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(1).max(stage.gradient_accumulation_steps);
-    let sharing = Team::sharing(stage, prepared.config(), Standing { first: 0, total: devices }, 1)[0];
-    let resting = Team::resting(stage, devices);
+    let sharing = Team::sharing(stage, prepared.config(), Standing { first: 0, total: ranks }, 1)[0];
+    let resting = Team::resting(stage, ranks);
     let mut stepper =
-        Stepper::new(stage, prepared.load(stage, &gpu, resting.as_ref(), &mut Silent)?, micro_batches, sharing)?;
+        Stepper::new(stage, prepared.load(stage, &gpus, resting.as_ref(), &mut Silent)?, micro_batches, sharing)?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
     let (mut flops, mut updates) = (0, Updates::default());
+    let done = || gpus.iter().map(Gpu::flops).sum::<u64>();
+    // One that is made up stands for all of a step; where they follow each other through parts, more are held at once.
+    let times = if steps.largest.from_data { 1 } else { gpus.len().min(stage.gradient_accumulation_steps) };
     for batches in &steps.steps {
+        let batches: Vec<PackedBatch> = (0..times).flat_map(|_| batches.iter().cloned()).collect();
         let images: Vec<Vec<ImageSource>> = batches.iter().map(|batch| vec![no_picture(); batch.images]).collect();
-        let before = gpu.flops();
-        let step = Step { number: 0, batches, images: &images, factor: 1.0 };
+        let before = done();
+        let step = Step { number: 0, batches: &batches, images: &images, factor: 1.0 };
         stepper.step(stage, &step, &pictures, &mut updates, None)?;
-        flops = flops.max(gpu.flops() - before);
+        flops = flops.max(done() - before);
     }
     // Steps of the data are those of all devices.
-    let of_all = if steps.largest.from_data { devices } else { 1 };
-    let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(0).div_ceil(of_all);
-    let traffic = Traffic::of(stage, &stepper, micro_batches);
+    let of_all = if steps.largest.from_data { ranks } else { 1 };
+    let micro_batches = (steps.steps.iter().map(Vec::len).max().unwrap_or(0) * times).div_ceil(of_all);
+    let traffic = Traffic::of(stage, &stepper, micro_batches, steps.largest.tokens);
+    let parts: Vec<Part> = gpus.iter().map(|gpu| Part { peak: gpu.peak(), launches: gpu.launches() }).collect();
+    let mut launches = gpus[0].launches();
+    parts.iter().for_each(|part| launches.add_questions(&part.launches));
     Ok(Estimate {
         title: stage.title().to_owned(),
         method: stage.method,
@@ -207,15 +273,20 @@ pub(super) fn simulate(
         trainable: stepper.optimizer.elements() as u64,
         batch: steps.largest,
         micro_batches,
-        peak: gpu.peak(),
+        peak: parts.iter().map(|part| part.peak).max_by_key(|peak| peak.held).unwrap_or_default(),
         // Uploads of weights have theirs before anything else is there.
         staging: match (&resting, stage.gradient_checkpointing) {
-            (None, checkpointing) if sharing.is_alone() && checkpointing != GradientCheckpointing::Offload => 0,
+            (None, checkpointing)
+                if sharing.is_alone() && parts.len() == 1 && checkpointing != GradientCheckpointing::Offload =>
+            {
+                0
+            }
             _ => 2 * STAGING_BYTES,
         },
+        parts,
         traffic,
         devices,
-        flops: flops / of_all as u64,
-        launches: gpu.launches(),
+        flops: flops / (of_all * gpus.len()) as u64,
+        launches,
     })
 }

@@ -20,6 +20,8 @@ pub struct Traffic {
     pub layers_up: u64,
     /// Weights that hosts get from each other, those that rest too.
     between_hosts: u64,
+    /// What goes from one part of the layers to the next for a micro-batch, and as much comes back.
+    pub crossing: u64,
     /// Numbers that train, all of them.
     trained: u64,
     /// At rest on the host.
@@ -62,6 +64,8 @@ pub struct Cluster {
     pub hosts: usize,
     /// Whether gradients leave after every micro-batch.
     pub passing: bool,
+    /// Of the layers, each on a device; else 1.
+    pub parts: usize,
 }
 
 /// The parts of a step, in seconds. What hides behind the computation is in none.
@@ -81,8 +85,8 @@ impl StepTime {
 }
 
 impl Traffic {
-    /// Of a step of so many micro-batches a device.
-    pub(super) fn of(stage: &StageConfig, stepper: &Stepper, micro_batches: usize) -> Self {
+    /// Of a step of so many micro-batches a device, of so many `tokens` at most.
+    pub(super) fn of(stage: &StageConfig, stepper: &Stepper, micro_batches: usize, tokens: usize) -> Self {
         let optimizer = &stepper.optimizer;
         let sharing = optimizer.sharing();
         let resting = stepper.model().streamed_bytes();
@@ -92,8 +96,11 @@ impl Traffic {
         let layers_up = resting * (2 * rounds + u64::from(stage.use_dora));
         let gradients = 4 * optimizer.buckets().iter().map(Bucket::elements).sum::<usize>() as u64;
         let (weights, rested) = (optimizer.weight_bytes(None), optimizer.rested_bytes());
+        let width = stepper.model().config.text().hidden_size;
+        let crossing = if stepper.model().gpus().len() > 1 { 4 * (tokens * width) as u64 } else { 0 };
         let idle = Self {
             layers_up,
+            crossing,
             trained: optimizer.elements() as u64,
             resting,
             offload: sharing.offload,
@@ -119,6 +126,12 @@ impl Traffic {
         }
     }
 
+    /// Bytes of hidden states and their gradients that a device in the middle of the parts moves each way.
+    pub fn crossings(&self, micro_batches: f64, parts: usize) -> u64 {
+        let borders = parts.saturating_sub(1).min(2) as f64;
+        (self.crossing as f64 * micro_batches * borders) as u64
+    }
+
     /// Of each host's memory, at most, for so many devices of its own: how far apart they are decides how many gradients
     /// wait for each other.
     pub fn host_bytes(&self, devices: usize) -> u64 {
@@ -130,7 +143,10 @@ impl Traffic {
 
     /// How long a step takes whose part for each device are `flops` in so many micro-batches.
     pub fn step_time(&self, flops: f64, micro_batches: f64, cluster: Cluster, rates: &Rates) -> StepTime {
-        let compute = flops / rates.flops;
+        // The last part waits until the first micro-batch has come to it, and the first until the last one is back; the
+        // others compute meanwhile where all are the processor.
+        let filling = if rates.on_host { 0.0 } else { (cluster.parts.max(1) - 1) as f64 };
+        let compute = flops / rates.flops * (1.0 + filling / micro_batches.max(1.0));
         let seconds = |bytes: u64, rate: f64| bytes as f64 / rate;
         let rounds = if cluster.passing { micro_batches.max(1.0) } else { 1.0 };
         let of_host = cluster.devices as f64 / cluster.hosts as f64;
@@ -143,8 +159,11 @@ impl Traffic {
         let updated = if self.offload { self.trained as f64 / rates.updating } else { 0.0 };
         let (weights_down, weights_up) = (seconds(self.weights_down, rates.down), seconds(self.weights_up, rates.up));
         let weights_between = seconds(self.between_hosts, rates.network) * elsewhere;
+        // There and back, from the device to the host and from there to the next one.
+        let over = 2.0 * (seconds(self.crossing, rates.down) + seconds(self.crossing, rates.up));
         if rates.on_host {
-            let waiting = of_host * (down + up + layers) + added + between;
+            let crossing = over * (cluster.parts.max(1) - 1) as f64 * micro_batches;
+            let waiting = of_host * (down + up + layers) + added + between + crossing;
             let weights = of_host * (weights_down + weights_up) + updated + weights_between;
             return StepTime { compute, waiting, weights };
         }
@@ -153,7 +172,8 @@ impl Traffic {
         let one = compute / micro_batches.max(1.0);
         // Gradients that pass leave from every backward, and hide behind the next forward too.
         let hiding = if cluster.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
-        let waiting = (gradients - hiding).max(0.0) + (layers - compute).max(0.0);
+        // Other micro-batches hide what crosses over, but for the first on its way and the last on its.
+        let waiting = filling * over + (gradients - hiding).max(0.0) + (layers - compute).max(0.0);
         StepTime { compute, waiting, weights: updated + weights_down.max(weights_up).max(weights_between) }
     }
 }
@@ -164,7 +184,7 @@ mod tests {
 
     const RATES: Rates =
         Rates { flops: 10.0, down: 2.0, up: 2.0, adding: 1000.0, updating: 1000.0, network: 1.0, on_host: false };
-    const TWO: Cluster = Cluster { devices: 2, hosts: 1, passing: false };
+    const TWO: Cluster = Cluster { devices: 2, hosts: 1, passing: false, parts: 1 };
 
     #[test]
     fn gradients_hide_behind_the_backward() {
@@ -174,6 +194,15 @@ mod tests {
         assert!((time.compute - 9.0).abs() < 1e-9 && (time.waiting - 2.0).abs() < 1e-9, "{time:?}");
         let passing = traffic.step_time(90.0, 3.0, Cluster { passing: true, ..TWO }, &RATES);
         assert_eq!((passing.waiting, passing.seconds()), (0.0, 9.0));
+    }
+
+    #[test]
+    fn parts_wait_for_the_first_micro_batch_and_the_last() {
+        let traffic = Traffic { crossing: 4, ..Traffic::default() };
+        // 9 s of computation on each of two devices: of three micro-batches there are four turns. One crossing is 4 s.
+        let time = traffic.step_time(90.0, 3.0, Cluster { parts: 2, ..TWO }, &RATES);
+        assert!((time.compute - 12.0).abs() < 1e-9 && (time.waiting - 8.0).abs() < 1e-9, "{time:?}");
+        assert_eq!((traffic.crossings(3.0, 1), traffic.crossings(3.0, 2), traffic.crossings(3.0, 5)), (0, 12, 24));
     }
 
     #[test]

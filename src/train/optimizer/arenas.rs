@@ -3,7 +3,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use super::{AdamW, Keep, Sharing, Trainable};
+use super::{AdamW, Keep, Sharing, Trainable, apart};
 use crate::{
     error::Result,
     gpu::{Account, Gpu},
@@ -142,7 +142,7 @@ fn class(parameters: &Parameters, id: Id, settings: &AdamW) -> Class {
 }
 
 /// Brings tensors that are kept and updated alike together, and cuts what trains into parts of at most `most` elements,
-/// or one tensor.
+/// or one tensor, each on one device.
 ///
 /// Those of layers that take turns are by themselves.
 pub(super) fn parts(
@@ -153,19 +153,20 @@ pub(super) fn parts(
     streaming: Option<&Streaming>,
 ) -> Vec<Vec<Trainable>> {
     let takes_turns = |t: &Trainable| at_rest(streaming, &parameters.get(t.id).name).is_some();
+    let devices = apart::devices(parameters, &trainables);
+    let device = |t: &Trainable| devices.iter().position(|gpu| gpu.is(parameters.get(t.id).value.gpu()));
+    let place = |t: &Trainable| (device(t), takes_turns(t));
     trainables.sort_by_key(|t| {
         let Class { packed, eight_bits } = class(parameters, t.id, settings);
-        let rates = (t.learning_rate.to_bits(), t.weight_decay.to_bits());
-        (takes_turns(t), !eight_bits, !packed, t.of_pictures, rates, t.id)
+        let alike = (!eight_bits, !packed, t.of_pictures, t.learning_rate.to_bits(), t.weight_decay.to_bits());
+        (place(t), alike, t.id)
     });
     let (mut parts, mut elements): (Vec<Vec<Trainable>>, usize) = (Vec::new(), 0);
     for trainable in trainables {
         // Blocks of eight-bit moments are the widest alignment.
         let count = parameters.get(trainable.id).value.len().next_multiple_of(adamw_8bit::BLOCK);
         match parts.last_mut() {
-            Some(last) if elements + count <= most && takes_turns(&last[0]) == takes_turns(&trainable) => {
-                last.push(trainable);
-            }
+            Some(last) if elements + count <= most && place(&last[0]) == place(&trainable) => last.push(trainable),
             _ => {
                 elements = 0;
                 parts.push(vec![trainable]);

@@ -180,17 +180,8 @@ impl Remembers for HostOptimizer {
 pub fn updating_rate() -> f64 {
     const ELEMENTS: usize = 1 << 22;
     let [mut values, gradients, mut first, mut second] = [(); 4].map(|()| vec![1e-3; ELEMENTS]);
-    let step = adamw::Step {
-        learning_rate: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay: 0.0,
-        max_norm: 1.0,
-        gradient_scale: 1.0,
-        t: 1,
-    };
-    let mut update = || adamw::step_on_host(&mut values, &gradients, &mut first, &mut second, 1.0, &step);
+    let mut update =
+        || adamw::step_on_host(&mut values, &gradients, &mut first, &mut second, 1.0, &adamw::Step::usual());
     let seconds = (0..4).map(|_| {
         let begun = Instant::now();
         update();

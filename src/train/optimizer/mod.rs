@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+mod apart;
 mod arenas;
 mod buckets;
 mod host;
@@ -135,13 +136,16 @@ impl Optimizer {
             Some(first) => parameters.get(first.id).value.gpu().clone(),
             None => unreachable!("trainable.rs refuses a stage in which nothing trains"),
         };
-        let most = ARENA_BYTES.min(gpu.facts().limits.max_buffer_size) / 4;
+        let limits = trainables.iter().map(|t| parameters.get(t.id).value.gpu().facts().limits.max_buffer_size);
+        let most = limits.fold(ARENA_BYTES, u64::min) / 4;
         let mut placed = Vec::new();
         let mut begin_on_host = Vec::new();
         for part in parts(parameters, trainables, &settings, most as usize, streaming) {
             if sharing.offload && sharing.first_of_host && !gpu.only_counts() {
                 begin_on_host.push(arenas::on_host(parameters, &part, &settings, streaming)?);
             }
+            // A part is on one device.
+            let gpu = parameters.get(part[0].id).value.gpu().clone();
             placed.push(Placed::new(&gpu, parameters, &part, &settings, &sharing, streaming));
             // What the weights were loaded to goes before there is more than the weights.
             gpu.trim();

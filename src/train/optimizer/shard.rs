@@ -113,6 +113,10 @@ impl Shard {
         }
     }
 
+    pub fn gpu(&self) -> &Gpu {
+        self.values.gpu()
+    }
+
     /// How many numbers train here.
     pub fn elements(&self) -> usize {
         self.entries.iter().map(Entry::len).sum()

@@ -197,7 +197,7 @@ impl Team {
     }
 
     pub fn gpus(&self) -> impl Iterator<Item = &Gpu> {
-        self.members.iter().map(|member| member.stepper.model().gpu())
+        self.members.iter().flat_map(|member| member.stepper.model().gpus())
     }
 
     /// One step; as [`Stepper::step`].
