@@ -13,11 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{copy_folder, program, stderr};
+use common::{copy_folder, golden, program, stderr};
 use team::{Layout, Outcome, Run, gpus, write_records};
 use wgpu_llava::{
     error::{Error, ErrorKind},
-    gpu::{Account, AdapterOptions, Gpu},
+    gpu::{Account, AdapterFacts, AdapterOptions, Gpu},
     hosts::Alone,
     train::{estimate::estimate, events::Silent, run::train, team::Devices},
 };
@@ -243,6 +243,26 @@ fn what_cannot_be_split_is_refused_with_a_way_out() {
     }
 }
 
+/// What does not fit is refused before it is loaded: these devices only count, and one of them has little memory.
+#[test]
+fn a_part_that_does_not_fit_is_refused_by_its_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run::new(THREE, "method = \"lora\"\nr = 2", 2, &folder.path().join("run"));
+    let with = |memory: u64| Gpu::counting(AdapterFacts { memory: Some(memory), ..AdapterFacts::of_a_usual_gpu() });
+    let refused = |memory: [u64; 2]| {
+        let devices = Devices { gpus: memory.map(with).to_vec(), checked: true, slow: None };
+        let config = run.config(Layout::split(2)).unwrap();
+        let error = train(&config, false, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).err().unwrap();
+        assert!(!run.out.exists());
+        error
+    };
+    let error = refused([8 << 30, 1 << 20]);
+    assert_eq!(error.kind, ErrorKind::Memory, "{error:?}");
+    assert!(error.message.contains("device 2 of 2") && error.message.contains("needs"), "{error:?}");
+    assert!(error.hints.join(" ").contains("--force"), "{error:?}");
+    assert!(refused([1 << 20, 8 << 30]).message.contains("device 1 of 2"));
+}
+
 /// Within this time everybody must have noticed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -292,4 +312,24 @@ fn a_lost_device_ends_the_run_with_one_message() {
         train_within(&run, open(3), layout).unwrap();
         Outcome::read(&run.out).assert_same(&undisturbed, "gone on with");
     }
+}
+
+/// A picture that cannot be read stops the thread that meets it, and with it the others.
+#[test]
+fn a_broken_picture_ends_the_run_with_one_message() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().join("images");
+    copy_folder(&golden("parity").join(THREE).join("images"), &images);
+    fs::write(images.join("grey.png"), b"\x89PNG\r\n\x1a\n and no more").unwrap();
+    let data = write_records(folder.path(), "PPTPTP");
+    let settings = format!(
+        "data_path = '{}'\nimage_folder = '{}'\nshuffle = false\nmethod = \"lora\"\nr = 2\nmax_steps = 2\n\
+         unfreeze_mm_vision_tower = true",
+        data.display(),
+        images.display()
+    );
+    let run = Run { resume: true, ..Run::new(THREE, &settings, 6, &folder.path().join("run")) };
+    let error = train_within(&run, open(3), Layout::split(3)).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Data, "{error:?}");
+    assert!(format!("{error}").contains("grey.png"), "{error:?}");
 }

@@ -20,8 +20,8 @@ impl From<&Gpu> for Placement {
 }
 
 impl Placement {
-    /// So many decoder layers over these devices, of which there are no more: as many to each, or where they tell that
-    /// their memory is unlike, in proportion to it.
+    /// So many decoder layers over these devices, of which there are no more: as many to each, so that none waits for
+    /// another, or where they tell that their memory is unlike, in proportion to it.
     pub fn split(gpus: &[Gpu], layers: usize) -> Self {
         let memory: Option<Vec<u64>> = gpus.iter().map(|gpu| gpu.facts().memory.filter(|&bytes| bytes > 0)).collect();
         let weights = memory.unwrap_or_else(|| vec![1; gpus.len()]);
