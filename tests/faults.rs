@@ -10,24 +10,19 @@ use std::{
     fs,
     path::Path,
     process::Stdio,
-    sync::{atomic::AtomicBool, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
 use common::{program, read_json, stderr};
-use team::{Layout, Outcome, Run, gpus};
+use team::{Layout, Outcome, PATIENCE, Run, gpus};
 use wgpu_llava::{
-    error::{Error, ErrorKind},
+    error::ErrorKind,
     formats::safetensors::Checkpoint,
     gpu::{AdapterOptions, Gpu},
-    hosts::Alone,
     ops::Random,
-    train::{events::Silent, run::train, team::Devices},
+    train::events::Silent,
 };
-
-/// Within this time everybody must have noticed.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is trained, and on what.
 const RUNS: [(&str, Layout); 7] = [
@@ -48,17 +43,6 @@ fn open(count: usize) -> Vec<Gpu> {
 
 fn run_in(settings: &str, out: &Path) -> Run {
     Run { resume: true, ..Run::new("mha_untied_linear", settings, 6, out) }
-}
-
-/// Trains in a thread of its own, so that one that hangs is no test that hangs.
-fn train_within(run: &Run, gpus: Vec<Gpu>, layout: Layout, patience: Duration) -> Result<(), Error> {
-    let config = run.config(layout).unwrap();
-    let (send, done) = mpsc::channel();
-    thread::spawn(move || {
-        let devices = Devices { gpus, checked: false, slow: None };
-        send.send(train(&config, true, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).map(drop))
-    });
-    done.recv_timeout(patience).expect("a run that hangs")
 }
 
 /// Every checkpoint there is can be read, and nothing has the name of one that is none.
@@ -98,7 +82,7 @@ fn lose_one(run: &Run, layout: Layout, victim: usize, loss: &Loss) -> bool {
             gpu.lose();
         })),
     }
-    let Err(error) = train_within(run, gpus, layout, PATIENCE) else { return false };
+    let Err(error) = run.go_on_within(gpus, layout, PATIENCE) else { return false };
     let seconds = begun.elapsed().as_secs_f64();
     assert_eq!(error.kind, ErrorKind::Device, "{error:?}");
     let told = format!("device {} of {}: {name} was lost", victim + 1, layout.devices);
@@ -149,7 +133,7 @@ fn lose_devices(faults: usize, seed: u64) {
             }
         }
         let healthy = gpus(layout.devices)[..layout.devices].to_vec();
-        train_within(&run, healthy, layout, Duration::from_secs(300)).unwrap();
+        run.go_on_within(healthy, layout, Duration::from_secs(300)).unwrap();
         Outcome::read(&run.out).assert_same(&undisturbed, &format!("{layout:?}"));
     }
     println!("{lost} devices lost");
@@ -270,10 +254,10 @@ fn a_lost_device_is_told_where_it_is_the_only_one() {
     let run = run_in(LORA, &folder.path().join("run"));
     let gpu = open(1).remove(0);
     gpu.lose_after(500);
-    let error = train_within(&run, vec![gpu.clone()], Layout::ONE, PATIENCE).unwrap_err();
+    let error = run.go_on_within(vec![gpu.clone()], Layout::ONE, PATIENCE).unwrap_err();
     assert_eq!((error.kind, &error.message), (ErrorKind::Device, &format!("{} was lost", gpu.facts().name)));
     // It stays so, whatever is asked of it.
-    let error = train_within(&run, vec![gpu], Layout::ONE, PATIENCE).unwrap_err();
+    let error = run.go_on_within(vec![gpu], Layout::ONE, PATIENCE).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Device);
 }
 

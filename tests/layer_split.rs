@@ -5,18 +5,12 @@ mod common;
 #[path = "common/team.rs"]
 mod team;
 
-use std::{
-    fs,
-    path::Path,
-    sync::{atomic::AtomicBool, mpsc},
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path, sync::atomic::AtomicBool, time::Instant};
 
 use common::{copy_folder, golden, program, stderr};
-use team::{Layout, Outcome, Run, gpus, write_records};
+use team::{Layout, Outcome, PATIENCE, Run, gpus, write_records};
 use wgpu_llava::{
-    error::{Error, ErrorKind},
+    error::ErrorKind,
     gpu::{Account, AdapterFacts, AdapterOptions, Gpu},
     hosts::Alone,
     train::{estimate::estimate, events::Silent, run::train, team::Devices},
@@ -263,20 +257,6 @@ fn a_part_that_does_not_fit_is_refused_by_its_device() {
     assert!(refused([1 << 20, 8 << 30]).message.contains("device 1 of 2"));
 }
 
-/// Within this time everybody must have noticed.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Trains in a thread of its own, so that one that hangs is no test that hangs.
-fn train_within(run: &Run, gpus: Vec<Gpu>, layout: Layout) -> Result<(), Error> {
-    let config = run.config(layout).unwrap();
-    let (send, done) = mpsc::channel();
-    thread::spawn(move || {
-        let devices = Devices { gpus, checked: false, slow: None };
-        send.send(train(&config, true, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).map(drop))
-    });
-    done.recv_timeout(PATIENCE).expect("a run that hangs")
-}
-
 fn losing_run(out: &Path) -> Run {
     let settings = "method = \"lora\"\nr = 2\nlora_dropout = 0.1\nsave_steps = 2\nmax_steps = 4";
     Run { resume: true, ..Run::new(THREE, settings, 5, out) }
@@ -292,7 +272,7 @@ fn a_lost_device_ends_the_run_with_one_message() {
     let whole = losing_run(&folder.path().join("whole"));
     let healthy = open(3);
     healthy.iter().for_each(|gpu| gpu.lose_after(MANY));
-    train_within(&whole, healthy.clone(), layout).unwrap();
+    whole.go_on_within(healthy.clone(), layout, PATIENCE).unwrap();
     let undisturbed = Outcome::read(&whole.out);
     for (victim, gpu) in healthy.iter().enumerate() {
         let dispatches = MANY - gpu.until_loss();
@@ -303,13 +283,13 @@ fn a_lost_device_ends_the_run_with_one_message() {
             gpus[victim].lose_after(dispatches * eighth / 8);
             let name = gpus[victim].facts().name.clone();
             let begun = Instant::now();
-            let Err(error) = train_within(&run, gpus, layout) else { continue };
+            let Err(error) = run.go_on_within(gpus, layout, PATIENCE) else { continue };
             println!("device {} of 3 lost, {:.1} s: {}", victim + 1, begun.elapsed().as_secs_f64(), error.message);
             assert_eq!(error.kind, ErrorKind::Device, "{error:?}");
             assert_eq!(error.message, format!("device {} of 3: {name} was lost", victim + 1));
         }
         assert!(!run.out.join("finished.json").exists(), "nothing was lost");
-        train_within(&run, open(3), layout).unwrap();
+        run.go_on_within(open(3), layout, PATIENCE).unwrap();
         Outcome::read(&run.out).assert_same(&undisturbed, "gone on with");
     }
 }
@@ -329,7 +309,7 @@ fn a_broken_picture_ends_the_run_with_one_message() {
         images.display()
     );
     let run = Run { resume: true, ..Run::new(THREE, &settings, 6, &folder.path().join("run")) };
-    let error = train_within(&run, open(3), Layout::split(3)).unwrap_err();
+    let error = run.go_on_within(open(3), Layout::split(3), PATIENCE).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Data, "{error:?}");
     assert!(format!("{error}").contains("grey.png"), "{error:?}");
 }

@@ -5,7 +5,9 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
+    sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicBool, mpsc},
+    thread,
+    time::Duration,
 };
 
 use serde_json::json;
@@ -54,6 +56,9 @@ impl Layout {
         if self.layer_split { 1 } else { self.devices }
     }
 }
+
+/// Within this time everybody must have noticed that somebody is lost.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Opened once: kernels are compiled but once for each. A test that holds them is alone.
 static GPUS: Mutex<Vec<Gpu>> = Mutex::new(Vec::new());
@@ -126,6 +131,17 @@ impl Run {
         let devices = Devices { gpus: gpus[..layout.devices].to_vec(), checked: false, slow: self.slow };
         train(&config, self.resume, &devices, &mut Alone, &AtomicBool::new(false), observer)?;
         Ok(Outcome::read(&self.out))
+    }
+
+    /// Goes on, in a thread of its own, so that a run that hangs is no test that hangs.
+    pub fn go_on_within(&self, gpus: Vec<Gpu>, layout: Layout, patience: Duration) -> Result<()> {
+        let config = self.config(layout).unwrap();
+        let (send, done) = mpsc::channel();
+        thread::spawn(move || {
+            let devices = Devices { gpus, checked: false, slow: None };
+            send.send(train(&config, true, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).map(drop))
+        });
+        done.recv_timeout(patience).expect("a run that hangs")
     }
 
     /// Trains, in a folder of its own where it does not go on.
