@@ -69,6 +69,19 @@ fn layers_are_not_split_over_hosts() {
     }
 }
 
+/// Before any of them goes on.
+#[test]
+fn all_hosts_hear_of_the_one_that_does_not_see_the_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let outs = ["shared", "elsewhere"].map(|name| dir.path().join(name));
+    for result in threads::on(2, |hosts| train(&outs[hosts.rank()], 1, &[], false, hosts)) {
+        let error = result.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Usage, "{error:?}");
+        assert!(error.message.contains("does not see") && error.message.contains("elsewhere"), "{error:?}");
+    }
+    assert!(outs.iter().all(|out| !out.exists()), "a folder is left");
+}
+
 #[test]
 fn two_hosts_train_what_one_device_trains() {
     let dir = tempfile::tempdir().unwrap();

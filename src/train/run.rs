@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::atomic::AtomicBool};
 
 use super::{
-    agreement::told_by_first,
+    agreement::{told_by_all, told_by_first},
     config::{Method, RunConfig, Source, StageConfig},
     events::{Event, Observer},
     run_folder::{self, CONFIG_FILE, StartPoint},
@@ -48,7 +48,7 @@ pub fn train(
     {
         super::start::open_folder(model)?;
     }
-    let start = open_run(run, &dirs, resume, hosts)?;
+    let start = open_run(run, &dirs, resume, hosts).inspect_err(|_| remove_if_untouched(run, hosts))?;
     let mut outcomes = Vec::new();
     let mut before: Option<Origin> = None;
     for (index, stage) in run.stages.iter().enumerate() {
@@ -86,9 +86,10 @@ fn open_run(run: &RunConfig, dirs: &[PathBuf], resume: bool, hosts: &mut dyn Hos
     }
     let start: StartPoint = told_by_first(|| run_folder::open_run(&run.output_dir, dirs, resume), hosts)?;
     let missing = dirs.iter().chain(start.checkpoint.as_ref().map(|(_, path)| path)).find(|path| !path.exists());
-    match missing {
-        Some(path) => Err(Error::usage(format!("host {} does not see {}", hosts.name(), path.display()))
-            .hint("output_dir must be in a folder that all hosts share")),
+    let missing = missing.map(|path| format!("host {} does not see {}", hosts.name(), path.display()));
+    // Nobody goes on before all have looked: a run that is refused takes its folders away.
+    match told_by_all(&missing, hosts)?.into_iter().flatten().next() {
+        Some(message) => Err(Error::usage(message).hint("output_dir must be in a folder that all hosts share")),
         None => Ok(start),
     }
 }
