@@ -42,7 +42,7 @@ fn open(count: usize) -> Vec<Gpu> {
 }
 
 fn run_in(settings: &str, out: &Path) -> Run {
-    Run { resume: true, ..Run::new("mha_untied_linear", settings, 6, out) }
+    Run { resume: true, ..Run::new("mqa_untied_mlp_full_features", settings, 6, out) }
 }
 
 /// Every checkpoint there is can be read, and nothing has the name of one that is none.

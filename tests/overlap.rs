@@ -19,7 +19,9 @@ use wgpu_llava::{
     train::team::SlowLink,
 };
 
-const LAYERS: usize = 8;
+/// As many that what is whole only at the end of a backward, the first layer and the embeddings, is a small part of all, as
+/// in large models.
+const LAYERS: usize = 24;
 const HIDDEN: usize = 64;
 /// Steps before those that count.
 const WARM_UP: usize = 2;

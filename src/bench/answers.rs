@@ -75,7 +75,14 @@ pub fn measure(
         _ => Dtype::BF16,
     };
     let folder = ModelFolder::random(config, stored, 0)?;
-    let mut loading = Loading { precision, quantization, trains: &|_| false, resting: None, progress: &mut |_, _| () };
+    let mut loading = Loading {
+        precision,
+        quantization,
+        trains: &|_| false,
+        trains_in_f32: true,
+        resting: None,
+        progress: &mut |_, _| (),
+    };
     let mut projector = |_: &str, shape: &[usize]| Ok(HostTensor::zeros(shape));
     let model = Llava::load_with(gpu, &folder, config.clone(), false, &mut projector, &mut loading)?;
     gpu.sync()?;

@@ -14,7 +14,7 @@ use crate::{
     ops::roof,
     train::{
         config::{RunConfig, StageConfig},
-        estimate::{Advice, Cluster, Estimate, Rates, StepTime, advise, estimate},
+        estimate::{Advice, Cluster, Estimate, Rates, Room, StepTime, advise, estimate},
         optimizer::updating_rate,
         report::{duration, grouped},
         team::adding_rate,
@@ -37,15 +37,22 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
     }
     let estimates = estimate(&config.stages, &facts, devices)?;
     if !devices.is_multiple_of(args.hosts.into()) {
-        return Err(Error::usage(format!("{devices} devices do not divide by --hosts {}", args.hosts))
-            .hint("--devices counts those of all hosts, each of which has equally many"));
+        return Err(Error::usage(format!(
+            "{} cannot be shared out to --hosts {}",
+            plural(devices, "device"),
+            args.hosts
+        ))
+        .hint("--devices counts those of all hosts, each of which has equally many"));
     }
     let rates = rates(args, gpu.as_ref(), devices)?;
     let mut rows = Vec::new();
     for (index, estimate) in estimates.iter().enumerate() {
         let stages = &config.stages[..=index];
         let advice = match memory {
-            Some(memory) if estimate.bytes() > memory => advise(stages, estimate.bytes(), &facts, (memory, devices))?,
+            Some(memory) if estimate.bytes() > memory => {
+                let room = Room { memory, devices, hosts: args.hosts.into() };
+                advise(stages, estimate.bytes(), &facts, room)?
+            }
             _ => Vec::new(),
         };
         rows.push(Row { stage: &config.stages[index], estimate, advice });
@@ -161,7 +168,7 @@ impl Row<'_> {
                 "pictures": batch.pictures, "from_data": batch.from_data},
             "device_bytes": self.estimate.peak.held, "total_bytes": self.estimate.bytes(), "bytes": bytes,
             "parts": parts, "host_bytes": self.host_bytes(context),
-            "flops_per_step": self.estimate.flops, "seconds_per_step": self.time(context).map(|time| time.seconds()),
+            "flops_per_step": self.flops(), "seconds_per_step": self.time(context).map(|time| time.seconds()),
             "seconds": self.time(context).map(|time| json!({
                 "compute": time.compute, "waiting": time.waiting, "weights": time.weights,
             })),

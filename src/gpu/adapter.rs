@@ -299,6 +299,19 @@ fn memory(_adapter: &wgpu::Adapter) -> Option<u64> {
     None
 }
 
+/// The adapter that is wanted: a number is an index, all else a part of a name.
+fn find(wanted: &str, names: &[String]) -> Result<usize> {
+    let place = match wanted.parse::<usize>() {
+        Ok(index) => Some(index).filter(|&index| index < names.len()),
+        Err(_) => names.iter().position(|name| name.to_lowercase().contains(&wanted.to_lowercase())),
+    };
+    place.ok_or_else(|| {
+        let list: Vec<String> = names.iter().enumerate().map(|(index, name)| format!("{index}: {name}")).collect();
+        let what = if wanted.parse::<usize>().is_ok() { "has the index" } else { "is called" };
+        Error::device(format!("no adapter {what} `{wanted}`")).hint(format!("there are {}", list.join(", ")))
+    })
+}
+
 /// The adapter that `options` ask for.
 pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, AdapterFacts)> {
     let instance = instance(options.backend.as_deref())?;
@@ -310,15 +323,8 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let index = match options.device.as_deref() {
         None => 0,
         Some(wanted) => {
-            let by_index = wanted.parse::<usize>().ok().filter(|&index| index < found.len());
-            let by_name =
-                || found.iter().position(|a| a.get_info().name.to_lowercase().contains(&wanted.to_lowercase()));
-            by_index.or_else(by_name).ok_or_else(|| {
-                let names: Vec<String> =
-                    found.iter().enumerate().map(|(i, a)| format!("{i}: {}", a.get_info().name)).collect();
-                Error::device(format!("no adapter is called `{wanted}`"))
-                    .hint(format!("there are {}", names.join(", ")))
-            })?
+            let names: Vec<String> = found.iter().map(|adapter| adapter.get_info().name).collect();
+            find(wanted, &names)?
         }
     };
     let adapter = found.swap_remove(index);
@@ -336,6 +342,19 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_is_no_part_of_a_name() {
+        let names = ["NVIDIA GeForce RTX 3090".to_owned(), "llvmpipe (LLVM 15.0.6, 256 bits)".to_owned()];
+        assert_eq!(
+            (find("1", &names).unwrap(), find("rtx", &names).unwrap(), find("LLVM 15", &names).unwrap()),
+            (1, 0, 1)
+        );
+        for (wanted, told) in [("3", "no adapter has the index `3`"), ("arc", "no adapter is called `arc`")] {
+            let error = find(wanted, &names).unwrap_err();
+            assert!(error.message == told && error.hints[0].contains("0: NVIDIA"), "{error:?}");
+        }
+    }
 
     #[test]
     fn a_missing_compiler_is_named_with_the_ways_out() {

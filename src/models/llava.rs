@@ -47,6 +47,7 @@ impl Llava {
             precision: None,
             quantization: None,
             trains: &|_| false,
+            trains_in_f32: true,
             resting: None,
             progress: &mut |_, _| (),
         };

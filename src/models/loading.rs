@@ -19,8 +19,10 @@ pub struct Loading<'a> {
     pub precision: Option<Dtype>,
     /// The decoder's linears become codes of four bits; none: what is stored so stays so, and nothing else becomes it.
     pub quantization: Option<Quantization>,
-    /// Canonical names of what will train: f32.
+    /// Canonical names of what will train.
     pub trains: &'a dyn Fn(&str) -> bool,
+    /// Matrices that train are f32, masters or weights; else as all others.
+    pub trains_in_f32: bool,
     /// Where the layers of the decoder rest that take turns on the device.
     pub resting: Option<&'a Resting>,
     /// Bytes of the checkpoint that are on the device, and all of them.
@@ -63,7 +65,8 @@ impl Loading<'_> {
     /// What a tensor of this name and shape, stored as `stored`, is on the device.
     fn dtype(&self, name: &str, shape: &[usize], stored: Dtype) -> Dtype {
         // Only what products and look-ups read may be packed.
-        if shape.len() < 2 || name == names::POSITION_EMBEDDING || (self.trains)(name) {
+        let wide = self.trains_in_f32 && (self.trains)(name);
+        if shape.len() < 2 || name == names::POSITION_EMBEDDING || wide {
             return Dtype::F32;
         }
         self.precision.unwrap_or(stored)

@@ -60,6 +60,7 @@ pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opene
             precision: None,
             quantization: None,
             trains: &|_| false,
+            trains_in_f32: true,
             resting: None,
             progress: &mut |_, _| (),
         },

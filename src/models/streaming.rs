@@ -41,10 +41,13 @@ pub struct AtRest {
     contents: RwLock<Vec<Vec<u8>>>,
     /// The f32 that it was rounded from, until whoever updates it has it.
     masters: Mutex<Option<Vec<f32>>>,
-    dtype: Dtype,
+    likeness: Likeness,
     /// Of nested factors.
     offset: f32,
 }
+
+/// Type and shape, and those of what a tensor is made of: what fits into one fits into all that are like it.
+type Likeness = (Dtype, Vec<usize>, Vec<(Dtype, usize)>);
 
 /// What waits for its turn in a tensor's memory.
 struct Waiting {
@@ -94,8 +97,8 @@ impl AtRest {
             contents = read.contents().iter().map(Tensor::to_bytes).collect::<Result<_>>()?;
             masters = loaded.map(Tensor::to_vec).transpose()?;
         }
-        let (dtype, offset) = (read.dtype(), read.factors_offset());
-        Ok(Self { contents: RwLock::new(contents), masters: Mutex::new(masters), dtype, offset })
+        let (likeness, offset) = (likeness(read), read.factors_offset());
+        Ok(Self { contents: RwLock::new(contents), masters: Mutex::new(masters), likeness, offset })
     }
 
     fn masters(&self) -> MutexGuard<'_, Option<Vec<f32>>> {
@@ -104,19 +107,19 @@ impl AtRest {
 
     /// As the model reads it.
     pub fn dtype(&self) -> Dtype {
-        self.dtype
+        self.likeness.0
     }
 
     /// The bytes of some elements of a weight that trains.
     pub fn read(&self, elements: Range<usize>) -> Vec<u8> {
-        let size = self.dtype.bytes();
+        let size = self.dtype().bytes();
         let contents = self.contents.read().unwrap_or_else(PoisonError::into_inner);
         contents[0][elements.start * size..elements.end * size].to_vec()
     }
 
     /// Writes elements of a weight that trains, from `first` on.
     pub fn write(&self, first: usize, bytes: &[u8]) {
-        let first = first * self.dtype.bytes();
+        let first = first * self.dtype().bytes();
         let mut contents = self.contents.write().unwrap_or_else(PoisonError::into_inner);
         contents[0][first..first + bytes.len()].copy_from_slice(bytes);
     }
@@ -125,7 +128,7 @@ impl AtRest {
     pub fn loaded(&self, elements: Range<usize>) -> Vec<f32> {
         match &*self.masters() {
             Some(masters) => masters[elements].to_vec(),
-            None => self.dtype.widen(&self.read(elements)),
+            None => self.dtype().widen(&self.read(elements)),
         }
     }
 }
@@ -150,7 +153,7 @@ impl<'a> Arriving<'a> {
         let turn = (layer % TURNS, part.to_owned());
         let known = self.resting.weights().get(name).cloned();
         let (place, weight) = match (self.turns.get(&turn), known) {
-            (Some(place), Some(weight)) => (place.clone(), weight),
+            (Some(place), Some(weight)) if weight.likeness == likeness(place) => (place.clone(), weight),
             (place, _) => {
                 let loaded = load()?;
                 let copies = self.resting.trained.filter(|_| trains).and_then(|trained| trained.copies);
@@ -159,7 +162,7 @@ impl<'a> Arriving<'a> {
                     None => (loaded, None),
                 };
                 let weight = Arc::new(AtRest::of(&read, loaded.as_ref())?);
-                (place.filter(|place| place.is_like(&read)).cloned().unwrap_or(read), weight)
+                (place.filter(|place| likeness(place) == likeness(&read)).cloned().unwrap_or(read), weight)
             }
         };
         let weight = self.resting.weights().entry(name.to_owned()).or_insert(weight).clone();
@@ -177,6 +180,11 @@ impl<'a> Arriving<'a> {
     pub fn finish(self) -> Streaming {
         Streaming { layers: self.layers, trained: self.trained, there: Mutex::default() }
     }
+}
+
+fn likeness(tensor: &Tensor) -> Likeness {
+    let contents = tensor.contents().iter().map(|part| (part.dtype(), part.len())).collect();
+    (tensor.dtype(), tensor.shape().to_vec(), contents)
 }
 
 /// A copy in another type, rounded to nearest even.

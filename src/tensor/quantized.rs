@@ -105,12 +105,6 @@ impl Tensor {
         Self { scales, ..self }
     }
 
-    /// Whether both are of one type and shape, so that one may have the other's content.
-    pub fn is_like(&self, other: &Self) -> bool {
-        let sizes = |tensor: &Self| tensor.contents().iter().map(|part| (part.dtype, part.len())).collect::<Vec<_>>();
-        self.dtype == other.dtype && self.shape == other.shape && sizes(self) == sizes(other)
-    }
-
     /// As [`Tensor::quantized`], from bytes of the host.
     pub fn from_codes(gpu: &Gpu, kind: QuantType, shape: &[usize], codes: &[u8], factors: &Factors) -> Self {
         Self::quantized(kind, shape, bytes(gpu, codes), Scales::new(gpu, factors))

@@ -144,7 +144,7 @@ pub fn load(
             folder.display(),
             state.micro_batches
         ))
-        .hint("devices times gradient_accumulation_steps must stay as it was: set the latter accordingly"));
+        .hint("gradient_accumulation_steps times the devices must stay as it was; under layer_split it counts alone"));
     }
     if state.total_steps != total_steps {
         return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));

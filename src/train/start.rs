@@ -292,11 +292,9 @@ impl Prepared {
         let mut loading = Loading {
             precision,
             quantization: stage.quantization,
+            trains: &|name| trainable::trains(stage, name).is_some(),
             // Without masters the weights are 16 bits from the start, unless an adapter is still to be folded in.
-            trains: &|name| {
-                let packed = stage.stochastic_rounding && read.is_none();
-                !packed && trainable::trains(stage, name).is_some()
-            },
+            trains_in_f32: !stage.stochastic_rounding || read.is_some(),
             resting,
             progress: &mut |done, total| observer.event(Event::loaded(done, total)),
         };
@@ -310,10 +308,6 @@ impl Prepared {
         let adapter = match (stage.method.trains_adapter(), read) {
             (true, Some(read)) => Some(read.clone()),
             (true, None) => Some(trainable::fresh_adapter(stage, &model.config)?),
-            (_, Some(_)) if resting.is_some() => {
-                return Err(Error::usage("zero_stage = 3 cannot fold an adapter into layers that take turns")
-                    .hint("merge the adapter into its model first (wgpu-llava merge), or use zero_stage = 2"));
-            }
             (_, Some(read)) => {
                 let parts = ["weight", "bias"];
                 changed.extend(read.modules.keys().flat_map(|module| parts.map(|part| format!("{module}.{part}"))));

@@ -1,5 +1,5 @@
-//! One optimizer step on one device: micro-batches through the model, gradients into arenas, the update. Holds all of a
-//! stage that lives on the device, and knows neither data nor files.
+//! One optimizer step on one device, or on those that a model is split over: micro-batches through the model, gradients into
+//! arenas, the update. Holds all of a stage that lives on a device, and knows neither data nor files.
 
 use std::{sync::Arc, time::Instant};
 

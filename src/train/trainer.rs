@@ -1,7 +1,6 @@
 //! One stage: records into steps, metrics, checkpoints, and what is written at the end.
 
 use std::{
-    collections::HashMap,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
@@ -35,7 +34,7 @@ use crate::{
     },
     error::{Error, Result},
     formats::{HostTensor, hf_write, safetensors::Dtype},
-    gpu::{Gpu, Launches},
+    gpu::Gpu,
     hosts::{Hosts, same_on_all},
     hub::id_or_path,
     models::{adapter, batch::PackedBatch, names, streaming::Resting},
@@ -101,20 +100,7 @@ impl<'a> Trainer<'a> {
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if devices.checked {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
-            let parts =
-                if stage.layer_split { estimate::check_parts(stage, &prepared, &steps, devices)? } else { vec![] };
-            devices.gpus.iter().zip(parts).for_each(|(gpu, launches)| gpu.compile_ahead(launches));
-            // The same adapter needs the same again.
-            let mut known: HashMap<usize, Launches> = HashMap::new();
-            for gpu in devices.gpus.iter().filter(|_| !stage.layer_split) {
-                let Some(memory) = devices.memory_of(gpu) else { continue };
-                let launches = match known.get(&gpu.facts().index) {
-                    Some(launches) => launches.clone(),
-                    None => estimate::check(stage, &prepared, &steps, gpu.facts(), (memory, standing.total))?,
-                };
-                known.insert(gpu.facts().index, launches.clone());
-                gpu.compile_ahead(launches);
-            }
+            estimate::check(stage, &prepared, &steps, devices, (standing.total, hosts.count()))?;
         }
         let micro_batches = plan.micro_batches();
         let resting = Team::resting(stage, standing.total);

@@ -251,6 +251,13 @@ impl StageConfig {
             values.retain(|setting| setting.origin != Origin::Default || !ADAPTERS_OWN.contains(&setting.key));
         }
         stage.values = values;
+        let folds = !stage.method.trains_adapter() && (continues || stage.adapter_name_or_path.is_some());
+        if stage.zero_stage == 3 && folds {
+            return Err(Error::usage(format!(
+                "{place}: zero_stage = 3 cannot fold an adapter into layers that take turns"
+            ))
+            .hint("merge the adapter into its model first (wgpu-llava merge), or use zero_stage = 2"));
+        }
         if stage.method == Method::Projector && stage.freeze_mm_mlp_adapter {
             return Err(Error::usage(format!(
                 "{place}: method = \"projector\" with freeze_mm_mlp_adapter = true leaves nothing to train"

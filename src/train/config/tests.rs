@@ -213,6 +213,8 @@ fn what_is_known_but_not_built_says_so() {
         ["bits=4", "use_dora=true", "optim=adamw", "gradient_checkpointing=none", "zero_stage=2", "offload=true"];
     resolve(MINIMAL, &built).unwrap();
     assert!(resolve(MINIMAL, &["optim=adamw_8bit", "offload=true"]).is_err());
+    let folded = message(MINIMAL, &["method=full", "zero_stage=3", "adapter_name_or_path=some/adapter"]);
+    assert!(folded.contains("cannot fold an adapter"), "{folded}");
     for method in ["method=full", "use_dora=true"] {
         resolve(MINIMAL, &[method, "zero_stage=3"]).unwrap();
     }

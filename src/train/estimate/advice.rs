@@ -19,12 +19,22 @@ pub struct Advice {
     pub fits: bool,
 }
 
+/// What there is for a stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Of one device, bytes.
+    pub memory: u64,
+    /// Of all hosts.
+    pub devices: usize,
+    pub hosts: usize,
+}
+
 /// How a change is written, and what it does.
 type Change = (String, Box<dyn Fn(&mut StageConfig)>);
 
 /// What can be changed, in the order of how little it costs: what is computed stays the same, then nearly the same,
 /// then another method.
-fn changes(stage: &StageConfig, devices: usize) -> Vec<Change> {
+fn changes(stage: &StageConfig, Room { devices, hosts, .. }: Room) -> Vec<Change> {
     let mut list: Vec<Change> = Vec::new();
     if matches!(stage.gradient_checkpointing, GradientCheckpointing::None | GradientCheckpointing::Selective) {
         list.push((
@@ -68,11 +78,14 @@ fn changes(stage: &StageConfig, devices: usize) -> Vec<Change> {
     if stage.zero_stage < 3 && !stage.layer_split {
         list.push(("zero_stage = 3".into(), Box::new(|stage| stage.zero_stage = 3)));
     }
-    if devices > 1 && !stage.layer_split {
+    if devices > 1 && hosts == 1 && !stage.layer_split {
         // A step keeps its micro-batches.
         let accumulated = stage.gradient_accumulation_steps;
         list.push((
-            format!("layer_split = true with gradient_accumulation_steps = {}", accumulated * devices),
+            format!(
+                "layer_split = true, zero_stage = 0, offload = false with gradient_accumulation_steps = {}",
+                accumulated * devices
+            ),
             Box::new(move |stage| {
                 (stage.layer_split, stage.zero_stage, stage.offload) = (true, 0, false);
                 stage.gradient_accumulation_steps = accumulated * devices;
@@ -104,21 +117,17 @@ fn changes(stage: &StageConfig, devices: usize) -> Vec<Change> {
     list
 }
 
-/// The first changes, one on top of the other, until the last of the stages fits into `memory` bytes of each of so many devices; those that gain
+/// The first changes, one on top of the other, until the last of the stages has room on each device; those that gain
 /// less than a hundredth are passed over.
 ///
 /// # Errors
 /// As [`super::estimate`].
-pub fn advise(
-    stages: &[StageConfig],
-    needed: u64,
-    facts: &AdapterFacts,
-    (memory, devices): (u64, usize),
-) -> Result<Vec<Advice>> {
+pub fn advise(stages: &[StageConfig], needed: u64, facts: &AdapterFacts, room: Room) -> Result<Vec<Advice>> {
+    let Room { memory, devices, .. } = room;
     let mut stages = stages.to_vec();
     let Some(stage) = stages.last().cloned() else { return Ok(Vec::new()) };
     let (mut advice, mut bytes) = (Vec::new(), needed);
-    for (change, apply) in changes(&stage, devices) {
+    for (change, apply) in changes(&stage, room) {
         let mut changed = stages.clone();
         let Some(stage) = changed.last_mut() else { break };
         apply(stage);
@@ -128,10 +137,11 @@ pub fn advise(
             continue;
         }
         let steps = Steps::of(&stage, &known.prepared, known.found, devices)?;
-        let needed = simulate(&stage, &known.prepared, known.found, &steps, facts, devices)?.bytes();
-        if needed > bytes - bytes / 100 {
+        // Nor can all be done that is asked of a device: a tensor may be too large for one buffer.
+        let told = simulate(&stage, &known.prepared, known.found, &steps, facts, devices);
+        let Some(needed) = told.ok().map(|told| told.bytes()).filter(|&needed| needed <= bytes - bytes / 100) else {
             continue;
-        }
+        };
         (stages, bytes) = (changed, needed);
         advice.push(Advice { change, bytes, fits: bytes <= memory });
         if bytes <= memory {

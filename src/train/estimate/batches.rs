@@ -65,7 +65,7 @@ impl Steps {
             return Ok(Self::made_up(stage, prepared.config()));
         }
         let dataset = prepared.dataset(stage, &mut Silent)?;
-        let plan = trainer::plan(stage, &dataset, devices)?;
+        let plan = trainer::plan(stage, &dataset, stage.ranks(devices))?;
         let shown = trainer::used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         Self::of_data(prepared.config(), &dataset, &plan, &shown)
     }

@@ -3,12 +3,14 @@
 
 mod advice;
 mod batches;
+mod room;
 mod traffic;
 
 use std::path::PathBuf;
 
-pub use advice::{Advice, advise};
+pub use advice::{Advice, Room, advise};
 pub use batches::{Batch, Steps};
+pub use room::check;
 pub use traffic::{Cluster, Rates, StepTime, Traffic};
 
 use super::{
@@ -19,11 +21,11 @@ use super::{
     start::{self, Prepared},
     step::Step,
     stepper::Stepper,
-    team::{Devices, Standing, Team},
+    team::{Standing, Team},
 };
 use crate::{
     data::ImageSource,
-    error::{Error, ErrorKind, Result},
+    error::{Error, Result},
     formats::{model_folder::ModelFolder, safetensors::Dtype},
     gpu::{AdapterFacts, Gpu, Holdings, Launches, STAGING_BYTES},
     models::{batch::PackedBatch, released},
@@ -137,78 +139,6 @@ pub fn estimate(stages: &[StageConfig], facts: &AdapterFacts, devices: usize) ->
         before = Some(known);
     }
     Ok(estimates)
-}
-
-/// Refuses a stage that needs more than `memory` bytes of one of so many devices; the kernels of one that does not.
-///
-/// # Errors
-/// `Memory`, with the first changes that would make it fit.
-pub fn check(
-    stage: &StageConfig,
-    prepared: &Prepared,
-    steps: &Steps,
-    facts: &AdapterFacts,
-    (memory, devices): (u64, usize),
-) -> Result<Launches> {
-    let estimate = simulate(stage, prepared, true, steps, facts, devices)?;
-    let needed = estimate.bytes();
-    if needed <= memory {
-        return Ok(estimate.launches);
-    }
-    Err(refusal(stage, prepared, needed, facts, (memory, devices))?)
-}
-
-/// As [`check`], of a layer split over these devices; the kernels of each.
-///
-/// # Errors
-/// As [`check`], with the first device that has too little.
-pub fn check_parts(
-    stage: &StageConfig,
-    prepared: &Prepared,
-    steps: &Steps,
-    devices: &Devices,
-) -> Result<Vec<Launches>> {
-    let facts: Vec<&AdapterFacts> = devices.gpus.iter().map(Gpu::facts).collect();
-    let Estimate { parts, staging, .. } = simulate_on(stage, prepared, true, steps, &facts, facts.len())?;
-    for (at, (gpu, part)) in devices.gpus.iter().zip(&parts).enumerate() {
-        let needed = part.peak.held + staging;
-        if let Some(memory) = devices.memory_of(gpu).filter(|&memory| needed > memory) {
-            let error = refusal(stage, prepared, needed, gpu.facts(), (memory, parts.len()))?;
-            let message = format!("{} (device {} of {})", error.message, at + 1, parts.len());
-            return Err(Error { message, ..error });
-        }
-    }
-    Ok(parts.into_iter().map(|part| part.launches).collect())
-}
-
-/// Says that a stage needs too much, and what would make it fit.
-fn refusal(
-    stage: &StageConfig,
-    prepared: &Prepared,
-    needed: u64,
-    facts: &AdapterFacts,
-    (memory, devices): (u64, usize),
-) -> Result<Error> {
-    let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
-    let message = format!(
-        "{}: {} on {} needs {}, and {} has {} free",
-        stage.title(),
-        stage.method,
-        prepared.folder.name(),
-        gigabytes(needed),
-        facts.name,
-        gigabytes(memory)
-    );
-    let mut error = Error::new(ErrorKind::Memory, message);
-    // What a stage starts from that another leaves is not opened a second time.
-    if stage.model_name_or_path.is_some() {
-        for (index, advice) in advise(std::slice::from_ref(stage), needed, facts, (memory, devices))?.iter().enumerate()
-        {
-            let and = if index == 0 { "" } else { "and " };
-            error = error.hint(format!("{and}{}: {}", advice.change, gigabytes(advice.bytes)));
-        }
-    }
-    Ok(error.hint("`wgpu-llava estimate` tells what the memory is for; --force starts it all the same"))
 }
 
 /// Runs a stage's start and some of its steps on devices that only count: the first of so many like that of `facts`, or

@@ -13,11 +13,14 @@ pub struct Span {
 }
 
 /// Gradients that leave a device together.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bucket {
     /// The decoder's milestone behind which all of them are computed; none: the end of the backward.
     pub milestone: Option<usize>,
     pub spans: Vec<Span>,
+    /// Buckets of one turn are made at the same time: parts of what is too large for one.
+    pub turn: usize,
+    pub part: usize,
 }
 
 /// Gradients of a bucket that are added up at once: while the next ones leave, their sum comes back.
@@ -67,33 +70,36 @@ impl Bucket {
     }
 }
 
-/// The decoder layer of a tensor.
-fn layer(name: &str) -> Option<usize> {
-    name.strip_prefix(names::DECODER_LAYERS)?.split_once('.')?.0.parse().ok()
-}
-
-/// All gradients, given by name, in the order in which a backward finishes them, in buckets of at least `least` elements.
-/// The last one, of what is whole only at the end, stands by itself.
-pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, least: usize) -> Vec<Bucket> {
-    let layers = gradients.clone().filter_map(|(name, _)| layer(name)).max().map_or(0, |last| last + 1);
+/// All gradients, given by name, in the order in which a backward finishes them, in buckets of at least `least` elements,
+/// and at most `most` or one tensor. What is whole only at the end stands by itself.
+pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, least: usize, most: usize) -> Vec<Bucket> {
+    let layers = gradients.clone().filter_map(|(name, _)| names::decoder_layer(name)).max().map_or(0, |last| last + 1);
     let milestone = |name: &str| match name {
         // Embeddings that are the head too have another name.
         names::LM_HEAD | names::FINAL_NORM => Some(layers),
-        _ => layer(name),
+        _ => names::decoder_layer(name),
     };
     let mut spans: Vec<(Option<usize>, Span)> = gradients.map(|(name, span)| (milestone(name), span)).collect();
     // The last layers come first, then what has no milestone; within one the order of the arenas stays.
     spans.sort_by_key(|(milestone, _)| milestone.map_or((1, 0), |number| (0, layers - number)));
     let mut buckets: Vec<Bucket> = Vec::new();
     for (milestone, span) in spans {
-        let goes_on = |last: &Bucket| last.milestone == milestone || (milestone.is_some() && last.elements() < least);
-        match buckets.last_mut().filter(|last| goes_on(last)) {
+        let spans = vec![span];
+        let next = match buckets.last_mut() {
+            None => Bucket { milestone, spans, ..Bucket::default() },
             Some(last) => {
-                last.milestone = milestone;
-                last.spans.push(span);
+                let same = last.milestone == milestone;
+                let is_small = milestone.is_some() && last.part == 0 && last.elements() < least;
+                if (same || is_small) && last.elements() + span.count <= most {
+                    last.milestone = milestone;
+                    last.spans.push(span);
+                    continue;
+                }
+                let (turn, part) = if same { (last.turn, last.part + 1) } else { (last.turn + 1, 0) };
+                Bucket { milestone, spans, turn, part }
             }
-            None => buckets.push(Bucket { milestone, spans: vec![span] }),
-        }
+        };
+        buckets.push(next);
     }
     buckets.iter_mut().for_each(|bucket| join(&mut bucket.spans));
     buckets
@@ -137,7 +143,7 @@ mod tests {
     #[test]
     fn parcels_cover_buckets_and_come_apart_into_spans() {
         let span = |shard, first, count| Span { shard, first, count };
-        let of = |spans| Bucket { milestone: None, spans };
+        let of = |spans| Bucket { spans, ..Bucket::default() };
         let buckets = [of(vec![span(0, 64, 64)]), of(vec![span(0, 256, 64), span(1, 0, 192)])];
         let parcels = parcels(&buckets, 100);
         let ranges: Vec<_> = parcels.iter().map(|parcel| (parcel.bucket, parcel.range.clone())).collect();
@@ -151,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_bucket_is_whole_once_the_backward_is_behind_it() {
-        let bucket = |milestone| Bucket { milestone, spans: Vec::new() };
+        let bucket = |milestone| Bucket { milestone, ..Bucket::default() };
         assert!(bucket(Some(3)).is_whole(Some(3)) && bucket(Some(3)).is_whole(Some(2)));
         assert!(!bucket(Some(3)).is_whole(Some(4)) && !bucket(None).is_whole(Some(0)));
         assert!(bucket(None).is_whole(None) && bucket(Some(3)).is_whole(None));
@@ -169,18 +175,25 @@ mod tests {
         ];
         let gradients =
             names.iter().enumerate().map(|(at, name)| (*name, Span { shard: 0, first: at * 64, count: 64 }));
-        let made = buckets(gradients.clone(), 100);
+        let made = buckets(gradients.clone(), 100, 1 << 30);
         assert_eq!(made.iter().map(|bucket| bucket.milestone).collect::<Vec<_>>(), [Some(12), Some(0), None]);
         assert_eq!(made[0].spans, [Span { shard: 0, first: 192, count: 128 }]);
         assert_eq!(made[1].spans, [Span { shard: 0, first: 64, count: 128 }]);
         assert_eq!(made[2].spans.len(), 2);
         assert_eq!((made[2].place(0, 64 * 5 + 3), made[2].place(0, 64)), (Some(67), None));
-        let small = buckets(gradients.clone(), 1);
+        let small = buckets(gradients.clone(), 1, 1 << 30);
         assert_eq!(
             small.iter().map(|bucket| bucket.milestone).collect::<Vec<_>>(),
             [Some(12), Some(11), Some(0), None]
         );
         // What is whole only at the end may be begun long before: it shares with nothing.
-        assert_eq!(buckets(gradients, 1 << 20).len(), 2);
+        assert_eq!(buckets(gradients.clone(), 1 << 20, 1 << 30).len(), 2);
+        // What is too large is cut between tensors, and its parts have the same turn.
+        let cut = buckets(gradients, 1, 100);
+        let turns: Vec<_> = cut.iter().map(|bucket| (bucket.milestone, bucket.turn, bucket.part)).collect();
+        assert_eq!(
+            turns,
+            [(Some(12), 0, 0), (Some(12), 0, 1), (Some(11), 1, 0), (Some(0), 2, 0), (None, 3, 0), (None, 3, 1)]
+        );
     }
 }

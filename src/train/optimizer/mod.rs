@@ -4,7 +4,7 @@
 //! Weights are f32; or f32 masters with copies in 16 bits, which the model reads; or bfloat16 alone, rounded at random.
 //! Moments are f32, or with `adamw_8bit` those of tensors that are not small in eight bits. Gradients are f32.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -150,8 +150,10 @@ impl Optimizer {
             // What the weights were loaded to goes before there is more than the weights.
             gpu.trim();
         }
-        let buckets =
-            if sharing.is_alone() { Vec::new() } else { self::buckets(gradients(&placed), sharing.bucket_elements) };
+        let buckets = match sharing.is_alone() {
+            true => Vec::new(),
+            false => self::buckets(gradients(&placed), sharing.bucket_elements, most as usize),
+        };
         let homes = if sharing.gradients_pass() { homes(&gpu, &buckets) } else { Vec::new() };
         let home = |shard: usize, entry: &Entry| {
             let first = entry.places.gradient;
@@ -278,20 +280,19 @@ impl Optimizer {
     }
 
     /// The parts of the optimizer whose layers take turns, by number.
-    pub fn resting(&self) -> impl Iterator<Item = usize> + use<> {
-        let found = |(number, shard): (usize, &Shard)| shard.takes_turns().then_some(number);
-        self.shards.iter().enumerate().filter_map(found).collect::<Vec<_>>().into_iter()
+    pub fn resting_shards(&self) -> Vec<usize> {
+        (0..self.shards.len()).filter(|&number| self.shards[number].takes_turns()).collect()
     }
 
     /// What a device has updated of a part whose layers take turns, from where it rests.
-    pub fn read_rested(&self, shard: usize, owner: usize) -> Vec<u8> {
-        let shard = &self.shards[shard];
+    pub fn read_rested(&self, number: usize, owner: usize) -> Vec<u8> {
+        let shard = &self.shards[number];
         shard.read_rested(&self.sharing.owned_by(owner, shard.end.gradient))
     }
 
     /// Puts it there.
-    pub fn write_rested(&self, shard: usize, owner: usize, bytes: &[u8]) {
-        let shard = &self.shards[shard];
+    pub fn write_rested(&self, number: usize, owner: usize, bytes: &[u8]) {
+        let shard = &self.shards[number];
         shard.write_rested(&self.sharing.owned_by(owner, shard.end.gradient), bytes);
     }
 
@@ -342,19 +343,13 @@ fn gradients(placed: &[Placed]) -> impl Iterator<Item = (&str, Span)> + Clone {
 /// Places for the gradients of each bucket: two that take turns, because one leaves while the next is made, and one of
 /// its own for what is whole only at the end.
 fn homes(gpu: &Gpu, buckets: &[Bucket]) -> Vec<Tensor> {
-    let largest = |ends: bool| {
-        let of = buckets.iter().filter(|bucket| bucket.milestone.is_none() == ends);
-        of.map(Bucket::elements).max().unwrap_or(0)
-    };
-    let [one, other] = [(); 2].map(|()| arena(gpu, Account::Gradients, largest(false)));
-    let last = arena(gpu, Account::Gradients, largest(true));
-    let home = |(at, bucket): (usize, &Bucket)| {
-        let home = match (bucket.milestone, at % 2) {
-            (None, _) => &last,
-            (Some(_), 0) => &one,
-            (Some(_), _) => &other,
-        };
-        home.part(0, &[bucket.elements()])
-    };
-    buckets.iter().enumerate().map(home).collect()
+    let place = |bucket: &Bucket| (bucket.milestone.map(|_| bucket.turn % 2), bucket.part);
+    let mut sizes: BTreeMap<_, usize> = BTreeMap::new();
+    for bucket in buckets {
+        let size = sizes.entry(place(bucket)).or_default();
+        *size = bucket.elements().max(*size);
+    }
+    let homes: BTreeMap<_, Tensor> =
+        sizes.into_iter().map(|(place, size)| (place, arena(gpu, Account::Gradients, size))).collect();
+    buckets.iter().map(|bucket| homes[&place(bucket)].part(0, &[bucket.elements()])).collect()
 }

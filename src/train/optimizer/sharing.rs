@@ -8,7 +8,8 @@ use crate::ops::adamw_8bit::BLOCK;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sharing {
     /// 0: every device updates all; 1: each updates its part, for which alone it has moments and masters; 2: it has
-    /// gradients for no more than that either, but for those on their way.
+    /// gradients for no more than that either, but for those on their way; 3: nor has it weights of layers, but for those
+    /// whose turn it is.
     pub zero_stage: u8,
     /// The host updates all, and has the moments and masters.
     pub offload: bool,

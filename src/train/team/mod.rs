@@ -153,7 +153,7 @@ impl Team {
         if hosts.count() == 1 || self.host.is_some() {
             return Ok(());
         }
-        for shard in first.resting() {
+        for shard in first.resting_shards() {
             let devices = self.members.iter().map(|member| member.stepper.optimizer.sharing().device);
             let mine: Vec<_> = devices.map(|device| (device as u64, first.read_rested(shard, device))).collect();
             for (rank, framed) in hosts.gather(&frame(&mine))?.iter().enumerate() {
