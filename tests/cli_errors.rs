@@ -394,6 +394,10 @@ fn other_commands_name_what_is_wrong_too() {
     assert_refused(&output.unwrap(), 3, &["no-model"]);
     let output = with("generate", &[prompt, Path::new("hi"), image, &model]);
     assert_refused(&output, 3, &["is a folder"]);
+    let nowhere = case.path("misspelt");
+    let resume = [Path::new("train"), Path::new("--resume"), Path::new("--output-dir"), &nowhere];
+    assert_refused(&program(resume).output().unwrap(), 2, &["misspelt", "to go on with", "config"]);
+    assert!(!nowhere.exists(), "a folder for no run");
     // Where nothing can be written is told before the work.
     for out in [&model, &case.path("nowhere/scores.jsonl")] {
         let output = with("score", &[data, &records, Path::new("--out"), out]);

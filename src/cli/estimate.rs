@@ -200,6 +200,10 @@ impl Row<'_> {
                 plural(batch.pictures, "picture"),
             ),
         );
+        let (ranks, micro_batches) = (self.stage.ranks(self.estimate.devices), self.stage.gradient_accumulation_steps);
+        let each = if ranks > 1 { format!(" on each of {ranks} devices") } else { String::new() };
+        let records = grouped((self.stage.global_batch() * ranks) as u64);
+        row("a step's", format!("{micro_batches} x that{each}: {records} records"));
         for (name, bytes) in self.kinds() {
             row(name, format!("{:>9}", gigabytes(bytes)));
         }

@@ -1,6 +1,6 @@
 //! Whether the devices of a run have room for a stage, before anything is loaded.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 
 use super::{Estimate, Room, Steps, advise, simulate, simulate_on};
 use crate::{
@@ -30,15 +30,18 @@ pub fn check(
     let mut known: HashMap<usize, Launches> = HashMap::new();
     for gpu in &devices.gpus {
         let (Some(memory), facts) = (devices.memory_of(gpu), gpu.facts()) else { continue };
-        if !known.contains_key(&facts.index) {
-            let estimate = simulate(stage, prepared, true, steps, facts, total)?;
-            let needed = estimate.bytes();
-            if needed > memory {
-                return Err(refusal(stage, prepared, needed, facts, Room { memory, devices: total, hosts })?);
+        let launches = match known.entry(facts.index) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let estimate = simulate(stage, prepared, true, steps, facts, total)?;
+                let needed = estimate.bytes();
+                if needed > memory {
+                    return Err(refusal(stage, prepared, needed, facts, Room { memory, devices: total, hosts })?);
+                }
+                place.insert(estimate.launches)
             }
-            known.insert(facts.index, estimate.launches);
-        }
-        gpu.compile_ahead(known[&facts.index].clone());
+        };
+        gpu.compile_ahead(launches.clone());
     }
     Ok(())
 }
