@@ -217,14 +217,8 @@ fn forward_through_four_bits() {
         for (double, key) in [(false, "plain"), (true, "double")] {
             let wanted = losses[key][projector].as_f64().unwrap();
             let quantization = Some(Quantization { kind: QuantType::Nf4, double, lm_head: false });
-            let mut loading = Loading {
-                precision: None,
-                quantization,
-                trains: &|_| false,
-                trains_in_f32: true,
-                resting: None,
-                progress: &mut |_, _| (),
-            };
+            let progress = &mut |_, _| ();
+            let mut loading = Loading { quantization, ..Loading::of_frozen(None, progress) };
             let complete = &mut |name: &str, _: &[usize]| panic!("{name} is in the folder");
             let config = folder.config().clone();
             let model = Llava::load_with(gpu(), &folder, config, false, complete, &mut loading).unwrap();

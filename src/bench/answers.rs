@@ -75,15 +75,9 @@ pub fn measure(
         _ => Dtype::BF16,
     };
     let folder = ModelFolder::random(config, stored, 0)?;
-    let mut loading = Loading {
-        precision,
-        quantization,
-        trains: &|_| false,
-        trains_in_f32: true,
-        resting: None,
-        progress: &mut |_, _| (),
-    };
     let mut projector = |_: &str, shape: &[usize]| Ok(HostTensor::zeros(shape));
+    let progress = &mut |_, _| ();
+    let mut loading = Loading { quantization, ..Loading::of_frozen(precision, progress) };
     let model = Llava::load_with(gpu, &folder, config.clone(), false, &mut projector, &mut loading)?;
     gpu.sync()?;
 

@@ -133,8 +133,7 @@ impl Row<'_> {
     /// Of a whole step on each device, and its parts.
     fn time(&self, context: &Context<'_>) -> Option<StepTime> {
         let Estimate { traffic, devices, .. } = self.estimate;
-        let passing = self.stage.zero_stage >= 2 && (*devices > 1 || self.stage.offload);
-        let cluster = Cluster { devices: *devices, hosts: context.hosts, passing, parts: self.estimate.parts.len() };
+        let cluster = Cluster { devices: *devices, hosts: context.hosts, parts: self.estimate.parts.len() };
         let micro_batches = self.stage.gradient_accumulation_steps as f64;
         context.rates.map(|rates| traffic.step_time(self.flops(), micro_batches, cluster, &rates))
     }

@@ -163,24 +163,11 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Rehearsal<'_>, u
     let precision = global.precision.map(Precision::dtype);
     tuning::prepare(&gpu, rehearsal.tune, ui, || {
         let counting = Gpu::counting(gpu.facts().clone());
-        let mut loading = Loading {
-            precision,
-            quantization: None,
-            trains: &|_| false,
-            trains_in_f32: true,
-            resting: None,
-            progress: &mut |_, _| (),
-        };
+        let progress = &mut |_, _| ();
+        let mut loading = Loading::of_frozen(precision, progress);
         (rehearsal.run)(&load(&counting, place.folder()?, adapter.as_ref(), &mut loading)?)?;
         Ok(counting.launches())
     })?;
-    let mut loading = Loading {
-        precision,
-        quantization: None,
-        trains: &|_| false,
-        trains_in_f32: true,
-        resting: None,
-        progress: &mut |done, total| ui.event(Event::loaded(done, total)),
-    };
-    load(&gpu, folder, adapter.as_ref(), &mut loading)
+    let progress = &mut |done, total| ui.event(Event::loaded(done, total));
+    load(&gpu, folder, adapter.as_ref(), &mut Loading::of_frozen(precision, progress))
 }

@@ -43,14 +43,8 @@ impl Llava {
     /// Reads a complete model to the device, as its checkpoint has it.
     pub fn load(gpu: &Gpu, folder: &ModelFolder) -> Result<Self> {
         let complete = &mut |name: &str, _: &[usize]| Err(Error::data(format!("{} lacks {name}", folder.name())));
-        let mut loading = Loading {
-            precision: None,
-            quantization: None,
-            trains: &|_| false,
-            trains_in_f32: true,
-            resting: None,
-            progress: &mut |_, _| (),
-        };
+        let progress = &mut |_, _| ();
+        let mut loading = Loading::of_frozen(None, progress);
         Self::load_with(gpu, folder, folder.config().clone(), false, complete, &mut loading)
     }
 

@@ -50,7 +50,12 @@ impl Quantization {
     }
 }
 
-impl Loading<'_> {
+impl<'a> Loading<'a> {
+    /// Of a model none of which trains, with matrices in `precision` and nothing quantised that is not stored so.
+    pub fn of_frozen(precision: Option<Dtype>, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+        Self { precision, quantization: None, trains: &|_| false, trains_in_f32: true, resting: None, progress }
+    }
+
     /// How a matrix is quantised, if it is.
     fn quantization(&self, name: &str, shape: &[usize]) -> Option<Quantization> {
         self.quantization.filter(|wanted| wanted.takes(name) && shape.len() == 2 && !(self.trains)(name))

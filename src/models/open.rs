@@ -52,19 +52,7 @@ pub struct Opened {
 pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opened> {
     let folder = place.folder()?;
     let adapter = adapter.map(|path| Adapter::read(path, folder.config())).transpose()?;
-    load(
-        gpu,
-        folder,
-        adapter.as_ref(),
-        &mut Loading {
-            precision: None,
-            quantization: None,
-            trains: &|_| false,
-            trains_in_f32: true,
-            resting: None,
-            progress: &mut |_, _| (),
-        },
-    )
+    load(gpu, folder, adapter.as_ref(), &mut Loading::of_frozen(None, &mut |_, _| ()))
 }
 
 /// Nothing on this machine has that name, and it may be one of the Hub's.

@@ -268,8 +268,8 @@ impl Prepared {
         Ok(dataset)
     }
 
-    /// Brings the weights to the device, or under `layer_split` to several; what is new (projector, adapter) gets its first values. The decoder's layers go
-    /// to rest in `resting`, where it is given.
+    /// Brings the weights to the device, or under `layer_split` to several; what is new (projector, adapter) gets its
+    /// first values. The decoder's layers go to rest in `resting`, where it is given.
     ///
     /// # Errors
     /// An adapter that does not fit; whatever fails on the device.

@@ -28,6 +28,8 @@ pub struct Traffic {
     resting: u64,
     offload: bool,
     alone: bool,
+    /// Whether gradients leave after every micro-batch.
+    passing: bool,
 }
 
 /// How fast a machine is.
@@ -62,8 +64,6 @@ pub struct Cluster {
     /// Of all hosts.
     pub devices: usize,
     pub hosts: usize,
-    /// Whether gradients leave after every micro-batch.
-    pub passing: bool,
     /// Of the layers, each on a device; else 1.
     pub parts: usize,
 }
@@ -105,13 +105,14 @@ impl Traffic {
             resting,
             offload: sharing.offload,
             alone: sharing.is_alone(),
+            passing: sharing.gradients_pass(),
             ..Self::default()
         };
         if sharing.is_alone() {
             return idle;
         }
         let devices = sharing.devices as u64;
-        let gradients_down = gradients * if sharing.gradients_pass() { rounds } else { 1 };
+        let gradients_down = gradients * if idle.passing { rounds } else { 1 };
         match (sharing.offload, sharing.weights_return()) {
             (true, _) => Self { gradients_down, weights_up: weights, ..idle },
             (false, true) => Self {
@@ -148,7 +149,7 @@ impl Traffic {
         let filling = if rates.on_host { 0.0 } else { (cluster.parts.max(1) - 1) as f64 };
         let compute = flops / rates.flops * (1.0 + filling / micro_batches.max(1.0));
         let seconds = |bytes: u64, rate: f64| bytes as f64 / rate;
-        let rounds = if cluster.passing { micro_batches.max(1.0) } else { 1.0 };
+        let rounds = if self.passing { micro_batches.max(1.0) } else { 1.0 };
         let of_host = cluster.devices as f64 / cluster.hosts as f64;
         let elsewhere = 1.0 - 1.0 / cluster.hosts as f64;
         let (down, up) = (seconds(self.gradients_down, rates.down), seconds(self.sums_up, rates.up));
@@ -171,7 +172,7 @@ impl Traffic {
         let gradients = down.max(up).max(added).max(between);
         let one = compute / micro_batches.max(1.0);
         // Gradients that pass leave from every backward, and hide behind the next forward too.
-        let hiding = if cluster.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
+        let hiding = if self.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
         // Other micro-batches hide what crosses over, but for the first on its way and the last on its.
         let waiting = filling * over + (gradients - hiding).max(0.0) + (layers - compute).max(0.0);
         StepTime { compute, waiting, weights: updated + weights_down.max(weights_up).max(weights_between) }
@@ -184,7 +185,7 @@ mod tests {
 
     const RATES: Rates =
         Rates { flops: 10.0, down: 2.0, up: 2.0, adding: 1000.0, updating: 1000.0, network: 1.0, on_host: false };
-    const TWO: Cluster = Cluster { devices: 2, hosts: 1, passing: false, parts: 1 };
+    const TWO: Cluster = Cluster { devices: 2, hosts: 1, parts: 1 };
 
     #[test]
     fn gradients_hide_behind_the_backward() {
@@ -192,7 +193,7 @@ mod tests {
         // 9 s of computation in three micro-batches: the last backward takes 2 s, the gradients 4, up and down at once.
         let time = traffic.step_time(90.0, 3.0, TWO, &RATES);
         assert!((time.compute - 9.0).abs() < 1e-9 && (time.waiting - 2.0).abs() < 1e-9, "{time:?}");
-        let passing = traffic.step_time(90.0, 3.0, Cluster { passing: true, ..TWO }, &RATES);
+        let passing = Traffic { passing: true, ..traffic }.step_time(90.0, 3.0, TWO, &RATES);
         assert_eq!((passing.waiting, passing.seconds()), (0.0, 9.0));
     }
 

@@ -270,7 +270,7 @@ impl Optimizer {
     /// # Errors
     /// Whatever has failed on the device so far.
     pub fn rest(&self) -> Result<()> {
-        self.shards.iter().try_for_each(|shard| shard.rest(&self.gpu))
+        self.shards.iter().try_for_each(Shard::rest)
     }
 
     /// Bytes of that.

@@ -182,9 +182,9 @@ impl Shard {
     ///
     /// # Errors
     /// Whatever has failed on the device so far.
-    pub fn rest(&self, gpu: &Gpu) -> Result<()> {
-        if self.takes_turns() && !gpu.only_counts() {
-            self.write_rested(&self.owned, &Downloading::of(gpu, &self.weights(&self.owned)).bytes()?);
+    pub fn rest(&self) -> Result<()> {
+        if self.takes_turns() && !self.gpu().only_counts() {
+            self.write_rested(&self.owned, &Downloading::of(self.gpu(), &self.weights(&self.owned)).bytes()?);
         }
         Ok(())
     }
