@@ -27,7 +27,6 @@ var<workgroup> most: array<atomic<u32>, 4>; // one is used; whole vec4s keep wha
 // in parts, as by matmul.tiled.
 // EXACT: there are as many subgroups as units, M and N have a whole tile at least, and the last tiles begin where they end
 // with C. So no load in the loop needs a test: tests make loads wait for one another.
-// DIRECT, of those: matrices go to C as they are. There is no bias, and what is added to has whole tiles alone.
 #ifdef VEC
 @group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
 #else
@@ -43,9 +42,7 @@ alias Element = f32;
 #else
 @group(0) @binding(1) var<storage, read_write> b: array<Element>; // [K, N], or [N, K] in NT
 #endif
-#ifndef DIRECT
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
-#endif
 #ifdef VEC
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [M, N]
 #else
@@ -74,13 +71,11 @@ var<workgroup> tile_b: array<vec4<f16>, #{COLS * (DEPTH / 4 + 2)}>; // [COLS, DE
 const B_STRIDE: u32 = #{COLS / 4 + 2}u;
 var<workgroup> tile_b: array<vec4<f16>, #{DEPTH * (COLS / 4 + 2)}>; // [DEPTH, COLS + 8]
 #endif
-#ifndef DIRECT
 // What a subgroup hands out at a time, SIDE x OUT * SIDE. Memory is dear here: with 4 KiB of it the large tile has as many
 // neighbours on a core as without, with 10 KiB half of them.
 const OUT_STRIDE: u32 = #{OUT * SIDE / 4}u;
 const OUT_FOURS: u32 = #{OUT * SIDE * SIDE / 4}u;
 var<workgroup> results: array<vec4<f32>, #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS) * OUT * SIDE * SIDE / 4}>; // [UNITS, SIDE, OUT * SIDE]
-#endif
 
 alias Left = coop_mat#{SIDE}x#{SIDE}<f16, A>;
 alias Right = coop_mat#{SIDE}x#{SIDE}<f16, B>;
@@ -96,6 +91,16 @@ const PER: u32 = 1u;
 // A distance that may be negative, as `at` counts.
 fn back(elements: u32) -> u32 {
     return bitcast<u32>(bitcast<i32>(elements) / i32(PER));
+}
+
+// The row of a tile, of DEPTH numbers, that a thread stages: neighbours' are four apart. Rows are 80 bytes from each other,
+// so sixteen lanes that store two whole ones meet every bank once then, and some twice where they are next to each other.
+fn spread(own: u32) -> u32 {
+#if 7 < THREADS / (DEPTH / 4)
+    return (own & 0xfffffff8u) | ((own & 1u) << 2u) | ((own >> 1u) & 3u);
+#else
+    return own;
+#endif
 }
 
 // Operands come in fours of neighbours in storage: of A those at (row, k) and on along K, in TN along M; of B at (k, col) and on
@@ -139,7 +144,6 @@ fn load_b(at: u32, k: u32, col: u32, length: u32) -> vec4<Element> {
 #endif
 }
 
-#ifndef DIRECT
 fn bias_at(col: u32) -> f32 {
     if ((params.flags & ADD_BIAS) != 0u) {
         return bias[col];
@@ -172,7 +176,6 @@ fn write_out(c_first: u32, row: u32, col: u32, sums: vec4<f32>) {
 #end
 #endif
 }
-#endif
 
 @compute @workgroup_size(#{THREADS})
 fn product(
@@ -195,12 +198,10 @@ fn product(
     let steps = (length + DEPTH - 1u) / DEPTH;
     let begin = length - steps * DEPTH;
     let c_first = params.c_offset + group.z * params.m * params.ldc;
-#ifndef DIRECT
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
     for (var at = local; at < #{SIDE * SIDE / 4}u; at += #{THREADS}u) {
         results[at] = vec4<f32>();
     }
-#endif
     var scale = 1.0;
     var unscale = 1.0;
 #ifdef SCALED
@@ -221,13 +222,9 @@ fn product(
 #else
     workgroupBarrier();
 #endif
-#ifdef DIRECT
-    let zeros = Sum();
-#else
     let zeros = coopLoadT<Sum>(&results[0], #{SIDE / 4}u);
-#endif
     // A thread's first four of each tile: neighbours read neighbours, fours along the rows. The others are at distances
-    // that are the same for all threads.
+    // that are the same for all threads, and are counted off one by one: addresses of their own would cost registers.
 #ifdef TN
     let a_k = local / #{ROWS / 4}u;
     let a_row = row + local % #{ROWS / 4}u * 4u;
@@ -239,8 +236,9 @@ fn product(
     let a_apart_row = 0u;
 #else
     let a_k = local % #{DEPTH / 4}u * 4u;
-    let a_row = row + local / #{DEPTH / 4}u;
-    let a_to = local / #{DEPTH / 4}u * A_STRIDE + local % #{DEPTH / 4}u;
+    let a_own = spread(local / #{DEPTH / 4}u);
+    let a_row = row + a_own;
+    let a_to = a_own * A_STRIDE + local % #{DEPTH / 4}u;
     let a_first = (params.a_offset + a_row * params.lda + k_first + a_k) / PER + back(begin);
     let a_step = DEPTH / PER;
     let a_apart = #{THREADS / (DEPTH / 4)}u;
@@ -249,8 +247,9 @@ fn product(
 #endif
 #ifdef NT
     let b_k = local % #{DEPTH / 4}u * 4u;
-    let b_col = col + local / #{DEPTH / 4}u;
-    let b_to = local / #{DEPTH / 4}u * B_STRIDE + local % #{DEPTH / 4}u;
+    let b_own = spread(local / #{DEPTH / 4}u);
+    let b_col = col + b_own;
+    let b_to = b_own * B_STRIDE + local % #{DEPTH / 4}u;
     let b_first = (params.b_offset + b_col * params.ldb + k_first + b_k) / PER + back(begin);
     let b_step = DEPTH / PER;
     let b_apart = #{THREADS / (DEPTH / 4)}u;
@@ -283,13 +282,17 @@ fn product(
 #end
 #end
         // What is staged next is on its way while the last is multiplied, in f16: the registers are few.
+        var a_from = a_first;
+        var b_from = b_first;
+        var a_at = a_from;
+        var b_at = b_from;
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-        var a_from#{s} = a_first + #{s}u * a_far;
-        var x#{s} = vec4<f16>(scale * load_a(a_from#{s}, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
+        var x#{s} = vec4<f16>(scale * load_a(a_at, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
+        a_at += a_far;
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-        var b_from#{s} = b_first + #{s}u * b_far;
-        var y#{s} = vec4<f16>(load_b(b_from#{s}, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
+        var y#{s} = vec4<f16>(load_b(b_at, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
+        b_at += b_far;
 #end
         for (var step = 1u; step <= steps; step++) {
 #unroll s in 0..ROWS*DEPTH/4/THREADS
@@ -300,26 +303,28 @@ fn product(
 #end
             workgroupBarrier();
             // The last step loads what it has once more.
-            let a_on = select(0u, a_step, step < steps);
-            let b_on = select(0u, b_step, step < steps);
+            a_from += select(0u, a_step, step < steps);
+            b_from += select(0u, b_step, step < steps);
+            a_at = a_from;
+            b_at = b_from;
 #ifndef EXACT
             let here = begin + min(step, steps - 1u) * DEPTH;
 #endif
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-            a_from#{s} += a_on;
 #ifdef EXACT
-            x#{s} = vec4<f16>(scale * a[a_from#{s}]);
+            x#{s} = vec4<f16>(scale * a[a_at]);
 #else
-            x#{s} = vec4<f16>(scale * load_a(a_from#{s}, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
+            x#{s} = vec4<f16>(scale * load_a(a_at, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
 #endif
+            a_at += a_far;
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-            b_from#{s} += b_on;
 #ifdef EXACT
-            y#{s} = vec4<f16>(b[b_from#{s}]);
+            y#{s} = vec4<f16>(b[b_at]);
 #else
-            y#{s} = vec4<f16>(load_b(b_from#{s}, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
+            y#{s} = vec4<f16>(load_b(b_at, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
 #endif
+            b_at += b_far;
 #end
 #ifndef EXACT
             // Once, or not at all: a loop, because matrices may not be used under a condition.
@@ -349,31 +354,6 @@ fn product(
 #endif
             workgroupBarrier();
         }
-#ifdef DIRECT
-        let c_stride = params.ldc / 4u;
-        let c_at = (c_first + (row + unit_row) * params.ldc + col + unit_col) / 4u;
-#unroll i in 0..UNIT_ROWS/SIDE
-#unroll j in 0..UNIT_COLS/SIDE
-        let c_at#{i}_#{j} = c_at + #{i * SIDE}u * c_stride + #{j * SIDE / 4}u;
-#ifdef SCALED
-        c#{i}_#{j} = c#{i}_#{j} * unscale;
-#endif
-        c#{i}_#{j} = c#{i}_#{j} * params.alpha;
-#end
-#end
-        for (var adds = params.flags & ACCUMULATE; adds != 0u; adds = 0u) {
-#unroll i in 0..UNIT_ROWS/SIDE
-#unroll j in 0..UNIT_COLS/SIDE
-            c#{i}_#{j} = c#{i}_#{j} + coopLoadT<Sum>(&c[c_at#{i}_#{j}], c_stride);
-#end
-#end
-        }
-#unroll i in 0..UNIT_ROWS/SIDE
-#unroll j in 0..UNIT_COLS/SIDE
-        coopStoreT(c#{i}_#{j}, &c[c_at#{i}_#{j}], c_stride);
-#end
-#end
-#else
         // Out by way of workgroup memory, OUT matrices side by side of each subgroup at a time.
         let ready = min(subgroups, UNITS - first);
 #unroll i in 0..UNIT_ROWS/SIDE
@@ -404,7 +384,6 @@ fn product(
         workgroupBarrier();
 #end
 #end
-#endif
     }
 }
 

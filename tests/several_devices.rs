@@ -168,6 +168,12 @@ fn every_layout_gives_the_losses_of_one() {
             layouts.extend((0..=3).map(|stage| Layout::new(devices, stage)));
             layouts.extend((0..=3).filter(|_| can_offload).map(|stage| Layout::offload(devices, stage)));
         }
+        // Under ZeRO 3 stochastic rounding draws other numbers, where there are several devices.
+        layouts.retain(|layout| match form.name {
+            "stochastic" => layout.zero_stage < 3,
+            "other draws" => layout.zero_stage == 3,
+            _ => true,
+        });
         layouts.retain(|layout| *layout != Layout::ONE);
         wrong.extend(compare(form, 12, &layouts, folder.path()));
     }

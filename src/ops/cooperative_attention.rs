@@ -19,8 +19,9 @@ use crate::{
     tensor::{Dtype, Tensor},
 };
 
-/// Rows that a workgroup owns, of queries or keys.
+/// Rows that a workgroup owns, of queries or keys; and the most, of which what is packed has whole multiples.
 const ROWS: usize = 64;
+const MOST_ROWS: usize = 128;
 /// The most threads of a workgroup, and bytes of workgroup memory: for matrices of side 8, and of side 16.
 const THREADS: u32 = 256;
 const MEMORY: [u32; 2] = [32 << 10, 48 << 10];
@@ -52,7 +53,7 @@ pub(super) struct Kernels {
 pub(super) fn chosen(gpu: &Gpu, heads: Heads, [queries, keys]: [usize; 2]) -> Option<Kernels> {
     let worth = heads.in_f16 && cooperative::serves(gpu) && queries >= FEWEST && keys <= MOST_KEYS * queries;
     let kernels = Kernels::all(gpu, heads.head_size).into_iter().next().filter(|_| worth)?;
-    let largest = (queries * heads.heads).max(keys * heads.kv_heads).next_multiple_of(ROWS) * kernels.width * 4;
+    let largest = (queries * heads.heads).max(keys * heads.kv_heads).next_multiple_of(MOST_ROWS) * kernels.width * 4;
     (largest as u64 <= gpu.max_binding()).then_some(kernels)
 }
 
@@ -88,7 +89,7 @@ impl Kernels {
         let (first, _) = tensors[0];
         let gpu = first.gpu();
         let rows = first.len() / head_size;
-        let room = (rows / heads).next_multiple_of(ROWS);
+        let room = (rows / heads).next_multiple_of(MOST_ROWS);
         let y = Tensor::empty_of(gpu, Dtype::F16, &[tensors.len(), room, heads * self.width]);
         let quads = room * heads * self.width / 4;
         for (index, (x, largest)) in tensors.iter().enumerate() {
@@ -108,7 +109,13 @@ impl Kernels {
 
     fn params(heads: Heads, [queries, keys]: [usize; 2]) -> [u32; 8] {
         let [t, s, h, k, e, scale] = heads.params(queries, keys);
-        [t, s, h, k, e, scale, queries.next_multiple_of(ROWS) as u32, keys.next_multiple_of(ROWS) as u32]
+        let [queries_room, keys_room] = [queries, keys].map(|rows| rows.next_multiple_of(MOST_ROWS) as u32);
+        [t, s, h, k, e, scale, queries_room, keys_room]
+    }
+
+    /// Rows that a workgroup of the forward owns: as ROWS in shaders/variants.
+    fn forward_rows(self) -> usize {
+        if self.side == 16 && !self.wide { MOST_ROWS } else { ROWS }
     }
 
     /// As [`attention::forward`].
@@ -125,7 +132,7 @@ impl Kernels {
             &self.name("forward."),
             &[own, walked, of_queries.binding(), out.binding(), stats.binding()],
             &Self::params(heads, [queries, keys]),
-            [queries.div_ceil(ROWS) as u32, count as u32, 1],
+            [queries.div_ceil(self.forward_rows()) as u32, count as u32, 1],
         );
         (out, stats)
     }
