@@ -27,6 +27,8 @@ var<workgroup> most: array<atomic<u32>, 4>; // one is used; whole vec4s keep wha
 // in parts, as by matmul.tiled.
 // EXACT: there are as many subgroups as units, M and N have a whole tile at least, and the last tiles begin where they end
 // with C. So no load in the loop needs a test: tests make loads wait for one another.
+// DIRECT, of those: K has whole steps, and matrices go to C as they are. There is no bias, and what is added to has whole
+// tiles alone. It pays where K is short; the loop of the others is faster, which their driver alone can explain.
 #ifdef VEC
 @group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
 #else
@@ -42,7 +44,9 @@ alias Element = f32;
 #else
 @group(0) @binding(1) var<storage, read_write> b: array<Element>; // [K, N], or [N, K] in NT
 #endif
+#ifndef DIRECT
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
+#endif
 #ifdef VEC
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [M, N]
 #else
@@ -71,11 +75,13 @@ var<workgroup> tile_b: array<vec4<f16>, #{COLS * (DEPTH / 4 + 2)}>; // [COLS, DE
 const B_STRIDE: u32 = #{COLS / 4 + 2}u;
 var<workgroup> tile_b: array<vec4<f16>, #{DEPTH * (COLS / 4 + 2)}>; // [DEPTH, COLS + 8]
 #endif
+#ifndef DIRECT
 // What a subgroup hands out at a time, SIDE x OUT * SIDE. Memory is dear here: with 4 KiB of it the large tile has as many
 // neighbours on a core as without, with 10 KiB half of them.
 const OUT_STRIDE: u32 = #{OUT * SIDE / 4}u;
 const OUT_FOURS: u32 = #{OUT * SIDE * SIDE / 4}u;
 var<workgroup> results: array<vec4<f32>, #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS) * OUT * SIDE * SIDE / 4}>; // [UNITS, SIDE, OUT * SIDE]
+#endif
 
 alias Left = coop_mat#{SIDE}x#{SIDE}<f16, A>;
 alias Right = coop_mat#{SIDE}x#{SIDE}<f16, B>;
@@ -103,6 +109,7 @@ fn spread(own: u32) -> u32 {
 #endif
 }
 
+#ifndef DIRECT
 // Operands come in fours of neighbours in storage: of A those at (row, k) and on along K, in TN along M; of B at (k, col) and on
 // along N, in NT along K. Beyond the matrix they are zeros, and before the sum begins: k counts from there, and wraps.
 fn load_a(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
@@ -176,6 +183,7 @@ fn write_out(c_first: u32, row: u32, col: u32, sums: vec4<f32>) {
 #end
 #endif
 }
+#endif
 
 @compute @workgroup_size(#{THREADS})
 fn product(
@@ -196,12 +204,18 @@ fn product(
     // whole one). So the others need not look where it ends.
     let length = min(params.window, params.k - k_first);
     let steps = (length + DEPTH - 1u) / DEPTH;
+#ifdef DIRECT
+    let begin = 0u;
+#else
     let begin = length - steps * DEPTH;
+#endif
     let c_first = params.c_offset + group.z * params.m * params.ldc;
+#ifndef DIRECT
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
     for (var at = local; at < #{SIDE * SIDE / 4}u; at += #{THREADS}u) {
         results[at] = vec4<f32>();
     }
+#endif
     var scale = 1.0;
     var unscale = 1.0;
 #ifdef SCALED
@@ -222,7 +236,11 @@ fn product(
 #else
     workgroupBarrier();
 #endif
+#ifdef DIRECT
+    let zeros = Sum();
+#else
     let zeros = coopLoadT<Sum>(&results[0], #{SIDE / 4}u);
+#endif
     // A thread's first four of each tile: neighbours read neighbours, fours along the rows. The others are at distances
     // that are the same for all threads, and are counted off one by one: addresses of their own would cost registers.
 #ifdef TN
@@ -287,11 +305,19 @@ fn product(
         var a_at = a_from;
         var b_at = b_from;
 #unroll s in 0..ROWS*DEPTH/4/THREADS
+#ifdef DIRECT
+        var x#{s} = vec4<f16>(scale * a[a_at]);
+#else
         var x#{s} = vec4<f16>(scale * load_a(a_at, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
+#endif
         a_at += a_far;
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
+#ifdef DIRECT
+        var y#{s} = vec4<f16>(b[b_at]);
+#else
         var y#{s} = vec4<f16>(load_b(b_at, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
+#endif
         b_at += b_far;
 #end
         for (var step = 1u; step <= steps; step++) {
@@ -354,6 +380,31 @@ fn product(
 #endif
             workgroupBarrier();
         }
+#ifdef DIRECT
+        let c_stride = params.ldc / 4u;
+        let c_at = (c_first + (row + unit_row) * params.ldc + col + unit_col) / 4u;
+#unroll i in 0..UNIT_ROWS/SIDE
+#unroll j in 0..UNIT_COLS/SIDE
+        let c_at#{i}_#{j} = c_at + #{i * SIDE}u * c_stride + #{j * SIDE / 4}u;
+#ifdef SCALED
+        c#{i}_#{j} = c#{i}_#{j} * unscale;
+#endif
+        c#{i}_#{j} = c#{i}_#{j} * params.alpha;
+#end
+#end
+        for (var adds = params.flags & ACCUMULATE; adds != 0u; adds = 0u) {
+#unroll i in 0..UNIT_ROWS/SIDE
+#unroll j in 0..UNIT_COLS/SIDE
+            c#{i}_#{j} = c#{i}_#{j} + coopLoadT<Sum>(&c[c_at#{i}_#{j}], c_stride);
+#end
+#end
+        }
+#unroll i in 0..UNIT_ROWS/SIDE
+#unroll j in 0..UNIT_COLS/SIDE
+        coopStoreT(c#{i}_#{j}, &c[c_at#{i}_#{j}], c_stride);
+#end
+#end
+#else
         // Out by way of workgroup memory, OUT matrices side by side of each subgroup at a time.
         let ready = min(subgroups, UNITS - first);
 #unroll i in 0..UNIT_ROWS/SIDE
@@ -384,6 +435,7 @@ fn product(
         workgroupBarrier();
 #end
 #end
+#endif
     }
 }
 

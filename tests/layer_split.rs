@@ -96,6 +96,24 @@ fn the_same_split_gives_the_same_bytes() {
     }
 }
 
+/// Hidden states go forward over each border, and their gradients back.
+#[test]
+fn metrics_tell_what_each_part_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Run::new(THREE, "method = \"full\"\nmax_steps = 2", 4, &folder.path().join("run"));
+    for step in run.train(Layout::split(3)).steps {
+        let positions = (step.tokens_per_second * step.step_seconds).round() as u64;
+        // The case's hidden_size, in f32, there and back.
+        let over_a_border = positions * 40 * 4 * 2;
+        let bytes: Vec<u64> = step.devices.iter().map(|device| device.bytes_moved).collect();
+        assert_eq!(bytes, [over_a_border, 2 * over_a_border, over_a_border]);
+        for device in &step.devices {
+            assert!(device.tokens_per_second > 0.0 && device.waiting_seconds > 0.0, "{device:?}");
+            assert!(device.waiting_seconds < step.step_seconds, "{device:?}");
+        }
+    }
+}
+
 /// A micro-batch without a picture or without a supervised token, a step without either, and one with fewer micro-batches
 /// than there are parts.
 #[test]

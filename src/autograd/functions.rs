@@ -451,10 +451,11 @@ pub fn to_device(tape: &mut Tape, x: Var, gpu: &Gpu) -> Var {
     let (from, crossing) = (value.gpu().clone(), tape.crossing.clone());
     let cross = move |value: Tensor, to: &Gpu| {
         let offloaded = value.offload();
+        let bytes = (value.len() * value.dtype().bytes()) as u64;
         // A device does what it is told in order: the memory may be used again.
         drop(value);
         if let Some(crossing) = &crossing {
-            crossing();
+            crossing(bytes);
         }
         offloaded.restore_on(to)
     };

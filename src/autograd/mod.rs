@@ -107,7 +107,7 @@ pub struct Tape {
     unread: bool,
     infers: bool,
     /// See [`Tape::at_crossings`].
-    crossing: Option<Rc<dyn Fn()>>,
+    crossing: Option<Rc<dyn Fn(u64)>>,
 }
 
 /// Results that are kept because they are dear, when the rest of a layer is computed again.
@@ -169,8 +169,8 @@ impl Tape {
     }
 
     /// Has something called whenever a value, or in the backward its gradient, has left a device for another
-    /// ([`functions::to_device`]), and before it arrives there.
-    pub fn at_crossings(&mut self, call: Rc<dyn Fn()>) {
+    /// ([`functions::to_device`]), and before it arrives there; it is told the bytes.
+    pub fn at_crossings(&mut self, call: Rc<dyn Fn(u64)>) {
         self.crossing = Some(call);
     }
 

@@ -113,8 +113,8 @@ pub struct Effort {
     pub runs: usize,
     /// After so many seconds, no further run; of three at least.
     pub seconds: f64,
-    /// Seconds that a GPU works right before the runs that count: its clock falls while it has nothing to do, and takes
-    /// tens of milliseconds to come back. Host processors are not loaded so.
+    /// Seconds of a stretch of work right before the runs that count, of which a GPU has as many as make it faster: its
+    /// clock falls while it has nothing to do, and takes up to a second to come back. Host processors are not loaded so.
     pub load: f64,
 }
 
@@ -150,8 +150,11 @@ impl Samples {
 /// The shortest run: what each clock can tell, and long beside the gap to the next one.
 const LEAST_DEVICE: f64 = 1e-3;
 const LEAST_HOST: f64 = 1e-2;
-/// Of the load before: what is recorded at once.
+/// Of the load before: what is recorded at once, the most stretches, and what the next one must save of a run's time for
+/// another to follow.
 const A_LOAD: f64 = 5e-3;
+const MOST_STRETCHES: usize = 10;
+const FASTER: f64 = 0.98;
 const MOST_REPEATS: usize = 4096;
 const FEWEST_RUNS: usize = 3;
 
@@ -203,13 +206,21 @@ impl Gpu {
                 break;
             }
         }
-        let begun = Instant::now();
-        while !self.is_cpu() && begun.elapsed().as_secs_f64() < effort.load {
-            let repeats = repeats(A_LOAD, shortest);
-            let Some(seconds) = self.time(&mut || (0..repeats).for_each(|_| work()))?.by(clock) else {
-                return Ok(None);
-            };
-            shortest = shortest.min(seconds / repeats as f64);
+        let mut before = f64::INFINITY;
+        for _ in 0..if self.is_cpu() { 0 } else { MOST_STRETCHES } {
+            let (mut fastest, begun) = (f64::INFINITY, Instant::now());
+            while begun.elapsed().as_secs_f64() < effort.load {
+                let repeats = repeats(A_LOAD, shortest);
+                let Some(seconds) = self.time(&mut || (0..repeats).for_each(|_| work()))?.by(clock) else {
+                    return Ok(None);
+                };
+                fastest = fastest.min(seconds / repeats as f64);
+                shortest = shortest.min(fastest);
+            }
+            if fastest > FASTER * before {
+                break;
+            }
+            before = fastest;
         }
         let least = if clock == Clock::Device { LEAST_DEVICE } else { LEAST_HOST };
         let repeats = repeats(least, shortest);

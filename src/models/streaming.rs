@@ -8,7 +8,10 @@
 use std::{
     collections::HashMap,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use super::names;
@@ -62,6 +65,8 @@ pub struct Streaming {
     trained: HashMap<String, Arc<AtRest>>,
     /// The layer that each turn's memory holds.
     there: Mutex<[Option<usize>; TURNS]>,
+    /// See [`Streaming::take_moved`].
+    moved: AtomicU64,
 }
 
 /// Makes [`Streaming`] while a model is loaded.
@@ -178,7 +183,7 @@ impl<'a> Arriving<'a> {
 
     /// All layers are known.
     pub fn finish(self) -> Streaming {
-        Streaming { layers: self.layers, trained: self.trained, there: Mutex::default() }
+        Streaming { layers: self.layers, trained: self.trained, there: Mutex::default(), moved: AtomicU64::default() }
     }
 }
 
@@ -215,6 +220,7 @@ impl Streaming {
             }
             for Waiting { place, weight } in &self.layers[layer] {
                 let contents = weight.contents.read().unwrap_or_else(PoisonError::into_inner);
+                self.moved.fetch_add(contents.iter().map(|bytes| bytes.len() as u64).sum(), Ordering::Relaxed);
                 place.iter().zip(&*contents).for_each(|(place, bytes)| place.write_bytes(bytes));
             }
         }
@@ -225,6 +231,11 @@ impl Streaming {
         if !self.trained.is_empty() {
             *self.there() = Default::default();
         }
+    }
+
+    /// Bytes that have come in since this was asked last.
+    pub fn take_moved(&self) -> u64 {
+        self.moved.swap(0, Ordering::Relaxed)
     }
 
     fn there(&self) -> MutexGuard<'_, [Option<usize>; TURNS]> {

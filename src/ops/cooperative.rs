@@ -45,6 +45,9 @@ enum Lanes {
     Wide,
     /// As many as the matrices' sides ask for: 32 (16), 8 (8); and C has a whole tile at least.
     Exact,
+    /// The same, and K is short, of whole steps, and matrices of sums can be stored as they are: none waits in workgroup
+    /// memory for it.
+    Direct,
 }
 
 /// Bytes of workgroup memory of the large tile, and threads.
@@ -52,6 +55,11 @@ const LARGE_BYTES: u32 = 30 << 10;
 const LARGE_THREADS: u32 = 256;
 /// How much of K is staged at a time.
 const DEPTH: usize = 32;
+/// Up to this K what is on its way to C, and what is added to on its way from there, decides. Measured at 64, as of adapters
+/// (half the time), and at 4096 (5 % more); reasoned between.
+const SHORT: usize = 512;
+/// Of the flags of a product, as in the shader.
+const ACCUMULATE: u32 = 2;
 /// Workgroups of `cooperative.largest` (PARTS in the shader).
 const PARTS: usize = 256;
 
@@ -132,6 +140,7 @@ impl Product<'_> {
         let vectors = self.vectors();
         let large = large && vectors && has_large(self.gpu);
         let lanes = match side {
+            _ if self.direct(side, large) && self.sizes()[2] <= SHORT => Lanes::Direct,
             _ if self.exact(side, large) => Lanes::Exact,
             16 if may_be_wide(self.gpu) => Lanes::Wide,
             _ => Lanes::Any,
@@ -145,6 +154,14 @@ impl Product<'_> {
         let lanes = [limits.subgroup_min_size, limits.subgroup_max_size];
         let metal = self.gpu.facts().backend == "metal";
         !metal && self.vectors() && lanes == [exact_lanes(side); 2] && m.min(n) >= tile(large) && k >= DEPTH
+    }
+
+    /// Whether, in addition, the sum has whole steps, there is no bias, and C, if it is added to, has whole tiles alone: the
+    /// last ones overlap those before.
+    fn direct(&self, side: u32, large: bool) -> bool {
+        let ([m, n, k], flags) = (self.sizes(), self.params[9]);
+        let whole = m.is_multiple_of(tile(large)) && n.is_multiple_of(tile(large));
+        self.exact(side, large) && k.is_multiple_of(DEPTH) && (flags == 0 || flags == ACCUMULATE && whole)
     }
 
     /// Whether four neighbours in a row of A, B and C lie as a vector, from the first on.
@@ -190,6 +207,7 @@ impl Kernel {
             Lanes::Any => "",
             Lanes::Wide => "_wide",
             Lanes::Exact => "_exact",
+            Lanes::Direct => "_direct",
         };
         let (large, odd) = (part(self.large, "_large"), part(!self.vectors, "_odd"));
         format!("cooperative.product.{operands}_{}{large}{lanes}{odd}", self.side)
@@ -200,7 +218,7 @@ impl Kernel {
         let Some(side) = gpu.cooperative_side() else { return Vec::new() };
         let vectors = product.vectors();
         let mut all = Vec::new();
-        for (lanes, large) in [Lanes::Any, Lanes::Wide, Lanes::Exact]
+        for (lanes, large) in [Lanes::Any, Lanes::Wide, Lanes::Exact, Lanes::Direct]
             .into_iter()
             .flat_map(|one| [(one, false), (one, true)])
         {
@@ -208,6 +226,7 @@ impl Kernel {
                 Lanes::Any => true,
                 Lanes::Wide => side == 16,
                 Lanes::Exact => product.exact(side, large),
+                Lanes::Direct => product.direct(side, large),
             };
             if fits && (!large || vectors && has_large(gpu)) {
                 all.push(Self { side, lanes, large, vectors });
@@ -276,7 +295,7 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
     // parts; gradients small and large.
     let shapes = [[n, n + 2, n + 1], [even, even + 8, even], [1, n, even], [n, 1, 3], [long, 34, n], [34, long, even]];
     let shapes = shapes.into_iter().chain([[n, n + 2, 2051], [even, 8, even + 2056]]);
-    // Whole tiles, and of K whole steps too.
+    // Whole tiles, and of K whole steps too: whose matrices go to C as they are.
     let whole_tiles = |k| [n.next_multiple_of(128), 256, k];
     let shapes = shapes.chain([whole_tiles(even), whole_tiles(n.next_multiple_of(DEPTH))]);
     for (turn, [m, n, k]) in shapes.enumerate() {
@@ -298,13 +317,23 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         let c = Tensor::empty(gpu, &[m, n]);
         let mut kernels = Vec::new();
         whole(layout, (&ta, &tb, &c), first, |product| kernels = Kernel::all(gpu, product));
-        for kernel in kernels {
+        for kernel in std::mem::take(&mut kernels).into_iter().filter(|kernel| kernel.lanes != Lanes::Direct) {
             whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
             let once = c.to_vec()?;
             whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
             out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
             whole(layout, (&ta, &tb, &c), second, |product| product.launch(kernel));
             out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
+        }
+        let bare = Epilogue { bias: None, ..first };
+        whole(layout, (&ta, &tb, &c), bare, |product| kernels = Kernel::all(gpu, product));
+        for kernel in kernels.into_iter().filter(|kernel| kernel.lanes == Lanes::Direct) {
+            whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
+            let once = c.to_vec()?;
+            whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
+            out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
+            whole(layout, (&ta, &tb, &c), second, |product| product.run(kernel.large));
+            out.push(Comparison::new("alpha A B, then + alpha A B", c.to_vec()?, unbiased.clone(), tolerance));
         }
         // As products come here.
         if fits(gpu, [m, n, k]) {

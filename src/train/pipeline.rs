@@ -10,13 +10,15 @@ use std::{
     rc::Rc,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
+    time::Instant,
 };
 
-use super::{config::StageConfig, pictures::PictureStore, step::Step, stepper::Stepper};
+use super::{config::StageConfig, pictures::PictureStore, step::Step, stepper::Stepper, team::DeviceTimes};
 use crate::{
     autograd::Tape,
     error::{Error, Result},
     gpu::Gpu,
+    models::batch::PackedBatch,
     nn::Forward,
     ops::reduce,
 };
@@ -30,10 +32,19 @@ struct Schedule {
 }
 
 struct State {
-    /// Turns of each part that are over.
-    over: Vec<usize>,
+    /// Of each part.
+    parts: Vec<Part>,
     /// Somebody has failed: nobody waits any more, and what is computed is of no use.
     broken: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Part {
+    /// Turns that are over, and the seconds that they took.
+    over: usize,
+    seconds: f64,
+    /// What has come from the other parts, or gone to them.
+    bytes: u64,
 }
 
 /// A micro-batch on its way: forward through the parts, then back.
@@ -42,11 +53,13 @@ struct Pass {
     micro_batch: usize,
     /// Turns that it has had.
     had: Cell<usize>,
+    /// When the one that it has began.
+    begun: Cell<Instant>,
 }
 
 impl Schedule {
     fn new(parts: usize, micro_batches: usize) -> Self {
-        let state = Mutex::new(State { over: vec![0; parts], broken: false });
+        let state = Mutex::new(State { parts: vec![Part::default(); parts], broken: false });
         Self { parts, micro_batches, state, changed: Condvar::new() }
     }
 
@@ -68,13 +81,22 @@ impl Schedule {
     }
 
     fn wait(&self, (part, number): (usize, usize)) {
-        let waits = |state: &mut State| state.over[part] < number && !state.broken;
+        let waits = |state: &mut State| state.parts[part].over < number && !state.broken;
         drop(self.changed.wait_while(self.state(), waits).unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn end(&self, (part, number): (usize, usize)) {
-        self.state().over[part] = number + 1;
+    /// A turn is over that began then.
+    fn end(&self, (part, number): (usize, usize), begun: Instant) {
+        let part = &mut self.state().parts[part];
+        part.over = number + 1;
+        part.seconds += begun.elapsed().as_secs_f64();
         self.changed.notify_all();
+    }
+
+    /// So many bytes have passed from a part to its neighbour.
+    fn passed(&self, parts: [usize; 2], bytes: u64) {
+        let state = &mut self.state();
+        parts.into_iter().for_each(|part| state.parts[part].bytes += bytes);
     }
 
     fn is_broken(&self) -> bool {
@@ -91,7 +113,7 @@ impl Pass {
     /// Waits for the micro-batch's first turn.
     fn begin(schedule: &Arc<Schedule>, micro_batch: usize) -> Rc<Self> {
         schedule.wait(schedule.turn(micro_batch, 0));
-        Rc::new(Self { schedule: schedule.clone(), micro_batch, had: Cell::new(0) })
+        Rc::new(Self { schedule: schedule.clone(), micro_batch, had: Cell::new(0), begun: Cell::new(Instant::now()) })
     }
 
     fn is_over(&self) -> bool {
@@ -101,11 +123,20 @@ impl Pass {
     /// Ends this turn, and waits for the next one, if there is any.
     fn go_on(&self) {
         let had = self.had.get();
-        self.schedule.end(self.schedule.turn(self.micro_batch, had));
+        self.schedule.end(self.schedule.turn(self.micro_batch, had), self.begun.get());
         self.had.set(had + 1);
         if !self.is_over() {
             self.schedule.wait(self.schedule.turn(self.micro_batch, had + 1));
+            self.begun.set(Instant::now());
         }
+    }
+
+    /// The same, on the way to another part with so many bytes.
+    fn cross(&self, bytes: u64) {
+        let had = self.had.get();
+        let parts = [had, had + 1].map(|had| self.schedule.turn(self.micro_batch, had).0);
+        self.schedule.passed(parts, bytes);
+        self.go_on();
     }
 
     /// Lets all turns pass that are left.
@@ -132,7 +163,7 @@ pub fn suits(stepper: &Stepper) -> bool {
     model.gpus().len() > 1 && !model.head_gpu().is(model.gpu())
 }
 
-/// Forward and backward of all micro-batches of a step.
+/// Forward and backward of all micro-batches of a step, and what each part did of them.
 ///
 /// # Errors
 /// A picture that cannot be read; whatever fails on a device.
@@ -142,7 +173,8 @@ pub fn run(
     step: &Step<'_>,
     loss_scale: Option<f64>,
     pictures: &PictureStore,
-) -> Result<()> {
+) -> Result<Vec<DeviceTimes>> {
+    let begun = Instant::now();
     let (parts, count) = (stepper.model().gpus().len(), step.batches.len());
     let schedule = Arc::new(Schedule::new(parts, count));
     let threads = parts.min(count);
@@ -164,7 +196,15 @@ pub fn run(
         let panicked = |_| Err(Error::failed("a thread of the training failed"));
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
     });
-    results.into_iter().collect()
+    results.into_iter().collect::<Result<()>>()?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let positions: usize = step.batches.iter().map(PackedBatch::tokens).sum();
+    let times = |part: &Part| DeviceTimes {
+        tokens_per_second: positions as f64 / part.seconds,
+        waiting_seconds: seconds - part.seconds,
+        bytes_moved: part.bytes,
+    };
+    Ok(schedule.state().parts.iter().map(times).collect())
 }
 
 /// As [`Stepper::micro_batch`], with a turn in each part.
@@ -183,7 +223,7 @@ fn micro_batch(
         let views = pictures.views();
         let mut tape = Tape::recording();
         let turns = pass.clone();
-        tape.at_crossings(Rc::new(move || turns.go_on()));
+        tape.at_crossings(Rc::new(move |bytes| turns.cross(bytes)));
         let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
         if let Some(losses) = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale)? {
             reduce::add_sum(&losses.value, stepper.sums(), 1 + index);
@@ -253,7 +293,7 @@ mod tests {
                 thread::scope(|scope| (0..threads).for_each(|first| drop(scope.spawn(move || work(first)))));
                 let state = schedule.state();
                 assert_eq!(state.broken, fails.is_some());
-                assert!(fails.is_some() || state.over.iter().all(|&over| over == 2 * micro_batches));
+                assert!(fails.is_some() || state.parts.iter().all(|part| part.over == 2 * micro_batches));
             }
         }
     }

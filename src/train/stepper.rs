@@ -105,9 +105,10 @@ impl Stepper {
     ) -> Result<Measured> {
         let loss_scale = loss_scaler.as_ref().map(|scaler| f64::from(scaler.scale));
         self.begin();
+        let mut devices = Vec::new();
         // Parts that are timed take no turns.
         if self.phases.is_none() && pipeline::suits(self) {
-            pipeline::run(self, stage, step, loss_scale, pictures)?;
+            devices = pipeline::run(self, stage, step, loss_scale, pictures)?;
         } else {
             for index in 0..step.batches.len() {
                 self.micro_batch(stage, step, index, loss_scale, pictures, &mut |_, _| ())?;
@@ -129,7 +130,7 @@ impl Stepper {
         let sums = self.sums.to_vec()?;
         self.model().gpus().iter().try_for_each(Gpu::check)?;
         let sums = (&sums[1..=step.batches.len()], square_sum.unwrap_or(f64::from(sums[0])));
-        Ok(step.conclude(stage, sums, (updates, before), loss_scaler))
+        Ok(Measured { devices, ..step.conclude(stage, sums, (updates, before), loss_scaler) })
     }
 
     /// Makes ready for the micro-batches of a step.

@@ -35,9 +35,10 @@ pub struct Member {
 pub struct DeviceTimes {
     /// Text and pictures, per second of its own work.
     pub tokens_per_second: f64,
-    /// Seconds between its own last gradient and the last sum.
+    /// Seconds between its own last gradient and the last sum; of a part of the layers, those in which it had no turn.
     pub waiting_seconds: f64,
-    /// To the host and back: gradients, sums and weights, but for layers that come in for their turn.
+    /// To the host and back: gradients, sums, weights and layers that come in for their turn; where layers are split, what
+    /// passes between their parts.
     pub bytes_moved: u64,
 }
 
@@ -114,8 +115,9 @@ impl Member {
         moving.exchange_weights(&stepper.optimizer)?;
         stepper.settle();
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
-        let times =
-            DeviceTimes { tokens_per_second: positions as f64 / own, waiting_seconds, bytes_moved: moving.done() };
+        let brought = stepper.model().language.streaming().map_or(0, |streaming| streaming.take_moved());
+        let bytes_moved = moving.done() + brought;
+        let times = DeviceTimes { tokens_per_second: positions as f64 / own, waiting_seconds, bytes_moved };
         Ok(Done { losses, times })
     }
 }
