@@ -84,7 +84,7 @@ fn step(gpu: &Gpu, config: &ModelConfig, method: Method, checkpoints: Checkpoint
     let mut tape = Tape::recording();
     let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: Some((7, 3)) };
     let x = language.embed(&mut forward, &ids);
-    let hidden = language.forward(&mut forward, x, &language.packed(gpu, &lengths));
+    let hidden = language.forward(&mut forward, x, &|gpu| language.packed(gpu, &lengths));
     let picked = functions::pick_rows(forward.tape, &hidden, &Tensor::from_u32(gpu, &rows, &[rows.len()]));
     drop(hidden);
     let head = forward.parameters.weight(language.lm_head());

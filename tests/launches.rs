@@ -20,7 +20,7 @@ fn of_a_token(name: &str) -> (BTreeMap<String, u64>, u64) {
     let options = AdapterOptions { treat_as_gpu: true, without_cooperative: true, profile: true, ..Default::default() };
     let gpu = Gpu::open(&options).expect("an adapter; tools/test installs software Vulkan");
     let case = golden("parity").join(name);
-    let opened = open(&gpu, Place::Folder(&case.join("model"), None), None).unwrap();
+    let opened = open(std::slice::from_ref(&gpu), Place::Folder(&case.join("model"), None), None).unwrap();
     let encoder = opened.encoder("v1", None).unwrap();
     let expected = read_json(&case.join("expected.json"));
     let words = expected["generate"].as_array().unwrap().iter().find(|one| one["image"].is_null()).unwrap();

@@ -5,14 +5,20 @@ mod common;
 #[path = "common/team.rs"]
 mod team;
 
-use std::{fs, path::Path, sync::atomic::AtomicBool, time::Instant};
+use std::{fs, ops::ControlFlow, path::Path, sync::atomic::AtomicBool, time::Instant};
 
 use common::{copy_folder, golden, program, stderr};
 use team::{Layout, Outcome, PATIENCE, Run, gpus, write_records};
 use wgpu_llava::{
+    data::Turn,
     error::ErrorKind,
+    generate::{Options, Session, beam_search, generate, session::Pixels},
     gpu::{Account, AdapterFacts, AdapterOptions, Gpu},
     hosts::Alone,
+    models::{
+        llava::Pictures,
+        open::{Place, open as load_model},
+    },
     train::{estimate::estimate, events::Silent, run::train, team::Devices},
 };
 
@@ -131,6 +137,42 @@ fn micro_batches_may_lack_pictures_tokens_or_themselves() {
         let run = Run::new(THREE, &text, micro_batches, &folder.path().join("run"));
         let distance = run.train(Layout::split(3)).distance(&run.train(Layout::ONE));
         assert!(distance <= SUMS, "{settings}: {distance:e}");
+    }
+}
+
+/// Text and a picture, greedily, by beams, and in a talk that goes on; heads that are the embeddings, and a cache that slides.
+#[test]
+fn a_split_answers_as_one_device_does() {
+    let gpus = gpus(3);
+    for (case, devices) in [(THREE, 3), ("gqa_tied_mlp_vision", 2), ("mistral_window", 2), ("qwen2_dynamic", 2)] {
+        let place = Place::Folder(&golden("parity").join(case).join("model"), None);
+        let answers = |gpus: &[Gpu]| {
+            let opened = load_model(gpus, place, None).unwrap();
+            let model = &opened.model;
+            assert_eq!(model.gpus().len(), gpus.len());
+            let shown = usize::from(model.vision.is_some());
+            let encoder = opened.encoder("v1", Some("Be brief.".into())).unwrap();
+            let prompts = ["What is this?", "And that over there, what may it be?"]
+                .map(|text| encoder.prompt(&[Turn::human(text, shown)]).unwrap());
+            let side = model.config.llava().map_or(0, |llava| llava.vision_config.image_size);
+            let pixels: Pixels = (0..3 * side * side).map(|at| (at % 97) as f32 / 50.0 - 1.0).collect();
+            let views = vec![&*pixels; shown * prompts.len()];
+            let options = Options::greedy(8, opened.stop_ids(&encoder.version).unwrap());
+            let mut on_token = |_, _| ControlFlow::Continue(());
+            let mut all = generate(model, &prompts, Pictures::Pixels(&views), &options, &mut on_token).unwrap();
+            let [first, second] = &prompts;
+            let views = Pictures::Pixels(&views[..shown]);
+            all.push(beam_search(model, first, views, &options, 3, 1.0).unwrap());
+            let mut session = Session::new(model);
+            for prompt in [first, second] {
+                let pictures = vec![pixels.clone(); shown];
+                all.push(session.answer(prompt, &pictures, &options, &mut |_| ControlFlow::Continue(())).unwrap());
+            }
+            all
+        };
+        let one = answers(&gpus[..1]);
+        assert!(one.iter().all(|answer| !answer.token_ids.is_empty()));
+        assert_eq!(answers(&gpus[..devices]), one, "{case}");
     }
 }
 

@@ -26,7 +26,7 @@ struct Talk<'a> {
 }
 
 fn opened(gpu: &Gpu, name: &str) -> Opened {
-    open(gpu, Place::Folder(&golden("parity").join(name).join("model"), None), None).unwrap()
+    open(std::slice::from_ref(gpu), Place::Folder(&golden("parity").join(name).join("model"), None), None).unwrap()
 }
 
 impl<'a> Talk<'a> {

@@ -150,7 +150,8 @@ fn logits(model: &Llava, batch: &PackedBatch) -> Tensor {
     let (mut tape, pixels) = (Tape::silent(), pixels());
     let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
     let embedded = model.embed(&mut forward, batch, Pictures::Pixels(&[&pixels])).unwrap();
-    let hidden = model.language.forward(&mut forward, embedded.clone(), &model.language.packed(gpu(), &batch.lengths));
+    let hidden =
+        model.language.forward(&mut forward, embedded.clone(), &|gpu| model.language.packed(gpu, &batch.lengths));
     product(Layout::Nt, &hidden.value, &model.parameters.weight(model.language.lm_head()).value)
 }
 

@@ -29,7 +29,7 @@ fn device(options: AdapterOptions) -> Gpu {
 }
 
 fn tiny(gpu: &Gpu) -> Opened {
-    open(gpu, Place::Embedded("embedded:tiny"), None).unwrap()
+    open(std::slice::from_ref(gpu), Place::Embedded("embedded:tiny"), None).unwrap()
 }
 
 /// Scores a text and answers it.

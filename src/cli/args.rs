@@ -9,7 +9,7 @@ pub use bench::{Bench, BenchArgs};
 use crate::{
     formats::safetensors::Dtype,
     quant::QuantType,
-    train::config::{Precision, Source},
+    train::config::{DeviceChoice, Precision, Source},
 };
 use clap::{
     Args, CommandFactory, Parser, Subcommand, ValueEnum, builder::PossibleValuesParser, builder::TypedValueParser,
@@ -36,7 +36,8 @@ pub struct Cli {
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct GlobalArgs {
-    /// The adapter to run on, as `devices` lists them: its index, or a part of its name
+    /// The adapter to run on, as `devices` lists them: its index, or a part of its name; several indices, as in 0,1, to train on
+    /// together, or for parts of a model that is asked
     #[arg(long, global = true, value_name = "INDEX|NAME", help_heading = "Global options")]
     pub device: Option<String>,
     /// Only adapters of this graphics interface
@@ -51,6 +52,16 @@ pub struct GlobalArgs {
     /// Every step, and what would otherwise go without saying
     #[arg(long, short, global = true, help_heading = "Global options")]
     pub verbose: bool,
+}
+
+impl GlobalArgs {
+    /// What `--device` names: an adapter, or several by their indices.
+    pub fn devices(&self) -> Option<Vec<DeviceChoice>> {
+        let device = self.device.as_ref()?;
+        let indices = device.split(',').map(|index| index.trim().parse().map(DeviceChoice::Index));
+        // Names may have commas too.
+        Some(indices.collect::<Result<_, _>>().unwrap_or_else(|_| vec![DeviceChoice::Name(device.clone())]))
+    }
 }
 
 fn precision() -> impl TypedValueParser<Value = Precision> {

@@ -46,8 +46,12 @@ pub fn run_config(args: &TrainArgs, global: &GlobalArgs, working_dir: &Path, now
         (None, Some(_)) => None,
     };
     let mut set = args.run.set.clone();
-    if let Some(device) = &global.device {
-        set.push(format!("devices={device}"));
+    if let Some(devices) = global.devices() {
+        let devices: Vec<String> = devices.iter().map(ToString::to_string).collect();
+        set.push(match &devices[..] {
+            [one] => format!("devices={one}"),
+            several => format!("devices=[{}]", several.join(", ")),
+        });
     }
     if let Some(precision) = global.precision {
         set.push(format!("precision={precision}"));
@@ -145,6 +149,16 @@ mod tests {
         let run = run_config(&TrainArgs::default(), &global, Path::new("/"), UNIX_EPOCH).unwrap();
         assert_eq!(run.devices, [DeviceChoice::Name("Radeon RX".into())]);
         assert_eq!(run.stages[1].precision, Some(Precision::Float32));
+        let llvmpipe = "llvmpipe (LLVM 15.0.6, 256 bits)";
+        for (device, devices) in [
+            ("2", vec![DeviceChoice::Index(2)]),
+            ("0, 1,1", [0, 1, 1].map(DeviceChoice::Index).into()),
+            (llvmpipe, vec![DeviceChoice::Name(llvmpipe.into())]),
+        ] {
+            let global = GlobalArgs { device: Some(device.into()), ..Default::default() };
+            let run = run_config(&TrainArgs::default(), &global, Path::new("/"), UNIX_EPOCH).unwrap();
+            assert_eq!(run.devices, devices);
+        }
     }
 
     #[test]

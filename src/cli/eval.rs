@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{
     args::{EvalArgs, GlobalArgs},
-    hub, open_device, report, tuning,
+    hub, open_answering, report, tuning,
     ui::Ui,
 };
 use crate::{
@@ -36,14 +36,15 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
     let model = hub::local_path(Path::new(request.model), Wanted::Model, &mut ui)?.display().to_string();
     let adapter = request.adapter.map(|path| hub::local_path(path, Wanted::Adapter, &mut ui)).transpose()?;
     let request = Request { model: &model, adapter: adapter.as_deref(), ..request };
-    let gpu = open_device(global, &mut ui)?;
-    tuning::prepare(&gpu, args.tune.tune, &mut ui, || {
+    let gpus = open_answering(global, &mut ui)?;
+    let gpu = &gpus[0];
+    tuning::prepare(gpu, args.tune.tune, &mut ui, || {
         let counting = Gpu::counting(gpu.facts().clone());
         let few = Request { limit: Some(args.limit.unwrap_or(REHEARSED).min(REHEARSED)), out: None, ..request };
-        eval::run(&counting, &few, &mut Silent)?;
+        eval::run(std::slice::from_ref(&counting), &few, &mut Silent)?;
         Ok(counting.launches())
     })?;
-    let outcome = eval::run(&gpu, &request, &mut ui)?;
+    let outcome = eval::run(&gpus, &request, &mut ui)?;
     if args.json {
         return report::print_data(&format!("{}\n", outcome.json()));
     }

@@ -124,6 +124,14 @@ fn open_devices(global: &GlobalArgs, devices: &[DeviceChoice], ui: &mut Ui) -> R
     Ok(gpus)
 }
 
+/// Opens the device for a model that is asked, or several for its layers, where `--device` lists them.
+fn open_answering(global: &GlobalArgs, ui: &mut Ui) -> Result<Vec<Gpu>> {
+    match global.devices() {
+        Some(several) if several.len() > 1 => open_devices(global, &several, ui),
+        _ => Ok(vec![open_device(global, ui)?]),
+    }
+}
+
 fn open_adapter(global: &GlobalArgs, device: Option<String>) -> Result<Gpu> {
     Gpu::open(&AdapterOptions { device, backend: backend(global).map(str::to_owned), ..AdapterOptions::default() })
 }
@@ -159,15 +167,16 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Rehearsal<'_>, u
     // Files that are wrong are told before a device is opened.
     let folder = place.folder()?;
     let adapter = adapter.as_ref().map(|path| Adapter::read(path, folder.config())).transpose()?;
-    let gpu = open_device(global, ui)?;
+    let gpus = open_answering(global, ui)?;
+    let gpu = &gpus[0];
     let precision = global.precision.map(Precision::dtype);
-    tuning::prepare(&gpu, rehearsal.tune, ui, || {
+    tuning::prepare(gpu, rehearsal.tune, ui, || {
         let counting = Gpu::counting(gpu.facts().clone());
         let progress = &mut |_, _| ();
         let mut loading = Loading::of_frozen(precision, progress);
-        (rehearsal.run)(&load(&counting, place.folder()?, adapter.as_ref(), &mut loading)?)?;
+        (rehearsal.run)(&load(std::slice::from_ref(&counting), place.folder()?, adapter.as_ref(), &mut loading)?)?;
         Ok(counting.launches())
     })?;
     let progress = &mut |done, total| ui.event(Event::loaded(done, total));
-    load(&gpu, folder, adapter.as_ref(), &mut Loading::of_frozen(precision, progress))
+    load(&gpus, folder, adapter.as_ref(), &mut Loading::of_frozen(precision, progress))
 }

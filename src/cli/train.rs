@@ -16,9 +16,10 @@ use crate::{
     eval,
     gpu::{Gpu, Launches},
     hosts::Hosts,
+    ops::cooperative,
     train::{
         check,
-        config::{RunConfig, Source},
+        config::{Precision, RunConfig, Source, StageConfig},
         estimate::estimate,
         metrics, plot,
         report::{self, ReportData, StageReport},
@@ -90,6 +91,12 @@ fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut 
         }
         Ok(launches)
     })?;
+    if let Some(advice) = slow_precision(&config, cooperative::serves(&gpu)) {
+        ui.line(&advice);
+    }
+    // A model that was split for its training may fit no single device afterwards either.
+    let split = config.stages.iter().any(|stage| stage.layer_split);
+    let answering = gpus[..if split { gpus.len() } else { 1 }].to_vec();
     let stop = interrupt::install()?;
     let devices = Devices { gpus, checked: !args.force, slow: None };
     let outcome = run::train(&config, args.resume, &devices, hosts, stop, ui)?;
@@ -97,7 +104,7 @@ fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut 
     if hosts.rank() > 0 {
         return Ok(());
     }
-    let results = evaluate(&config, &outcome, &gpu, ui)?;
+    let results = evaluate(&config, &outcome, &answering, ui)?;
     let path = config.output_dir.join("report.html");
     report::write_report(&path, &report_data(&config, &outcome, &gpu, results)?)?;
     ui.line(&format!("report: {}", shown(&path)));
@@ -105,6 +112,17 @@ fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut 
         ui.line(&format!("  {command}"));
     }
     Ok(())
+}
+
+/// What to say of stages in bfloat16 where products in float16 have units of their own: bfloat16 goes by f32 there.
+fn slow_precision(config: &RunConfig, has_matrices: bool) -> Option<String> {
+    let slow = |stage: &&StageConfig| stage.precision == Some(Precision::Bfloat16);
+    let stage = config.stages.iter().find(slow).filter(|_| has_matrices)?;
+    Some(format!(
+        "  {}: this device multiplies float16 by its matrix units, bfloat16 by its ordinary ones: with --set \
+         precision=float16 products are several times as fast",
+        stage.name
+    ))
 }
 
 /// The config as resolved, with the origin of each value, on stdout; then what it would do, or what is wrong with it.
@@ -120,7 +138,7 @@ fn dry_run(mut config: RunConfig, ui: &mut Ui) -> Result<()> {
     Ok(())
 }
 
-fn evaluate(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, ui: &mut Ui) -> Result<Vec<eval::Outcome>> {
+fn evaluate(config: &RunConfig, outcome: &RunOutcome, gpus: &[Gpu], ui: &mut Ui) -> Result<Vec<eval::Outcome>> {
     let mut results = Vec::new();
     let version = asking_version(config);
     for task in &config.eval_after {
@@ -133,7 +151,7 @@ fn evaluate(config: &RunConfig, outcome: &RunOutcome, gpu: &Gpu, ui: &mut Ui) ->
             out: Some(&config.output_dir.join("eval")),
             data: None,
         };
-        let result = eval::run(gpu, &request, ui)?;
+        let result = eval::run(gpus, &request, ui)?;
         ui.line(&result.table());
         results.push(result);
     }
@@ -219,4 +237,34 @@ fn asking_version(config: &RunConfig) -> &str {
 /// In double quotes where a shell would take it apart.
 fn quoted(path: &str) -> String {
     if path.contains(char::is_whitespace) { format!("\"{path}\"") } else { path.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::train::config::Request;
+
+    #[test]
+    fn bfloat16_is_called_slow_where_float16_is_not() {
+        let told = |precision: &str, has_matrices| {
+            let text = format!("model_name_or_path = \"m\"\ndata_path = \"d.json\"\n{precision}");
+            let config = RunConfig::resolve(&Request {
+                recipe: None,
+                file: Some((Path::new("run.toml"), &text)),
+                set: &[],
+                output_dir: None,
+                default_output_dir: Path::new("out"),
+                working_dir: Path::new("/"),
+            });
+            slow_precision(&config.unwrap(), has_matrices)
+        };
+        assert!(told("precision = \"bfloat16\"", true).unwrap().contains("--set precision=float16"));
+        for (precision, has_matrices) in
+            [("precision = \"bfloat16\"", false), ("precision = \"float16\"", true), ("", true)]
+        {
+            assert_eq!(told(precision, has_matrices), None);
+        }
+    }
 }

@@ -92,13 +92,13 @@ pub struct Outcome {
     pub seconds: f64,
 }
 
-/// Runs a benchmark on a model.
+/// Runs a benchmark on a model, whose layers are in parts where there are several devices.
 ///
 /// # Errors
 /// `Usage`: an unknown task, or a model that cannot do it.
-pub fn run(gpu: &Gpu, request: &Request<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
+pub fn run(gpus: &[Gpu], request: &Request<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
     request.check()?;
-    let opened = open(gpu, Place::parse(request.model), request.adapter)?;
+    let opened = open(gpus, Place::parse(request.model), request.adapter)?;
     let outcome = easy_vqa::evaluate(&opened, request.version, request.limit, observer)?;
     if let Some(out) = request.out {
         outcome.write(out, request)?;

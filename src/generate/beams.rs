@@ -47,9 +47,9 @@ pub fn search(
     // Each beam has rows of its own; a second cache takes the rows of the beams that go on.
     let capacity = length + room;
     let rows = beams * capacity;
-    let (gpu, config) = (model.gpu(), model.config.text());
-    let mut decoder = Decoder { model, cache: KvCache::zeros(gpu, config, rows) };
-    let mut spare = KvCache::zeros(gpu, config, rows);
+    let zeros = || KvCache::zeros(&model.language, &model.parameters, rows);
+    let mut decoder = Decoder { model, cache: zeros() };
+    let mut spare = zeros();
     let first = decoder.prefill(&batch, pictures, &[length], &[length])?;
     for beam in 0..beams {
         decoder.cache.copy_rows(&spare, 0, beam * capacity, length);

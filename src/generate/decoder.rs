@@ -3,6 +3,7 @@
 use crate::{
     autograd::{Tape, Var, functions},
     error::Result,
+    gpu::Gpu,
     models::{
         batch::PackedBatch,
         llama::{KvCache, Places, Span},
@@ -44,8 +45,8 @@ impl Decoder<'_> {
             base += count;
         }
         let model = self.model;
-        let ranges = Ranges::packed(model.gpu(), lengths, model.language.mask());
-        self.run(&rows, &spans, ranges, &last, |forward| model.embed(forward, batch, pictures))
+        let ranges = |gpu: &Gpu| Ranges::packed(gpu, lengths, model.language.mask());
+        self.run(&rows, &spans, &ranges, &last, |forward| model.embed(forward, batch, pictures))
     }
 
     /// Reads what follows `first` positions of the one sequence that is in the cache; the logits behind its last token.
@@ -54,17 +55,17 @@ impl Decoder<'_> {
         let rows: Vec<Row> = (first..first + count).map(|position| Row { base: 0, position }).collect();
         let spans = [Span { first, count, length: first + count }];
         let last = [count.saturating_sub(1) as u32];
-        self.run(&rows, &spans, self.ranges(&rows), &last, |forward| model.embed(forward, batch, pictures))
+        self.run(&rows, &spans, &|gpu| self.ranges(gpu, &rows), &last, |forward| model.embed(forward, batch, pictures))
     }
 
     /// What each row sees of its sequence in the cache.
-    fn ranges(&self, rows: &[Row]) -> Ranges {
+    fn ranges(&self, gpu: &Gpu, rows: &[Row]) -> Ranges {
         let mask = self.model.language.mask();
         let ranges = rows
             .iter()
             .flat_map(|row| [(row.base + mask.first_key(row.position)) as u32, (row.base + row.position + 1) as u32]);
         let ranges: Vec<u32> = ranges.collect();
-        Ranges::cached(self.model.gpu(), &ranges)
+        Ranges::cached(gpu, &ranges)
     }
 
     /// Reads one token of each sequence; the logits behind it.
@@ -73,7 +74,7 @@ impl Decoder<'_> {
         let spans: Vec<Span> =
             rows.iter().map(|row| Span { first: row.position, count: 1, length: row.position + 1 }).collect();
         let last: Vec<u32> = (0..ids.len() as u32).collect();
-        self.run(rows, &spans, self.ranges(rows), &last, |forward| Ok(model.language.embed(forward, ids)))
+        self.run(rows, &spans, &|gpu| self.ranges(gpu, rows), &last, |forward| Ok(model.language.embed(forward, ids)))
     }
 
     /// Runs rows, of which `spans` are neighbours and which see `ranges`, through the decoder, and the rows `last`
@@ -82,21 +83,25 @@ impl Decoder<'_> {
         &self,
         rows: &[Row],
         spans: &[Span],
-        ranges: Ranges,
+        ranges: &dyn Fn(&Gpu) -> Ranges,
         last: &[u32],
         embed: impl FnOnce(&mut Forward<'_>) -> Result<Var>,
     ) -> Result<Vec<Vec<f32>>> {
-        let (model, gpu) = (self.model, self.model.gpu());
-        let upload = |words: Vec<u32>| Tensor::from_u32(gpu, &words, &[words.len()]);
-        let cached = rows.iter().map(|row| (row.base + row.position) as u32).collect();
-        let places =
-            Places { rotary: model.language.rotary(gpu, spans), ranges, cache: Some((&self.cache, upload(cached))) };
+        let model = self.model;
+        let upload = |gpu: &Gpu, words: &[u32]| Tensor::from_u32(gpu, words, &[words.len()]);
+        let cached: Vec<u32> = rows.iter().map(|row| (row.base + row.position) as u32).collect();
+        let places_on = |gpu: &Gpu| Places {
+            rotary: model.language.rotary(gpu, spans),
+            ranges: ranges(gpu),
+            cache: Some((&self.cache, upload(gpu, &cached))),
+        };
         let mut tape = Tape::silent();
         let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
         let embeddings = embed(&mut forward)?;
-        let hidden = model.language.forward(&mut forward, embeddings, &places);
-        let hidden = functions::pick_rows(forward.tape, &hidden, &upload(last.to_vec()));
-        let head = forward.parameters.weight(model.language.lm_head());
+        let hidden = model.language.forward(&mut forward, embeddings, &places_on);
+        let hidden = functions::pick_rows(forward.tape, &hidden, &upload(hidden.value.gpu(), last));
+        let head = model.language.head(forward.parameters);
+        let hidden = functions::to_device(forward.tape, hidden, head.value.gpu());
         let logits = functions::linear(forward.tape, &hidden, &head, None);
         let width = logits.value.cols();
         Ok(logits.value.to_vec()?.chunks_exact(width).map(<[f32]>::to_vec).collect())

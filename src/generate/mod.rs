@@ -163,7 +163,7 @@ pub fn generate(
         batch.push(&to_come, &vec![IGNORE_INDEX; to_come.len()], 0);
     }
     check_pictures(model, &pictures, batch.images)?;
-    let decoder = Decoder { model, cache: KvCache::new(model.gpu(), model.config.text(), batch.tokens()) };
+    let decoder = Decoder { model, cache: KvCache::new(&model.language, &model.parameters, batch.tokens()) };
     if let [only] = &sequences[..] {
         batch.ids.truncate(only.prompt);
     }

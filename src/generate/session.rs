@@ -39,7 +39,7 @@ pub struct Session<'a> {
 
 impl<'a> Session<'a> {
     pub fn new(model: &'a Llava) -> Self {
-        let decoder = Decoder { model, cache: KvCache::zeros(model.gpu(), model.config.text(), 1) };
+        let decoder = Decoder { model, cache: KvCache::zeros(&model.language, &model.parameters, 1) };
         Self { decoder, capacity: 1, read: Vec::new(), pictures: Vec::new(), of_one_length: false, kept: 0 }
     }
 
@@ -128,10 +128,10 @@ impl<'a> Session<'a> {
         if rows <= self.capacity {
             return;
         }
-        let config = self.decoder.model.config.text();
-        let capacity = rows.next_multiple_of(ROWS).max((self.capacity * 3 / 2).min(config.positions()));
+        let model = self.decoder.model;
+        let capacity = rows.next_multiple_of(ROWS).max((self.capacity * 3 / 2).min(model.config.text().positions()));
         // Zeros: a kernel that reads rows which are not written yet gives them the weight 0, which a NaN would survive.
-        let cache = KvCache::zeros(self.decoder.model.gpu(), config, capacity);
+        let cache = KvCache::zeros(&model.language, &model.parameters, capacity);
         self.decoder.cache.copy_rows(&cache, 0, 0, kept);
         self.decoder.cache = cache;
         self.capacity = capacity;

@@ -150,15 +150,16 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    pub fn new(gpu: &Gpu, config: &LlamaConfig, rows: usize) -> Self {
-        let shape = [rows, config.num_key_value_heads * config.head_dim];
-        let layer = || (Tensor::empty(gpu, &shape), Tensor::empty(gpu, &shape));
-        Self { layers: (0..config.num_hidden_layers).map(|_| layer()).collect() }
+    /// Each layer's part is on the device that has the layer.
+    pub fn new(model: &Llama, parameters: &Parameters, rows: usize) -> Self {
+        let shape = [rows, model.config.num_key_value_heads * model.config.head_dim];
+        let layer = |index| [(); 2].map(|()| Tensor::empty(model.layer_gpu(parameters, index), &shape)).into();
+        Self { layers: (0..model.layers.len()).map(layer).collect() }
     }
 
     /// As [`KvCache::new`], with zeros: rows not written yet then have no weight with any kernel.
-    pub fn zeros(gpu: &Gpu, config: &LlamaConfig, rows: usize) -> Self {
-        let cache = Self::new(gpu, config, rows);
+    pub fn zeros(model: &Llama, parameters: &Parameters, rows: usize) -> Self {
+        let cache = Self::new(model, parameters, rows);
         for (keys, values) in &cache.layers {
             elementwise::fill(keys, 0.0);
             elementwise::fill(values, 0.0);
@@ -224,6 +225,11 @@ impl Llama {
         &self.config
     }
 
+    /// The device that has a layer.
+    fn layer_gpu<'a>(&self, parameters: &'a Parameters, layer: usize) -> &'a Gpu {
+        parameters.get(self.layers[layer].input_layernorm).value.gpu()
+    }
+
     /// The output head [V, D]; the embedding itself when they are tied.
     pub fn lm_head(&self) -> Id {
         self.lm_head
@@ -285,22 +291,28 @@ impl Llama {
     }
 
     /// Embeddings [T, D] to the last hidden states [T, D], normalised. Before each layer, and before the norm, stands a
-    /// milestone with the number of layers before it. What comes to a layer on another device goes there, and what its
-    /// tokens see is told there anew; `places` are on the first one.
-    pub fn forward(&self, forward: &mut Forward<'_>, embeddings: Var, places: &Places<'_>) -> Var {
-        let (mut x, mut elsewhere) = (embeddings, None);
+    /// milestone with the number of layers before it. What comes to a layer on another device goes there, and where its
+    /// tokens stand is asked for each device anew.
+    pub fn forward<'a>(
+        &self,
+        forward: &mut Forward<'_>,
+        embeddings: Var,
+        places_on: &dyn Fn(&Gpu) -> Places<'a>,
+    ) -> Var {
+        let mut x = embeddings;
+        let mut places = places_on(x.value.gpu());
         for index in 0..self.layers.len() {
             forward.tape.milestone(index);
             if let Some(streaming) = &self.streaming {
                 streaming.bring(index, Some(index + 1));
             }
-            let gpu = forward.parameters.get(self.layers[index].input_layernorm).value.gpu();
+            let gpu = self.layer_gpu(forward.parameters, index);
             if !x.value.gpu().is(gpu) {
-                drop(elsewhere.take());
+                drop(places);
                 x = functions::to_device(forward.tape, x, gpu);
-                elsewhere = Some(self.packed(gpu, places.ranges.lengths()));
+                places = places_on(gpu);
             }
-            x = self.decoder_layer(forward, index, x, elsewhere.as_ref().unwrap_or(places));
+            x = self.decoder_layer(forward, index, x, &places);
             if let Some(streaming) = self.streaming.clone() {
                 forward.tape.on_return(move || streaming.bring(index, index.checked_sub(1)));
             }

@@ -194,7 +194,7 @@ impl Llava {
             return Ok(None);
         }
         let embeddings = self.embed(forward, batch, pictures)?;
-        let hidden = self.language.forward(forward, embeddings, &self.language.packed(self.gpu(), &batch.lengths));
+        let hidden = self.language.forward(forward, embeddings, &|gpu| self.language.packed(gpu, &batch.lengths));
         let rows = Tensor::from_u32(hidden.value.gpu(), &batch.predicting_rows, &[batch.predicting_rows.len()]);
         let picked = functions::pick_rows(forward.tape, &hidden, &rows);
         drop(hidden);

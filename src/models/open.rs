@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::{adapter, config::ModelConfig, llava::Llava, loading::Loading, names};
+use super::{adapter, config::ModelConfig, llava::Llava, loading::Loading, names, placement::Placement};
 use crate::{
     data::{Encoder, ImageProcessor, ImageSource, Tokenizer, Version},
     embedded,
@@ -48,11 +48,12 @@ pub struct Opened {
     pub folder: ModelFolder,
 }
 
-/// Opens a model for inference, with an adapter on it if there is one.
-pub fn open(gpu: &Gpu, place: Place<'_>, adapter: Option<&Path>) -> Result<Opened> {
+/// Opens a model for inference, with an adapter on it if there is one; its layers in parts, where there are several
+/// devices.
+pub fn open(gpus: &[Gpu], place: Place<'_>, adapter: Option<&Path>) -> Result<Opened> {
     let folder = place.folder()?;
     let adapter = adapter.map(|path| Adapter::read(path, folder.config())).transpose()?;
-    load(gpu, folder, adapter.as_ref(), &mut Loading::of_frozen(None, &mut |_, _| ()))
+    load(gpus, folder, adapter.as_ref(), &mut Loading::of_frozen(None, &mut |_, _| ()))
 }
 
 /// Nothing on this machine has that name, and it may be one of the Hub's.
@@ -60,16 +61,18 @@ pub fn no_folder(name: &str) -> Error {
     Error::data(format!("there is no model folder {name}")).hint("name a folder with config.json and model.safetensors")
 }
 
-/// Brings an opened folder to the device.
+/// Brings an opened folder to the device, or its layers to several devices, of which there is one at least.
 ///
 /// A LLaVA whose projector is neither in its folder nor in the adapter answers text alone: its `projector` is `None`.
-pub fn load(gpu: &Gpu, folder: ModelFolder, adapter: Option<&Adapter>, loading: &mut Loading<'_>) -> Result<Opened> {
+pub fn load(gpus: &[Gpu], folder: ModelFolder, adapter: Option<&Adapter>, loading: &mut Loading<'_>) -> Result<Opened> {
     let tokenizer = tokenizer(&folder)?;
     let processor = processor(&folder, false)?;
     let saved = |name: &str| adapter.and_then(|adapter| adapter.saved.get(name));
     let mut projector =
         |name: &str, shape: &[usize]| Ok(saved(name).cloned().unwrap_or_else(|| HostTensor::zeros(shape)));
-    let mut model = Llava::load_with(gpu, &folder, folder.config().clone(), false, &mut projector, loading)?;
+    let layers = folder.config().text().num_hidden_layers;
+    let placement = Placement::split(&gpus[..gpus.len().min(layers)], layers);
+    let mut model = Llava::load_with(placement, &folder, folder.config().clone(), false, &mut projector, loading)?;
     let tensors = folder.config().llava().map(names::projector_tensors).unwrap_or_default();
     if !folder.has_projector() && !tensors.iter().all(|(name, _)| saved(name).is_some()) {
         model.projector = None;
@@ -77,6 +80,7 @@ pub fn load(gpu: &Gpu, folder: ModelFolder, adapter: Option<&Adapter>, loading: 
     if let Some(adapter) = adapter {
         adapter::attach(&mut model, adapter, 0.0)?;
     }
+    model.copy_head();
     Ok(Opened { model, tokenizer: Arc::new(tokenizer), processor, folder })
 }
 
