@@ -28,7 +28,7 @@ var<workgroup> most: array<atomic<u32>, 4>; // one is used; whole vec4s keep wha
 // EXACT: there are as many subgroups as units, M and N have a whole tile at least, and the last tiles begin where they end
 // with C. So no load in the loop needs a test: tests make loads wait for one another.
 // DIRECT, of those: K has whole steps, and matrices go to C as they are. There is no bias, and what is added to has whole
-// tiles alone. It pays where K is short; the loop of the others is faster, which their driver alone can explain.
+// tiles alone. It pays where K is short; where it is long the loop of the others is faster (docs/kernels.md).
 #ifdef VEC
 @group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
 #else

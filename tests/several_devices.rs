@@ -170,11 +170,11 @@ fn every_layout_gives_the_losses_of_one() {
         }
         // Under ZeRO 3 stochastic rounding draws other numbers, where there are several devices.
         layouts.retain(|layout| match form.name {
+            _ if *layout == Layout::ONE => false,
             "stochastic" => layout.zero_stage < 3,
             "other draws" => layout.zero_stage == 3,
             _ => true,
         });
-        layouts.retain(|layout| *layout != Layout::ONE);
         wrong.extend(compare(form, 12, &layouts, folder.path()));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));

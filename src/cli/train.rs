@@ -244,25 +244,17 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::train::config::Request;
 
     #[test]
     fn bfloat16_is_called_slow_where_float16_is_not() {
-        let told = |precision: &str, has_matrices| {
-            let text = format!("model_name_or_path = \"m\"\ndata_path = \"d.json\"\n{precision}");
-            let config = RunConfig::resolve(&Request {
-                recipe: None,
-                file: Some((Path::new("run.toml"), &text)),
-                set: &[],
-                output_dir: None,
-                default_output_dir: Path::new("out"),
-                working_dir: Path::new("/"),
-            });
+        let told = |precision, has_matrices| {
+            let global = GlobalArgs { precision, ..Default::default() };
+            let config = resolve::run_config(&TrainArgs::default(), &global, Path::new("/"), UNIX_EPOCH);
             slow_precision(&config.unwrap(), has_matrices)
         };
-        assert!(told("precision = \"bfloat16\"", true).unwrap().contains("--set precision=float16"));
+        assert!(told(Some(Precision::Bfloat16), true).unwrap().contains("--set precision=float16"));
         for (precision, has_matrices) in
-            [("precision = \"bfloat16\"", false), ("precision = \"float16\"", true), ("", true)]
+            [(Some(Precision::Bfloat16), false), (Some(Precision::Float16), true), (None, true)]
         {
             assert_eq!(told(precision, has_matrices), None);
         }

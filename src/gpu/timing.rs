@@ -207,7 +207,8 @@ impl Gpu {
             }
         }
         let mut before = f64::INFINITY;
-        for _ in 0..if self.is_cpu() { 0 } else { MOST_STRETCHES } {
+        let stretches = if self.is_cpu() { 0 } else { MOST_STRETCHES };
+        for _ in 0..stretches {
             let (mut fastest, begun) = (f64::INFINITY, Instant::now());
             while begun.elapsed().as_secs_f64() < effort.load {
                 let repeats = repeats(A_LOAD, shortest);
