@@ -1,8 +1,8 @@
 // C[M, N] = alpha * op(A) op(B) (+ bias[N]) (+ C) by cooperative matrices: operands rounded to f16, sums in f32 in a fixed
-// order. Layouts, leading dimensions and offsets as in matmul.wgsl. PACKED: B is in f16.
+// order. Layouts, leading dimensions and offsets as in matmul.wgsl. PACKED: B is in f16. BF16: it is in bfloat16.
 //
-// SCALED: A, a gradient, is multiplied by the power of two that brings its largest element to 2^14 and beyond, short of
-// 2^15, before it is rounded, and the sums are divided by it: neither do large ones overflow nor small ones vanish.
+// Where the flags say so an operand is multiplied by the power of two that brings its largest element to 2^14 and beyond,
+// short of 2^15, before it is rounded, and the sums are divided by it: neither do large ones overflow nor small ones vanish.
 #ifdef SIDE
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -15,9 +15,11 @@ struct Params {
 
 const ADD_BIAS: u32 = 1u;
 const ACCUMULATE: u32 = 2u;
+const SCALE_A: u32 = 4u;
+const SCALE_B: u32 = 8u;
 const PARTS: u32 = 256u; // workgroups of `largest`
 
-var<workgroup> most: array<atomic<u32>, 4>; // one is used; whole vec4s keep what lies behind it aligned
+var<workgroup> most: array<atomic<u32>, 4>; // of A, of B; whole vec4s keep what lies behind it aligned
 
 #kernel product
 // A workgroup owns ROWS x COLS of C and stages DEPTH of what is summed of both operands, in rows padded by 8 (against
@@ -39,8 +41,13 @@ alias Element = f16;
 #else
 alias Element = f32;
 #endif
+#ifdef BF16
+alias Four = vec2<u32>;
+#else
+alias Four = vec4<Element>;
+#endif
 #ifdef VEC
-@group(0) @binding(1) var<storage, read_write> b: array<vec4<Element>>; // [K, N], or [N, K] in NT
+@group(0) @binding(1) var<storage, read_write> b: array<Four>; // [K, N], or [N, K] in NT
 #else
 @group(0) @binding(1) var<storage, read_write> b: array<Element>; // [K, N], or [N, K] in NT
 #endif
@@ -52,9 +59,8 @@ alias Element = f32;
 #else
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
 #endif
-#ifdef SCALED
-@group(0) @binding(4) var<storage, read_write> largest: array<u32>; // [PARTS], bits of |x|
-#endif
+@group(0) @binding(4) var<storage, read_write> largest_a: array<u32>; // [PARTS], bits of |x|
+@group(0) @binding(5) var<storage, read_write> largest_b: array<u32>; // [PARTS]
 
 const DEPTH: u32 = #{DEPTH}u;
 const ACROSS: u32 = #{COLS / UNIT_COLS}u; // units side by side
@@ -94,6 +100,28 @@ const PER: u32 = 4u;
 const PER: u32 = 1u;
 #endif
 
+// The power of two for what has this largest element, and what undoes it.
+fn scale_to(largest: u32) -> vec2<f32> {
+    let exponent = largest >> 23u;
+    if (exponent == 255u) { // something is infinite, and shall stay so
+        return vec2<f32>(1.0);
+    }
+    let kept = max(exponent, 15u);
+    return vec2<f32>(bitcast<f32>((268u - kept) << 23u), bitcast<f32>((kept - 14u) << 23u));
+}
+
+fn rounded_b(x: Four, scale: f32) -> vec4<f16> {
+#ifdef BF16
+    return vec4<f16>(bitcast<vec4<f32>>(vec4<u32>(x.x << 16u, x.x & 0xffff0000u, x.y << 16u, x.y & 0xffff0000u)));
+#else
+#ifdef PACKED
+    return x;
+#else
+    return vec4<f16>(scale * x);
+#endif
+#endif
+}
+
 // A distance that may be negative, as `at` counts.
 fn back(elements: u32) -> u32 {
     return bitcast<u32>(bitcast<i32>(elements) / i32(PER));
@@ -132,12 +160,12 @@ fn load_a(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
 #endif
 }
 
-fn load_b(at: u32, k: u32, col: u32, length: u32) -> vec4<Element> {
+fn load_b(at: u32, k: u32, col: u32, length: u32) -> Four {
 #ifdef VEC
     let inside = col < params.n && k < length;
-    return select(vec4<Element>(), b[select(0u, at, inside)], inside);
+    return select(Four(), b[select(0u, at, inside)], inside);
 #else
-    var x = vec4<Element>();
+    var x = Four();
 #unroll i in 0..4
 #ifdef NT
     if (col < params.n && k + #{i}u < length) {
@@ -216,26 +244,23 @@ fn product(
         results[at] = vec4<f32>();
     }
 #endif
-    var scale = 1.0;
-    var unscale = 1.0;
-#ifdef SCALED
-    if (local == 0u) {
-        atomicStore(&most[0], 0u);
+    let scales_a = (params.flags & SCALE_A) != 0u;
+    let scales_b = (params.flags & SCALE_B) != 0u;
+    if (local < 2u) {
+        atomicStore(&most[local], 0u);
     }
     workgroupBarrier();
     for (var part = local; part < PARTS; part += #{THREADS}u) {
-        atomicMax(&most[0], largest[part]);
+        if (scales_a) {
+            atomicMax(&most[0], largest_a[part]);
+        }
+        if (scales_b) {
+            atomicMax(&most[1], largest_b[part]);
+        }
     }
     workgroupBarrier();
-    let exponent = atomicLoad(&most[0]) >> 23u;
-    if (exponent < 255u) { // else something is infinite, and shall stay so
-        let kept = max(exponent, 15u);
-        scale = bitcast<f32>((268u - kept) << 23u);
-        unscale = bitcast<f32>((kept - 14u) << 23u);
-    }
-#else
-    workgroupBarrier();
-#endif
+    let scale_a = select(vec2<f32>(1.0), scale_to(atomicLoad(&most[0])), scales_a);
+    let scale_b = select(vec2<f32>(1.0), scale_to(atomicLoad(&most[1])), scales_b);
 #ifdef DIRECT
     let zeros = Sum();
 #else
@@ -306,17 +331,17 @@ fn product(
         var b_at = b_from;
 #unroll s in 0..ROWS*DEPTH/4/THREADS
 #ifdef DIRECT
-        var x#{s} = vec4<f16>(scale * a[a_at]);
+        var x#{s} = vec4<f16>(scale_a.x * a[a_at]);
 #else
-        var x#{s} = vec4<f16>(scale * load_a(a_at, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
+        var x#{s} = vec4<f16>(scale_a.x * load_a(a_at, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
 #endif
         a_at += a_far;
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
 #ifdef DIRECT
-        var y#{s} = vec4<f16>(b[b_at]);
+        var y#{s} = rounded_b(b[b_at], scale_b.x);
 #else
-        var y#{s} = vec4<f16>(load_b(b_at, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
+        var y#{s} = rounded_b(load_b(b_at, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b.x);
 #endif
         b_at += b_far;
 #end
@@ -338,17 +363,17 @@ fn product(
 #endif
 #unroll s in 0..ROWS*DEPTH/4/THREADS
 #ifdef EXACT
-            x#{s} = vec4<f16>(scale * a[a_at]);
+            x#{s} = vec4<f16>(scale_a.x * a[a_at]);
 #else
-            x#{s} = vec4<f16>(scale * load_a(a_at, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
+            x#{s} = vec4<f16>(scale_a.x * load_a(a_at, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
 #endif
             a_at += a_far;
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
 #ifdef EXACT
-            y#{s} = vec4<f16>(b[b_at]);
+            y#{s} = rounded_b(b[b_at], scale_b.x);
 #else
-            y#{s} = vec4<f16>(load_b(b_at, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length));
+            y#{s} = rounded_b(load_b(b_at, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b.x);
 #endif
             b_at += b_far;
 #end
@@ -386,9 +411,8 @@ fn product(
 #unroll i in 0..UNIT_ROWS/SIDE
 #unroll j in 0..UNIT_COLS/SIDE
         let c_at#{i}_#{j} = c_at + #{i * SIDE}u * c_stride + #{j * SIDE / 4}u;
-#ifdef SCALED
-        c#{i}_#{j} = c#{i}_#{j} * unscale;
-#endif
+        c#{i}_#{j} = c#{i}_#{j} * scale_a.y;
+        c#{i}_#{j} = c#{i}_#{j} * scale_b.y;
         c#{i}_#{j} = c#{i}_#{j} * params.alpha;
 #end
 #end
@@ -426,10 +450,10 @@ fn product(
 #ifdef EXACT
             // What is before this tile's own rows and columns, the tile before writes.
             if (c_row >= group.y * #{ROWS}u && c_col >= group.x * #{COLS}u) {
-                write_out(c_first, c_row, c_col, results[at] * unscale);
+                write_out(c_first, c_row, c_col, results[at] * scale_a.y * scale_b.y);
             }
 #else
-            write_out(c_first, c_row, c_col, results[at] * unscale);
+            write_out(c_first, c_row, c_col, results[at] * scale_a.y * scale_b.y);
 #endif
         }
         workgroupBarrier();

@@ -147,8 +147,8 @@ fn the_kernels_of_a_run_are_known_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = config(dir.path());
     let text = std::fs::read_to_string(&path).unwrap();
-    let in_f16: (&str, &[&str]) = ("lora", &["precision=float16"]);
-    for (method, others) in METHODS.into_iter().chain([in_f16]) {
+    let in_16_bits: [(&str, &[&str]); 2] = [("lora", &["precision=float16"]), ("lora", &["precision=bfloat16"])];
+    for (method, others) in METHODS.into_iter().chain(in_16_bits) {
         let set: Vec<String> = settings(method, others, "full").into_iter().filter(|word| word != "--set").collect();
         let out = dir.path().join(format!("{method} {}", others.join(" ")));
         let run = RunConfig::resolve(&Request {
@@ -172,10 +172,14 @@ fn the_kernels_of_a_run_are_known_before_it() {
         let in_vain: Vec<_> = known.difference(&launched).collect();
         println!("{method}: {} launched, late {late:?}, in vain {in_vain:?}", launched.len());
         assert!(launched.len() > 10 && late.is_empty() && in_vain.is_empty(), "{method}: {late:?} {in_vain:?}");
-        // Attention in f16 goes by matrices there, and no other does.
+        // Attention in 16 bits goes by matrices there, and no other does.
         let by_matrices = ["forward", "backward.query", "backward.key_value"]
             .map(|pass| launched.iter().any(|name| name.starts_with(&format!("cooperative_attention.{pass}"))));
-        assert_eq!(by_matrices, [gpu.cooperative_side().is_some() && others == in_f16.1; 3], "{method} {others:?}");
+        assert_eq!(
+            by_matrices,
+            [gpu.cooperative_side().is_some() && in_16_bits.iter().any(|of| of.1 == others); 3],
+            "{method} {others:?}"
+        );
     }
 }
 

@@ -18,7 +18,7 @@ use wgpu_llava::{
         nf4,
     },
     quant::QuantType,
-    tensor::{Dtype, Tensor},
+    tensor::{Dtype, Rounding, Tensor},
 };
 
 const PACKED: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
@@ -267,18 +267,21 @@ fn linear_layers_on_packed_weights_are_those_on_widened_ones() {
 }
 
 #[test]
-fn layers_of_a_run_in_f16_round_what_they_multiply_where_matrices_cooperate() {
+fn layers_of_a_run_in_16_bits_round_what_they_multiply_where_matrices_cooperate() {
     let device = Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).unwrap();
     if device.cooperative_side().is_none() {
         eprintln!("skipped: this device has no cooperative matrices");
         return;
     }
-    let [n, k] = [130, 64];
+    let [n, k] = [132, 64];
     let values = Random::new(3).values(n * k);
-    let half = Tensor::from_bytes(&device, Dtype::F16, &Dtype::F16.narrow(&values), &[n, k]);
-    let codes = nf4::quantized(&device, QuantType::Nf4, true, &values, &[n, k]).unwrap();
     let wide = |weight: &Tensor| Tensor::from_f32(&device, &weight.to_vec().unwrap(), &[n, k]);
-    for (weight, wide) in [(half.clone(), wide(&half)), (codes.clone().multiplied_in_f16(), wide(&codes))] {
+    let codes = nf4::quantized(&device, QuantType::Nf4, true, &values, &[n, k]).unwrap();
+    let weights = PACKED.into_iter().flat_map(|dtype| {
+        let packed = Tensor::from_bytes(&device, dtype, &dtype.narrow(&values), &[n, k]);
+        [(wide(&packed), packed), (wide(&codes), codes.clone().with_rounding(Rounding::of(dtype)))]
+    });
+    for (wide, weight) in weights {
         for (adapter, outputs) in [(Adapter::None, 2), (Adapter::Lora(16), 4), (Adapter::Dora(16), 5)] {
             let [got, want] = [&weight, &wide].map(|weight| linear(&device, weight, 70, adapter));
             for (what, (got, want)) in
@@ -349,32 +352,35 @@ fn a_packed_head_tied_to_the_embedding_gives_the_same_losses() {
     }
 }
 
-/// Activations are rounded to f16 there, and gradients lose no more than that, however small they are.
+/// Activations are rounded to f16 there, and gradients lose no more than that, however small they are; nor do activations
+/// beside a weight in bf16, however large.
 #[test]
-fn layers_of_weights_in_f16_run_on_cooperative_matrices() {
+fn layers_of_weights_in_16_bits_run_on_cooperative_matrices() {
     let cooperative =
         Gpu::open(&AdapterOptions { treat_as_gpu: true, ..Default::default() }).expect("the same adapter");
     if cooperative.cooperative_side().is_none() {
         println!("skipped: this device has no cooperative matrices of f16");
         return;
     }
-    let [tokens, n, k] = [70, 67, 129];
-    let run = |gpu: &Gpu| {
-        let mut random = Random::new(9);
-        let mut tape = Tape::recording();
-        let x = tape.leaf(random.tensor(gpu, &[tokens, k]).1);
-        let value = Tensor::from_bytes(gpu, Dtype::F16, &Dtype::F16.narrow(&random.values(n * k)), &[n, k]);
-        let weight = Weight { value, grad: Some(elementwise::zeros(gpu, &[n, k])) };
-        let y = functions::linear(&mut tape, &x, &weight, None);
-        let dy: Vec<f32> = random.values(tokens * n).iter().map(|x| x * 1e-10).collect();
-        let gradients = tape.backward(&y, Tensor::from_f32(gpu, &dy, &[tokens, n]));
-        let enlarged = |x: &Tensor| x.to_vec().unwrap().iter().map(|x| x * 1e10).collect::<Vec<f32>>();
-        let [dx, dw] = [gradients.of(&x), weight.grad.as_ref()].map(|x| enlarged(x.unwrap()));
-        [y.value.to_vec().unwrap(), dx, dw]
-    };
-    let (got, want) = (run(&cooperative), run(&as_gpu()));
-    for (what, (got, want)) in ["y", "dx", "dW"].iter().zip(got.iter().zip(&want)) {
-        assert_close(what, got, want, 1e-3);
-        assert!(got != want, "{what} is not rounded: it ran elsewhere");
+    for (dtype, size, [tokens, n, k]) in [(Dtype::F16, 1.0, [70, 67, 129]), (Dtype::Bf16, 1e8, [70, 68, 132])] {
+        let run = |gpu: &Gpu| {
+            let mut random = Random::new(9);
+            let mut tape = Tape::recording();
+            let x: Vec<f32> = random.values(tokens * k).iter().map(|x| x * size).collect();
+            let x = tape.leaf(Tensor::from_f32(gpu, &x, &[tokens, k]));
+            let value = Tensor::from_bytes(gpu, dtype, &dtype.narrow(&random.values(n * k)), &[n, k]);
+            let weight = Weight { value, grad: Some(elementwise::zeros(gpu, &[n, k])) };
+            let y = functions::linear(&mut tape, &x, &weight, None);
+            let dy: Vec<f32> = random.values(tokens * n).iter().map(|x| x * 1e-10).collect();
+            let gradients = tape.backward(&y, Tensor::from_f32(gpu, &dy, &[tokens, n]));
+            let [dx, dw] = [gradients.of(&x), weight.grad.as_ref()].map(Option::unwrap);
+            [(&y.value, size), (dx, 1e-10), (dw, 1e-10 * size)]
+                .map(|(x, size)| x.to_vec().unwrap().iter().map(|x| x / size).collect::<Vec<f32>>())
+        };
+        let (got, want) = (run(&cooperative), run(&as_gpu()));
+        for (what, (got, want)) in ["y", "dx", "dW"].iter().zip(got.iter().zip(&want)) {
+            assert_close(&format!("{what}, {dtype:?}"), got, want, 1e-3);
+            assert!(got != want, "{what}, {dtype:?}, is not rounded: it ran elsewhere");
+        }
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     ops::{
         activation::{self, Activation},
         attention::{self, Heads, Ranges},
-        cooperative::largest_in,
+        cooperative::{largest_in, largest_in_activation},
         cross_entropy, dora, dropout, elementwise, embedding, layer_norm,
         matmul::{self, Epilogue, Layout, product, product_into, product_with},
         patch_embed, rms_norm, rope,
@@ -61,7 +61,7 @@ pub fn linear_onto(tape: &Tape, x: &Var, weight: &Weight, bias: Option<&Weight>,
 
 /// For a layer's other products: they round what they multiply where those with its weight may.
 fn beside(weight: &Weight) -> Epilogue<'static> {
-    Epilogue { in_f16: weight.value.may_round(), ..Default::default() }
+    Epilogue { rounding: weight.value.rounding(), ..Default::default() }
 }
 
 fn adding_beside(weight: &Weight) -> Epilogue<'static> {
@@ -104,9 +104,9 @@ impl LoraWeights {
         self.drops().map_or_else(|| x.clone(), |key| dropout::apply(x, key))
     }
 
-    /// u = input A^T [T, R], which is all that the backward needs of the input.
-    fn shrunk(&self, input: &Tensor, weight: &Weight) -> Tensor {
-        product_with(Layout::Nt, input, &self.a.value, beside(weight))
+    /// u = input A^T [T, R], which is all that the backward needs of the input; `largest` of that.
+    fn shrunk(&self, input: &Tensor, weight: &Weight, largest: Option<&Tensor>) -> Tensor {
+        product_with(Layout::Nt, input, &self.a.value, Epilogue { largest, ..beside(weight) })
     }
 
     /// y += scale * u B^T.
@@ -131,15 +131,20 @@ impl LoraWeights {
     }
 }
 
-const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true, in_f16: false, largest: None };
+const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true, rounding: None, largest: None };
 
 /// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
 /// dX is (dY B) A, never dY (B A).
 pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>, lora: &LoraWeights) -> Var {
-    let u = lora.shrunk(&lora.dropped(&x.value), weight);
+    let largest = largest_in_activation(&x.value, &weight.value);
+    let largest = largest.as_ref();
+    let u = match lora.drops() {
+        Some(_) => lora.shrunk(&lora.dropped(&x.value), weight, None),
+        None => lora.shrunk(&x.value, weight, largest),
+    };
     let shape = [x.value.rows(), weight.value.rows()];
     let y = tape.product(shape, x.value.gpu(), || {
-        let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), ..Default::default() };
+        let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), largest, ..Default::default() };
         let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
         lora.add_grown(&u, &y, weight);
         y
@@ -186,7 +191,7 @@ pub fn linear_dora(
     assert!(!weight.trains(), "the backward of DoRA has no gradient for the weight under it");
     let input = lora.dropped(&x.value);
     let z = product(Layout::Nt, &input, &weight.value);
-    let u = lora.shrunk(&input, weight);
+    let u = lora.shrunk(&input, weight, None);
     lora.add_grown(&u, &z, weight);
     drop(input);
     let y = dora::scale_columns(&z, &dora.magnitude.value, &dora.norm, bias.map(|bias| &bias.value));

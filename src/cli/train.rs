@@ -16,7 +16,6 @@ use crate::{
     eval,
     gpu::{Gpu, Launches},
     hosts::Hosts,
-    ops::cooperative,
     train::{
         check,
         config::{Precision, RunConfig, Source, StageConfig},
@@ -91,9 +90,6 @@ fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut 
         }
         Ok(launches)
     })?;
-    if let Some(advice) = slow_precision(&config, cooperative::serves(&gpu)) {
-        ui.line(&advice);
-    }
     // A model that was split for its training may fit no single device afterwards either.
     let split = config.stages.iter().any(|stage| stage.layer_split);
     let answering = gpus[..if split { gpus.len() } else { 1 }].to_vec();
@@ -112,17 +108,6 @@ fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut 
         ui.line(&format!("  {command}"));
     }
     Ok(())
-}
-
-/// What to say of stages in bfloat16 where products in float16 have units of their own: bfloat16 goes by f32 there.
-fn slow_precision(config: &RunConfig, has_matrices: bool) -> Option<String> {
-    let slow = |stage: &&StageConfig| stage.precision == Some(Precision::Bfloat16);
-    let stage = config.stages.iter().find(slow).filter(|_| has_matrices)?;
-    Some(format!(
-        "  {}: this device multiplies float16 by its matrix units, bfloat16 by its ordinary ones: with --set \
-         precision=float16 products are several times as fast",
-        stage.name
-    ))
 }
 
 /// The config as resolved, with the origin of each value, on stdout; then what it would do, or what is wrong with it.
@@ -237,26 +222,4 @@ fn asking_version(config: &RunConfig) -> &str {
 /// In double quotes where a shell would take it apart.
 fn quoted(path: &str) -> String {
     if path.contains(char::is_whitespace) { format!("\"{path}\"") } else { path.to_string() }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-
-    #[test]
-    fn bfloat16_is_called_slow_where_float16_is_not() {
-        let told = |precision, has_matrices| {
-            let global = GlobalArgs { precision, ..Default::default() };
-            let config = resolve::run_config(&TrainArgs::default(), &global, Path::new("/"), UNIX_EPOCH);
-            slow_precision(&config.unwrap(), has_matrices)
-        };
-        assert!(told(Some(Precision::Bfloat16), true).unwrap().contains("--set precision=float16"));
-        for (precision, has_matrices) in
-            [(Some(Precision::Bfloat16), false), (Some(Precision::Float16), true), (None, true)]
-        {
-            assert_eq!(told(precision, has_matrices), None);
-        }
-    }
 }

@@ -7,7 +7,7 @@ use crate::{
     gpu::Gpu,
     ops::{cast, nf4},
     quant::QuantType,
-    tensor::{Dtype, Tensor},
+    tensor::{Dtype, Rounding, Tensor},
 };
 
 /// Bytes of a file that are on their way at a time.
@@ -145,12 +145,9 @@ impl<'a, 'b> Loader<'a, 'b> {
         Ok(tensor)
     }
 
-    /// A weight in four bits, for products in f16 where it would be kept in that otherwise.
+    /// A weight in four bits, whose products round as those of one in the type that it would be kept in otherwise.
     fn for_precision(&self, weight: Tensor, stored: Dtype) -> Tensor {
-        match self.loading.precision.unwrap_or(stored) {
-            Dtype::F16 => weight.multiplied_in_f16(),
-            _ => weight,
-        }
+        weight.with_rounding(Rounding::of(self.loading.precision.unwrap_or(stored)))
     }
 
     /// A tensor of the memory that the stored one would take, on a device that only counts.

@@ -106,7 +106,7 @@ impl Linear {
 
     /// Whether its products may round what they multiply to f16.
     pub fn may_round(&self, forward: &Forward<'_>) -> bool {
-        forward.parameters.weight(self.weight).value.may_round()
+        forward.parameters.weight(self.weight).value.rounding().is_some()
     }
 
     fn is_weight_alone(&self) -> bool {

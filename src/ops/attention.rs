@@ -139,7 +139,7 @@ pub struct Heads {
     pub kv_heads: usize,
     /// E, [`MAX_HEAD_SIZE`] at most
     pub head_size: usize,
-    /// Whether products may round what they multiply to f16 ([`Tensor::may_round`] of the weights that make q, k and v).
+    /// Whether products may round what they multiply to f16 ([`Tensor::rounding`] of the weights that make q, k and v).
     pub in_f16: bool,
 }
 

@@ -2,12 +2,15 @@
 //! WMMA, Apple's simdgroup matrices. Layouts and epilogues as in `matmul.rs`, which comes here.
 //!
 //! Operands are rounded to f16 on their way through workgroup memory, sums are f32. So these kernels run where that is
-//! what a run asked for: beside a weight in f16, or where a caller says so (`Epilogue::in_f16`).
+//! what a run asked for: beside a weight in 16 bits, or where a caller says so (`Epilogue::rounding`).
 //!
-//! The left side of NT is an activation. Its values beyond f16's range, 65504, become infinite, as they do in a model
-//! that PyTorch runs in float16; what comes of them in training is seen by loss scaling. The left side of NN and TN is
-//! a gradient, which in f16 would vanish rather than overflow: it is scaled by the power of two that brings the largest
-//! of it near the end of f16's range, and nothing of it is lost that matters beside the largest.
+//! An operand may be scaled by the power of two that brings the largest of it near the end of f16's range, and the sums are
+//! divided by that: nothing of it is lost that matters beside the largest. So are gradients, the left side of NN and TN,
+//! which in f16 would vanish rather than overflow. Activations, the left side of NT, and the right side are not in a run
+//! in float16: what is beyond 65504 becomes infinite, as in a model that PyTorch runs in it, and loss scaling sees what
+//! comes of that. They are in a run in bfloat16, whose range is f32's ([`Rounding::Scaled`]): f16 has three binary digits more
+//! than what PyTorch rounds to there. Weights in bfloat16 themselves are not: f16 has all their digits from 6e-5 to 65504, and below
+//! that is off by 3e-8 at most.
 
 use half::f16;
 
@@ -20,7 +23,7 @@ use super::{
 use crate::{
     error::Result,
     gpu::{Binding, Gpu},
-    tensor::{Dtype, Tensor},
+    tensor::{Dtype, Rounding, Tensor},
 };
 
 /// What a workgroup computes at once.
@@ -59,7 +62,12 @@ const DEPTH: usize = 32;
 /// (a third of the time saved), and at 4096 (5 % lost); reasoned between.
 const SHORT: usize = 512;
 /// Of the flags of a product, as in the shader.
+const ADD_BIAS: u32 = 1;
 const ACCUMULATE: u32 = 2;
+const SCALE_A: u32 = 4;
+const SCALE_B: u32 = 8;
+/// Where the parameters have them.
+const FLAGS: usize = 9;
 /// Workgroups of `cooperative.largest` (PARTS in the shader).
 const PARTS: usize = 256;
 
@@ -68,11 +76,12 @@ const PARTS: usize = 256;
 pub(super) struct Product<'a> {
     pub gpu: &'a Gpu,
     pub layout: Layout,
-    /// The type of B: f32 or f16.
+    /// The type of B: f32, f16, or bf16 in whole vectors.
     pub b: Dtype,
     /// A, B, bias, C.
     pub bindings: [Binding<'a>; 4],
     pub params: &'a [u32],
+    pub rounding: Rounding,
     /// The largest sizes in A, if they are known ([`largest`]).
     pub largest: Option<&'a Tensor>,
 }
@@ -159,9 +168,10 @@ impl Product<'_> {
     /// Whether, in addition, the sum has whole steps, there is no bias, and C, if it is added to, has whole tiles alone: the
     /// last ones overlap those before.
     fn direct(&self, side: u32, large: bool) -> bool {
-        let ([m, n, k], flags) = (self.sizes(), self.params[9]);
+        let ([m, n, k], flags) = (self.sizes(), self.params[FLAGS]);
         let whole = m.is_multiple_of(tile(large)) && n.is_multiple_of(tile(large));
-        self.exact(side, large) && k.is_multiple_of(DEPTH) && (flags == 0 || flags == ACCUMULATE && whole)
+        let can_add = flags & ACCUMULATE == 0 || whole;
+        self.exact(side, large) && k.is_multiple_of(DEPTH) && flags & ADD_BIAS == 0 && can_add
     }
 
     /// Whether four neighbours in a row of A, B and C lie as a vector, from the first on.
@@ -174,22 +184,23 @@ impl Product<'_> {
 
     fn launch(&self, kernel: Kernel) {
         let Self { gpu, layout, bindings, params, .. } = *self;
-        let [m, n, k] = self.sizes();
-        let tile = tile(kernel.large);
+        let ([m, n, k], tile) = (self.sizes(), tile(kernel.large));
         let groups = [n.div_ceil(tile) as u32, m.div_ceil(tile) as u32, 1];
-        let name = kernel.name(layout, self.b);
-        let params = &params[..13];
-        if layout == Layout::Nt {
-            return split::launch(gpu, &name, &bindings, params, groups);
-        }
         // All of the rows that are bound, though it may be some columns of them that are multiplied.
-        let rows = if layout == Layout::Tn { k } else { m };
-        let largest = match self.largest {
+        let a_rows = if layout == Layout::Tn { k } else { m };
+        let b_rows = if layout == Layout::Nt { n } else { k };
+        let scaled = self.rounding == Rounding::Scaled;
+        let of_a = (scaled || layout != Layout::Nt).then(|| match self.largest {
             Some(largest) => largest.clone(),
-            None => largest(gpu, bindings[0], rows * params[3] as usize),
-        };
+            None => largest(gpu, bindings[0], a_rows * params[3] as usize),
+        });
+        let of_b = (scaled && self.b == Dtype::F32).then(|| largest(gpu, bindings[1], b_rows * params[4] as usize));
+        let mut params: [u32; 13] = std::array::from_fn(|at| params[at]);
+        params[FLAGS] |= if of_a.is_some() { SCALE_A } else { 0 } | if of_b.is_some() { SCALE_B } else { 0 };
+        // What is not read is bound all the same.
         let [a, b, bias, c] = bindings;
-        split::launch(gpu, &name, &[a, b, bias, c, largest.binding()], params, groups);
+        let [of_a, of_b] = [&of_a, &of_b].map(|largest| largest.as_ref().map_or(a, Tensor::binding));
+        split::launch(gpu, &kernel.name(layout, self.b), &[a, b, bias, c, of_a, of_b], &params, groups);
     }
 }
 
@@ -197,8 +208,10 @@ impl Kernel {
     fn name(self, layout: Layout, b: Dtype) -> String {
         let operands = match (layout, b) {
             (Layout::Nt, Dtype::F16) => "nt_f16",
+            (Layout::Nt, Dtype::Bf16) => "nt_bf16",
             (Layout::Nt, _) => "nt",
             (Layout::Nn, Dtype::F16) => "nn_f16",
+            (Layout::Nn, Dtype::Bf16) => "nn_bf16",
             (Layout::Nn, _) => "nn",
             (Layout::Tn, _) => "tn",
         };
@@ -217,6 +230,10 @@ impl Kernel {
     fn all(gpu: &Gpu, product: &Product<'_>) -> Vec<Self> {
         let Some(side) = gpu.cooperative_side() else { return Vec::new() };
         let vectors = product.vectors();
+        let in_vectors_alone = product.b == Dtype::Bf16;
+        if in_vectors_alone && !vectors {
+            return Vec::new();
+        }
         let mut all = Vec::new();
         for (lanes, large) in [Lanes::Any, Lanes::Wide, Lanes::Exact, Lanes::Direct]
             .into_iter()
@@ -230,7 +247,7 @@ impl Kernel {
             };
             if fits && (!large || vectors && has_large(gpu)) {
                 all.push(Self { side, lanes, large, vectors });
-                let odd = vectors && !large && matches!(lanes, Lanes::Any | Lanes::Wide);
+                let odd = vectors && !in_vectors_alone && !large && matches!(lanes, Lanes::Any | Lanes::Wide);
                 all.extend(odd.then_some(Self { side, lanes, large, vectors: false }));
             }
         }
@@ -240,8 +257,13 @@ impl Kernel {
 
 /// The largest sizes in a gradient that is the left side of several products beside a weight, if these may run here.
 pub fn largest_in(gradient: &Tensor, weight: &Tensor) -> Option<Tensor> {
-    let rounds = weight.may_round() && weight.dtype() != Dtype::Bf16 && serves(gradient.gpu());
+    let rounds = weight.rounding().is_some() && serves(gradient.gpu());
     rounds.then(|| largest(gradient.gpu(), gradient.binding(), gradient.len()))
+}
+
+/// The same in an activation, which runs in bfloat16 alone scale.
+pub fn largest_in_activation(x: &Tensor, weight: &Tensor) -> Option<Tensor> {
+    (weight.rounding() == Some(Rounding::Scaled)).then(|| largest_in(x, weight)).flatten()
 }
 
 /// The largest sizes among the elements, by parts ([`PARTS`]), as bits.
@@ -269,7 +291,9 @@ fn whole(
     let rest = [0, 0, 0, flags, epilogue.alpha.unwrap_or(1.0).to_bits(), 0, 0];
     let params = [&sizes[..], &rest].concat();
     let bindings = [a_binding, b_binding, bias, c_binding];
-    run(&Product { gpu: a.gpu(), layout, b: b.dtype(), bindings, params: &params, largest: epilogue.largest });
+    let rounding = epilogue.rounding.or_else(|| b.rounding()).unwrap_or(Rounding::Half);
+    let (gpu, b, largest) = (a.gpu(), b.dtype(), epilogue.largest);
+    run(&Product { gpu, layout, b, bindings, params: &params, rounding, largest });
 }
 
 /// f16, of values that are divided again by what they are multiplied with first.
@@ -298,64 +322,93 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
     // Whole tiles, and of K whole steps too: whose matrices go to C as they are.
     let whole_tiles = |k| [n.next_multiple_of(128), 256, k];
     let shapes = shapes.chain([whole_tiles(even), whole_tiles(n.next_multiple_of(DEPTH))]);
-    for (turn, [m, n, k]) in shapes.enumerate() {
-        let mut random = Random::new((m * 31 + n * 7 + k) as u64);
-        let size = if layout == Layout::Nt { 1.0 } else { [1.0, 1e-12, 1e9][turn % 3] };
-        let a: Vec<f32> = random.values(m * k).iter().map(|x| x * size).collect();
-        let ta = Tensor::from_f32(gpu, &a, &if layout == Layout::Tn { [k, m] } else { [m, k] });
-        let b = dtype.narrow(&random.values(n * k));
-        let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
-        let (bias, tbias) = random.tensor(gpu, &[n]);
-        let scale = if layout == Layout::Nt { 1.0 } else { scale_of(&a) };
-        let plain = matmul::reference(layout, &rounded(&a, scale), &rounded(&dtype.widen(&b), 1.0), [m, n, k]);
-        let alpha = 0.5 / size;
-        let unbiased: Vec<f64> = plain.iter().map(|x| 1.5 * f64::from(alpha) * x).collect();
-        let want: Vec<f64> = unbiased.iter().enumerate().map(|(at, x)| x + f64::from(bias[at % n])).collect();
-        let first = Epilogue { alpha: Some(alpha), bias: Some(&tbias), in_f16: true, ..Default::default() };
-        let second = Epilogue { alpha: Some(alpha / 2.0), accumulate: true, in_f16: true, ..Default::default() };
-        let tolerance = 2e-6 * (k as f64).sqrt().max(2.0);
-        let c = Tensor::empty(gpu, &[m, n]);
-        let mut kernels = Vec::new();
-        whole(layout, (&ta, &tb, &c), first, |product| kernels = Kernel::all(gpu, product));
-        for kernel in std::mem::take(&mut kernels).into_iter().filter(|kernel| kernel.lanes != Lanes::Direct) {
-            whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
-            let once = c.to_vec()?;
-            whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
-            out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
-            whole(layout, (&ta, &tb, &c), second, |product| product.launch(kernel));
-            out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
-        }
-        let bare = Epilogue { bias: None, ..first };
-        whole(layout, (&ta, &tb, &c), bare, |product| kernels = Kernel::all(gpu, product));
-        for kernel in kernels.into_iter().filter(|kernel| kernel.lanes == Lanes::Direct) {
-            whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
-            let once = c.to_vec()?;
-            whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
-            out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
-            whole(layout, (&ta, &tb, &c), second, |product| product.run(kernel.large));
-            out.push(Comparison::new("alpha A B, then + alpha A B", c.to_vec()?, unbiased.clone(), tolerance));
-        }
-        // As products come here.
-        if fits(gpu, [m, n, k]) {
-            matmul::product_into(layout, &ta, &tb, &c, first);
-            matmul::product_into(layout, &ta, &tb, &c, second);
-            out.push(Comparison::new("the same as chosen", c.to_vec()?, want, tolerance));
+    let roundings: &[Rounding] =
+        if dtype == Dtype::Bf16 { &[Rounding::Scaled] } else { &[Rounding::Half, Rounding::Scaled] };
+    for (turn, sizes) in shapes.enumerate() {
+        // Of two ways of rounding the second has some of the shapes, of each kind one.
+        for &rounding in &roundings[..roundings.len().min(1 + turn % 2)] {
+            out.extend(compare((layout, dtype, rounding), gpu, turn, sizes)?);
         }
     }
     if gpu.cooperative_side().is_some() {
-        out.push(overflow(layout, dtype, gpu)?);
+        for &rounding in roundings {
+            out.push(overflow((layout, dtype, rounding), gpu)?);
+        }
     }
     Ok(out)
 }
 
-/// What is beyond f16 (in NT), or beyond f32 (in gradients), is seen in its own row of C, and nowhere else.
-fn overflow(layout: Layout, dtype: Dtype, gpu: &Gpu) -> Result<Comparison> {
+/// Every kernel, and products as they come here; operands are of other sizes in every turn, where they are scaled.
+fn compare(
+    (layout, dtype, rounding): (Layout, Dtype, Rounding),
+    gpu: &Gpu,
+    turn: usize,
+    [m, n, k]: [usize; 3],
+) -> Result<Vec<Comparison>> {
+    let mut out = Vec::new();
+    let mut random = Random::new((m * 31 + n * 7 + k) as u64);
+    let scales_a = layout != Layout::Nt || rounding == Rounding::Scaled;
+    let scales_b = dtype == Dtype::F32 && rounding == Rounding::Scaled;
+    let a_size = if scales_a { [1.0, 1e-12, 1e9][turn % 3] } else { 1.0 };
+    let b_size = if scales_b { [1e9, 1.0, 1e-12][turn % 3] } else { 1.0 };
+    let mut values = |count: usize, size: f32| random.values(count).iter().map(|x| x * size).collect::<Vec<_>>();
+    let a = values(m * k, a_size);
+    let ta = Tensor::from_f32(gpu, &a, &if layout == Layout::Tn { [k, m] } else { [m, k] });
+    let b = dtype.narrow(&values(n * k, b_size));
+    let tb = Tensor::from_bytes(gpu, dtype, &b, &if layout == Layout::Nt { [n, k] } else { [k, n] });
+    let b = dtype.widen(&b);
+    let (bias, tbias) = random.tensor(gpu, &[n]);
+    let scale = |scales: bool, values: &[f32]| if scales { scale_of(values) } else { 1.0 };
+    let (a, b) = (rounded(&a, scale(scales_a, &a)), rounded(&b, scale(scales_b, &b)));
+    let plain = matmul::reference(layout, &a, &b, [m, n, k]);
+    let alpha = 0.5 / (a_size * b_size);
+    let unbiased: Vec<f64> = plain.iter().map(|x| 1.5 * f64::from(alpha) * x).collect();
+    let want: Vec<f64> = unbiased.iter().enumerate().map(|(at, x)| x + f64::from(bias[at % n])).collect();
+    let rounding = Some(rounding);
+    let first = Epilogue { alpha: Some(alpha), bias: Some(&tbias), rounding, ..Default::default() };
+    let second = Epilogue { alpha: Some(alpha / 2.0), accumulate: true, rounding, ..Default::default() };
+    let tolerance = 2e-6 * (k as f64).sqrt().max(2.0);
+    let c = Tensor::empty(gpu, &[m, n]);
+    let mut kernels = Vec::new();
+    whole(layout, (&ta, &tb, &c), first, |product| kernels = Kernel::all(gpu, product));
+    for kernel in std::mem::take(&mut kernels).into_iter().filter(|kernel| kernel.lanes != Lanes::Direct) {
+        whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
+        let once = c.to_vec()?;
+        whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
+        out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
+        whole(layout, (&ta, &tb, &c), second, |product| product.launch(kernel));
+        out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
+    }
+    let bare = Epilogue { bias: None, ..first };
+    whole(layout, (&ta, &tb, &c), bare, |product| kernels = Kernel::all(gpu, product));
+    for kernel in kernels.into_iter().filter(|kernel| kernel.lanes == Lanes::Direct) {
+        whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
+        let once = c.to_vec()?;
+        whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
+        out.push(Comparison::new("the same bytes again", c.to_vec()?, wide(&once), 0.0));
+        whole(layout, (&ta, &tb, &c), second, |product| product.run(kernel.large));
+        out.push(Comparison::new("alpha A B, then + alpha A B", c.to_vec()?, unbiased.clone(), tolerance));
+    }
+    // As products come here; what bf16 has no text for is not rounded.
+    let rounds = dtype != Dtype::Bf16 || [k, n].iter().all(|side| side.is_multiple_of(4));
+    if fits(gpu, [m, n, k]) && rounds {
+        matmul::product_into(layout, &ta, &tb, &c, first);
+        matmul::product_into(layout, &ta, &tb, &c, second);
+        out.push(Comparison::new("the same as chosen", c.to_vec()?, want, tolerance));
+    }
+    Ok(out)
+}
+
+/// What is beyond f16, or where A is scaled beyond f32, is seen in its own row of C, and nowhere else.
+fn overflow((layout, dtype, rounding): (Layout, Dtype, Rounding), gpu: &Gpu) -> Result<Comparison> {
     let n = 40;
     let (mut a, b) = (vec![1.0; n * n], dtype.narrow(&vec![0.5; n * n]));
-    a[0] = if layout == Layout::Nt { 70_000.0 } else { f32::INFINITY };
+    let scaled = layout != Layout::Nt || rounding == Rounding::Scaled;
+    a[0] = if scaled { f32::INFINITY } else { 70_000.0 };
     let (a, b) = (Tensor::from_f32(gpu, &a, &[n, n]), Tensor::from_bytes(gpu, dtype, &b, &[n, n]));
     let c = Tensor::empty(gpu, &[n, n]);
-    whole(layout, (&a, &b, &c), Epilogue::default(), |product| product.run_as_suits());
+    let epilogue = Epilogue { rounding: Some(rounding), ..Default::default() };
+    whole(layout, (&a, &b, &c), epilogue, |product| product.run_as_suits());
     let finite = c.to_vec()?.iter().map(|x| f32::from(u8::from(x.is_finite()))).collect();
     let want = (0..n * n).map(|at| f64::from(u8::from(at >= n))).collect();
     Ok(Comparison::new("what is finite", finite, want, 0.0))
@@ -407,6 +460,18 @@ pub const NT_F16: Op = op(
     |gpu, n| check(Layout::Nt, Dtype::F16, gpu, n),
     |n| matmul::cost(Dtype::F16, n),
     |shapes| cases(Layout::Nt, Dtype::F16, shapes),
+);
+pub const NT_BF16: Op = op(
+    "cooperative.nt_bf16",
+    |gpu, n| check(Layout::Nt, Dtype::Bf16, gpu, n),
+    |n| matmul::cost(Dtype::Bf16, n),
+    |shapes| cases(Layout::Nt, Dtype::Bf16, shapes),
+);
+pub const NN_BF16: Op = op(
+    "cooperative.nn_bf16",
+    |gpu, n| check(Layout::Nn, Dtype::Bf16, gpu, n),
+    |n| matmul::cost(Dtype::Bf16, n),
+    |shapes| cases(Layout::Nn, Dtype::Bf16, shapes),
 );
 pub const NN_F16: Op = op(
     "cooperative.nn_f16",

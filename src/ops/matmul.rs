@@ -29,7 +29,7 @@ use super::{Case, Comparison, Cost, Op, Random, Shapes, cooperative, nf4_matmul,
 use crate::{
     error::Result,
     gpu::Gpu,
-    tensor::{ALIGNMENT, Dtype, Tensor},
+    tensor::{ALIGNMENT, Dtype, Rounding, Tensor},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,9 +48,9 @@ pub struct Epilogue<'a> {
     pub bias: Option<&'a Tensor>,
     /// Add to what C holds.
     pub accumulate: bool,
-    /// On its way in: operands may be rounded to f16 where that is faster (`cooperative.rs`), as beside a weight that says
-    /// so by itself ([`Tensor::may_round`]).
-    pub in_f16: bool,
+    /// On its way in: operands may be rounded where that is faster (`cooperative.rs`), as beside a weight that says
+    /// so by itself ([`Tensor::rounding`]).
+    pub rounding: Option<Rounding>,
     /// The largest sizes in A, where several products share it ([`cooperative::largest_in`]).
     pub largest: Option<&'a Tensor>,
 }
@@ -138,8 +138,7 @@ struct Call<'a> {
     b_first: [usize; 2],
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
-    /// Whether operands may be rounded to f16.
-    rounded: bool,
+    rounding: Option<Rounding>,
     /// The way to go wherever it serves; else what the rule says.
     way: Option<Way>,
 }
@@ -170,8 +169,8 @@ fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
 
 impl<'a> Call<'a> {
     fn new(layout: Layout, a: &'a Tensor, b: &'a Tensor, c: &'a Tensor, epilogue: Epilogue<'a>) -> Self {
-        let rounded = (epilogue.in_f16 || b.may_round()) && b.dtype() != Dtype::Bf16;
-        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounded, way: None }
+        let rounding = epilogue.rounding.or_else(|| b.rounding());
+        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounding, way: None }
     }
 
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
@@ -235,10 +234,9 @@ impl<'a> Call<'a> {
         ];
         let bindings = [a_binding, b_binding, bias_binding, c_binding];
         if let Way::Cooperative { large } = way {
-            let largest = epilogue.largest;
-            let product =
-                cooperative::Product { gpu: c.gpu(), layout, b: b.dtype(), bindings, params: &params, largest };
-            return product.run(large);
+            let (gpu, b, largest) = (c.gpu(), b.dtype(), epilogue.largest);
+            let rounding = self.rounding.unwrap_or(Rounding::Scaled);
+            return cooperative::Product { gpu, layout, b, bindings, params: &params, rounding, largest }.run(large);
         }
         let (kernel, groups) = self.kernel(way, region);
         match way {
@@ -301,7 +299,7 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
         let mut random = Random::new((m * 31 + n * 7 + k) as u64);
         let mut a = random.values(m * k);
         // What kernels that may round have nothing to round of: those have checks of their own.
-        if dtype == Dtype::F16 && cooperative::serves(gpu) {
+        if dtype.is_packed() && cooperative::serves(gpu) {
             a = cooperative::rounded(&a, 1.0).into_iter().map(|x| x as f32).collect();
         }
         let ta = Tensor::from_f32(gpu, &a, &if layout == Layout::Tn { [k, m] } else { [m, k] });

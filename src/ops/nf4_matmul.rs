@@ -7,7 +7,7 @@
 //!
 //! Where rows of W are no whole words (K is no multiple of 8), only the second one serves.
 //!
-//! A run in f16 has the scratch in f16, where the device has cooperative matrices: the dense product then runs on those.
+//! A run in f16 or bf16 has the scratch in f16, where the device has cooperative matrices: the dense product then runs on those.
 
 use super::{
     Case, Comparison, Cost, Op, Random, Shapes,
@@ -24,7 +24,7 @@ use crate::{
     error::Result,
     gpu::{Gpu, Question, bucket},
     quant::{BLOCK, QuantType},
-    tensor::{ALIGNMENT, Dtype, Tensor},
+    tensor::{ALIGNMENT, Dtype, Rounding, Tensor},
 };
 
 /// Up to this many rows of the left side the fused kernel of GPUs is taken: as long as decoding again, an eighth of a
@@ -72,7 +72,7 @@ fn trial(gpu: &Gpu, question: &Question, [m, n, k]: [usize; 3]) -> Result<Trial>
     let [columns, sum] = if layout == Layout::Nt { [n, k] } else { [k, n] };
     let sets = operand_sets(gpu, 4 * m * sum + n * k / 2, || {
         let w = nf4::random_quantized(gpu, QuantType::Nf4, &[n, k]);
-        [exact(gpu, Dtype::F32, &[m, sum], 0), if in_f16 { w.multiplied_in_f16() } else { w }]
+        [exact(gpu, Dtype::F32, &[m, sum], 0), w.with_rounding(in_f16.then_some(Rounding::Half))]
     });
     let c = Tensor::empty(gpu, &[m, columns]);
     let [a, w] = &sets[0];
@@ -130,7 +130,7 @@ impl Call<'_> {
 
     /// Whether W is dequantised to f16.
     fn in_f16(&self) -> bool {
-        self.w.may_round() && cooperative::serves(self.w.gpu()) && self.w.cols().is_multiple_of(8)
+        self.w.rounding().is_some() && cooperative::serves(self.w.gpu()) && self.w.cols().is_multiple_of(8)
     }
 
     fn fuses_by_rule(&self) -> bool {
@@ -153,7 +153,7 @@ impl Call<'_> {
         let most = (bytes / dtype.bytes() / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
         let step = n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(ALIGNMENT).min(n);
         // One for all parts: the pool would have to make room for a last one that is smaller, and the device to wait.
-        let scratch = Tensor::empty_of(self.w.gpu(), dtype, &[step, k]);
+        let scratch = Tensor::empty_of(self.w.gpu(), dtype, &[step, k]).with_rounding(self.w.rounding());
         for first in (0..n).step_by(step.max(1)) {
             let rows = step.min(n - first);
             let part = scratch.row_part(0, rows);
@@ -398,7 +398,7 @@ fn check(layout: Layout, kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Com
             }
             out.push(Comparison::new(what, c.to_vec()?, want.clone(), tolerance));
         }
-        let w = w.multiplied_in_f16();
+        let w = w.with_rounding(Some(Rounding::Half));
         let in_f16 = Call { layout, a: &ta, w: &w, c: &ta, factors: nf4::factors(&w), epilogue: first }.in_f16();
         let scale = if layout == Layout::Nt { 1.0 } else { cooperative::scale_of(&a) };
         // Shorter sides than a matrix are summed in f32.
@@ -447,7 +447,7 @@ fn cases(layout: Layout, kind: QuantType, shapes: &Shapes) -> Vec<Case> {
         let roof: fn(&Gpu) -> _ = if pass == IN_F16 { cooperative::roof_in_f16 } else { |_| roof::FMA };
         Case::of(pass, format!("{m}x{columns} by {n}x{k}"), cost).limited_by(roof).run(move |gpu| {
             let (a, w) = (floats(gpu, &[m, columns]), nf4::random_quantized(gpu, kind, &[n, k]));
-            let w = if pass == IN_F16 { w.multiplied_in_f16() } else { w };
+            let w = w.with_rounding((pass == IN_F16).then_some(Rounding::Half));
             move || matmul::product(layout, &a, &w)
         })
     };

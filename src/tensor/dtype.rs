@@ -17,6 +17,27 @@ pub enum Dtype {
     Quantized(QuantType),
 }
 
+/// How products may round what they multiply, where that is faster: always to f16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rounding {
+    /// As PyTorch does in float16: what is beyond its range becomes infinite. Gradients alone are scaled.
+    Half,
+    /// For what PyTorch computes in bfloat16, which has the range of f32: both sides under powers of two of their own. A
+    /// weight that is kept in 16 bits stays as it is.
+    Scaled,
+}
+
+impl Rounding {
+    /// Of a run that computes in a type.
+    pub fn of(dtype: Dtype) -> Option<Self> {
+        match dtype {
+            Dtype::F16 => Some(Self::Half),
+            Dtype::Bf16 => Some(Self::Scaled),
+            Dtype::F32 | Dtype::U32 | Dtype::Quantized(_) => None,
+        }
+    }
+}
+
 impl Dtype {
     /// Bytes of an element.
     ///

@@ -14,7 +14,7 @@ mod upload;
 
 use std::{fmt, sync::Arc};
 
-pub use dtype::Dtype;
+pub use dtype::{Dtype, Rounding};
 pub use offloaded::{Downloading, Offloaded};
 pub use quantized::Scales;
 pub use upload::Upload;
@@ -35,8 +35,8 @@ pub struct Tensor {
     shape: Vec<usize>,
     /// Of a quantised tensor.
     scales: Option<Arc<Scales>>,
-    /// See [`Tensor::multiplied_in_f16`].
-    in_f16: bool,
+    /// See [`Tensor::rounding`].
+    rounding: Option<Rounding>,
 }
 
 /// Parts of an arena start at multiples of this many elements, so that they can be bound on every device.
@@ -58,7 +58,7 @@ impl Tensor {
             offset: 0,
             shape: shape.to_vec(),
             scales: None,
-            in_f16: false,
+            rounding: None,
         }
     }
 
@@ -210,15 +210,14 @@ impl Tensor {
         &self.gpu
     }
 
-    /// The weight for a run that computes in f16.
-    pub fn multiplied_in_f16(self) -> Self {
-        Self { in_f16: true, ..self }
+    /// The weight, for a run whose products may round what they multiply.
+    pub fn with_rounding(self, rounding: Option<Rounding>) -> Self {
+        Self { rounding, ..self }
     }
 
-    /// Whether products with this weight may round what they multiply to f16: it is kept in that, or in four bits for a
-    /// run that computes in it.
-    pub fn may_round(&self) -> bool {
-        self.dtype == Dtype::F16 || self.in_f16
+    /// What products with this weight may round what they multiply to: what was said, else by the type that it is kept in.
+    pub fn rounding(&self) -> Option<Rounding> {
+        self.rounding.or_else(|| Rounding::of(self.dtype))
     }
 
     pub fn dtype(&self) -> Dtype {

@@ -81,7 +81,7 @@ impl Upload {
             offset: 0,
             shape: self.shape,
             scales: None,
-            in_f16: false,
+            rounding: None,
         }
     }
 

@@ -29,7 +29,7 @@ pub fn cases(layout: Layout, dtype: Dtype, shapes: &Shapes) -> Vec<Case> {
         all.push(("square", hidden, hidden, hidden));
     }
     let roof: Arithmetic = match dtype {
-        Dtype::F16 => cooperative::roof_in_f16,
+        Dtype::F16 | Dtype::Bf16 => cooperative::roof_in_f16,
         _ => |_| roof::FMA,
     };
     let case = |(pass, m, n, k)| case((layout, dtype), (pass, [m, n, k]), roof, move |a, b| product(layout, a, b));

@@ -13,6 +13,8 @@ pub const ENOUGH: usize = 128;
 const LEAST_K: usize = 2048;
 const GRAIN: usize = 256;
 const MOST_PARTS: usize = 8;
+/// Flags of what happens to sums: a bias, and what is added to.
+const ON_THE_WAY_OUT: u32 = 3;
 
 /// How much of K each part has, and how many parts there are.
 fn parts(enough: usize, tiles: usize, k: usize) -> (usize, usize) {
@@ -46,7 +48,8 @@ pub fn launch_until(
     }
     let sums = Tensor::empty(gpu, &[count, m, n]);
     let [ldc, c_offset, flags, alpha] = [5, 8, 9, 10];
-    (of_part[ldc], of_part[c_offset], of_part[flags], of_part[alpha]) = (n as u32, 0, 0, 1f32.to_bits());
+    (of_part[ldc], of_part[c_offset], of_part[alpha]) = (n as u32, 0, 1f32.to_bits());
+    of_part[flags] &= !ON_THE_WAY_OUT;
     let mut to_sums = bindings.to_vec();
     to_sums[3] = sums.binding();
     gpu.dispatch(kernel, &to_sums, &of_part, [groups[0], groups[1], count as u32]);

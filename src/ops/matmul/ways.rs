@@ -8,7 +8,7 @@ use crate::{
         tuning::{Family, Trial, exact, exact_value, operand_sets, positions},
         uniform_rows,
     },
-    tensor::{Dtype, Tensor},
+    tensor::{Dtype, Rounding, Tensor},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,8 +47,8 @@ const QUESTIONS: [(&str, Layout, Dtype, bool); 10] = [
     ("matmul.nt", Layout::Nt, Dtype::F32, false),
     ("matmul.nn", Layout::Nn, Dtype::F32, false),
     ("matmul.tn", Layout::Tn, Dtype::F32, false),
-    ("matmul.nt_bf16", Layout::Nt, Dtype::Bf16, false),
-    ("matmul.nn_bf16", Layout::Nn, Dtype::Bf16, false),
+    ("matmul.nt_bf16", Layout::Nt, Dtype::Bf16, true),
+    ("matmul.nn_bf16", Layout::Nn, Dtype::Bf16, true),
     ("matmul.nt_f16", Layout::Nt, Dtype::F16, true),
     ("matmul.nn_f16", Layout::Nn, Dtype::F16, true),
     ("matmul.nt_in_f16", Layout::Nt, Dtype::F32, true),
@@ -104,7 +104,7 @@ fn sizes_asked(layout: Layout, [m, n, k]: [usize; 3]) -> [usize; 3] {
 impl Call<'_> {
     /// Runs a region by the way that was measured to be the best for it, where one was.
     pub(super) fn run_as_chosen(&self, region: Region) {
-        let asked = (self.layout, self.b.dtype(), self.rounded);
+        let asked = (self.layout, self.b.dtype(), self.rounding.is_some());
         let sizes = region_sizes(region);
         let chosen = QUESTIONS.iter().find(|&&(_, layout, b, rounded)| (layout, b, rounded) == asked).and_then(
             |&(op, layout, ..)| self.c.gpu().chosen(Question { op, sizes: sizes_asked(layout, sizes) }, sizes),
@@ -119,7 +119,7 @@ impl Call<'_> {
 
     fn by_rule(&self, region: Region) -> Way {
         let gpu = self.c.gpu();
-        let [m, n, k] = region_sizes(region);
+        let [m, n, _] = region_sizes(region);
         let nt = self.layout == Layout::Nt;
         if gpu.is_cpu() {
             return match (nt && self.wants_lanes(region), gpu.wants_uniforms()) {
@@ -128,7 +128,7 @@ impl Call<'_> {
                 (false, false) => Way::Staged(host::fitting_staged(m, n)),
             };
         }
-        if self.rounded && cooperative::fits(gpu, [m, n, k]) {
+        if self.cooperates(region) {
             return Way::Cooperative { large: cooperative::has_large(gpu) && cooperative::wants_large(m, n) };
         }
         if nt && m <= ROWS_KERNEL_MOST {
@@ -153,6 +153,13 @@ impl Call<'_> {
         let of_b = [b.cols(), b_before, b_cols.0 - b_first[1], length(b_cols)];
         let of_a = [a.cols(), a_cols.0, length(a_cols)];
         of_b.into_iter().chain(of_a).all(|x| x.is_multiple_of(width)) && length(a_cols) > 0 && length(b_cols) > 0
+    }
+
+    /// Whether cooperative matrices serve. B in bf16 they read in whole vectors alone.
+    fn cooperates(&self, region: Region) -> bool {
+        self.rounding.is_some()
+            && cooperative::fits(self.c.gpu(), region_sizes(region))
+            && (self.b.dtype() != Dtype::Bf16 || self.tiles_are_vectors(region))
     }
 
     /// The same of what tiles read and write, in vec4s.
@@ -222,9 +229,7 @@ impl Call<'_> {
                 self.layout == Layout::Nt && host::lanes_fit(gpu) && fits(self.a) && fits(self.b)
             }
             Way::Rows => self.layout == Layout::Nt && sizes[0] <= ROWS_KERNEL_MOST,
-            Way::Cooperative { large } => {
-                self.rounded && cooperative::fits(gpu, sizes) && (!large || cooperative::has_large(gpu))
-            }
+            Way::Cooperative { large } => self.cooperates(region) && (!large || cooperative::has_large(gpu)),
             Way::Tiles(128) => has_large_tiles(gpu) && self.tiles_are_vectors(region),
             Way::Tiles(32) => self.tiles_are_vectors(region),
             Way::Columns | Way::Staged(_) | Way::Tiles(_) => true,
@@ -249,7 +254,8 @@ fn trial(gpu: &Gpu, question: &Question, [m, n, k]: [usize; 3]) -> Trial {
         [exact(gpu, Dtype::F32, &a, 0), exact(gpu, dtype, &b, 1)]
     });
     let c = Tensor::empty(gpu, &[m, n]);
-    let plain = Call { rounded, ..Call::new(layout, &sets[0][0], &sets[0][1], &c, Epilogue::default()) };
+    let rounding = rounded.then(|| Rounding::of(dtype).unwrap_or(Rounding::Half));
+    let plain = Call { rounding, ..Call::new(layout, &sets[0][0], &sets[0][1], &c, Epilogue::default()) };
     let ways = plain.ways().into_iter().map(Way::name).collect();
     let of_operands: [&dyn Fn(usize) -> f64; 2] = [&|at| exact_value(at, 0), &|at| exact_value(at, 1)];
     let want = positions(m, n)
@@ -258,7 +264,7 @@ fn trial(gpu: &Gpu, question: &Question, [m, n, k]: [usize; 3]) -> Trial {
     let out = Some(c.clone());
     let run = Box::new(move |way: &str, turn: usize| {
         let [a, b] = &sets[turn % sets.len()];
-        let call = Call { rounded, way: Way::named(way), ..Call::new(layout, a, b, &c, Epilogue::default()) };
+        let call = Call { rounding, way: Way::named(way), ..Call::new(layout, a, b, &c, Epilogue::default()) };
         call.run(call.whole());
         c.clone()
     });
