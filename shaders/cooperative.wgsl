@@ -10,16 +10,23 @@ enable wgpu_cooperative_matrix;
 
 struct Params {
 #import product_params
+#ifdef PAIRS
+#if PAIRS == 2
+    k2: u32,
+    ldb2: u32,
+    b2_offset: u32,
+    alpha2: f32,
+#endif
+#endif
 }
 #params
 
 const ADD_BIAS: u32 = 1u;
 const ACCUMULATE: u32 = 2u;
-const SCALE_A: u32 = 4u;
-const SCALE_B: u32 = 8u;
+const SCALE: u32 = 4u; // of A; times 2, 4 and 8: of B, A2, B2
 const PARTS: u32 = 256u; // workgroups of `largest`
 
-var<workgroup> most: array<atomic<u32>, 4>; // of A, of B; whole vec4s keep what lies behind it aligned
+var<workgroup> most: array<atomic<u32>, 4>; // of A, B, A2, B2; whole vec4s keep what lies behind it aligned
 
 #kernel product
 // A workgroup owns ROWS x COLS of C and stages DEPTH of what is summed of both operands, in rows padded by 8 (against
@@ -29,12 +36,14 @@ var<workgroup> most: array<atomic<u32>, 4>; // of A, of B; whole vec4s keep what
 // in parts, as by matmul.tiled.
 // EXACT: there are as many subgroups as units, M and N have a whole tile at least, and the last tiles begin where they end
 // with C. So no load in the loop needs a test: tests make loads wait for one another.
+// PAIRS = 2, of those: alpha2 * op(A2) op(B2), in f32, is added on the way, an adapter's part: C is not read and written
+// again for it. Its K has whole steps, alpha is 1.
 // DIRECT, of those: K has whole steps, and matrices go to C as they are. There is no bias, and what is added to has whole
 // tiles alone. It pays where K is short; where it is long the loop of the others is faster (docs/kernels.md).
 #ifdef VEC
-@group(0) @binding(0) var<storage, read_write> a: array<vec4<f32>>; // [M, K], or [K, M] in TN
+@group(0) @binding(0) var<storage, read_write> a0: array<vec4<f32>>; // [M, K], or [K, M] in TN
 #else
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // [M, K], or [K, M] in TN
+@group(0) @binding(0) var<storage, read_write> a0: array<f32>; // [M, K], or [K, M] in TN
 #endif
 #ifdef PACKED
 alias Element = f16;
@@ -47,9 +56,9 @@ alias Four = vec2<u32>;
 alias Four = vec4<Element>;
 #endif
 #ifdef VEC
-@group(0) @binding(1) var<storage, read_write> b: array<Four>; // [K, N], or [N, K] in NT
+@group(0) @binding(1) var<storage, read_write> b0: array<Four>; // [K, N], or [N, K] in NT
 #else
-@group(0) @binding(1) var<storage, read_write> b: array<Element>; // [K, N], or [N, K] in NT
+@group(0) @binding(1) var<storage, read_write> b0: array<Element>; // [K, N], or [N, K] in NT
 #endif
 #ifndef DIRECT
 @group(0) @binding(2) var<storage, read_write> bias: array<f32>; // [N]
@@ -60,7 +69,11 @@ alias Four = vec4<Element>;
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
 #endif
 @group(0) @binding(4) var<storage, read_write> largest_a: array<u32>; // [PARTS], bits of |x|
-@group(0) @binding(5) var<storage, read_write> largest_b: array<u32>; // [PARTS]
+@group(0) @binding(5) var<storage, read_write> largest_rest: array<u32>; // [3, PARTS]: of B, A2, B2
+#if PAIRS == 2
+@group(0) @binding(6) var<storage, read_write> a1: array<vec4<f32>>; // [M, K2]
+@group(0) @binding(7) var<storage, read_write> b1: array<vec4<f32>>; // [K2, N], or [N, K2] in NT
+#endif
 
 const DEPTH: u32 = #{DEPTH}u;
 const ACROSS: u32 = #{COLS / UNIT_COLS}u; // units side by side
@@ -100,17 +113,19 @@ const PER: u32 = 4u;
 const PER: u32 = 1u;
 #endif
 
-// The power of two for what has this largest element, and what undoes it.
-fn scale_to(largest: u32) -> vec2<f32> {
+// The power of two that an operand, A, B, A2 or B2, is divided by: 0 for one that is not scaled, that is all zeros, or in
+// which something is infinite, and shall stay so.
+fn unit_of(operand: u32) -> i32 {
+    let largest = atomicLoad(&most[operand]);
     let exponent = largest >> 23u;
-    if (exponent == 255u) { // something is infinite, and shall stay so
-        return vec2<f32>(1.0);
-    }
-    let kept = max(exponent, 15u);
-    return vec2<f32>(bitcast<f32>((268u - kept) << 23u), bitcast<f32>((kept - 14u) << 23u));
+    return select(i32(max(exponent, 15u)) - 141, 0, largest == 0u || exponent == 255u);
 }
 
-fn rounded_b(x: Four, scale: f32) -> vec4<f16> {
+fn power(of_two: i32) -> f32 {
+    return bitcast<f32>(u32(clamp(of_two, -126, 127) + 127) << 23u);
+}
+
+fn rounded_b0(x: Four, scale: f32) -> vec4<f16> {
 #ifdef BF16
     return vec4<f16>(bitcast<vec4<f32>>(vec4<u32>(x.x << 16u, x.x & 0xffff0000u, x.y << 16u, x.y & 0xffff0000u)));
 #else
@@ -121,6 +136,20 @@ fn rounded_b(x: Four, scale: f32) -> vec4<f16> {
 #endif
 #endif
 }
+
+#if PAIRS == 2
+fn load_a1(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
+    return a1[at];
+}
+
+fn load_b1(at: u32, k: u32, col: u32, length: u32) -> vec4<f32> {
+    return b1[at];
+}
+
+fn rounded_b1(x: vec4<f32>, scale: f32) -> vec4<f16> {
+    return vec4<f16>(scale * x);
+}
+#endif
 
 // A distance that may be negative, as `at` counts.
 fn back(elements: u32) -> u32 {
@@ -137,14 +166,22 @@ fn spread(own: u32) -> u32 {
 #endif
 }
 
-#ifndef DIRECT
 // Operands come in fours of neighbours in storage: of A those at (row, k) and on along K, in TN along M; of B at (k, col) and on
 // along N, in NT along K. Beyond the matrix they are zeros, and before the sum begins: k counts from there, and wraps.
-fn load_a(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
+#ifdef DIRECT
+fn load_a0(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
+    return a0[at];
+}
+
+fn load_b0(at: u32, k: u32, col: u32, length: u32) -> Four {
+    return b0[at];
+}
+#else
+fn load_a0(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
 #ifdef VEC
     // Read anyway, so that nothing waits behind a condition.
     let inside = row < params.m && k < length;
-    return select(vec4<f32>(), a[select(0u, at, inside)], inside);
+    return select(vec4<f32>(), a0[select(0u, at, inside)], inside);
 #else
     var x = vec4<f32>();
 #unroll i in 0..4
@@ -153,17 +190,17 @@ fn load_a(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
 #else
     if (row < params.m && k + #{i}u < length) {
 #endif
-        x[#{i}] = a[at + #{i}u];
+        x[#{i}] = a0[at + #{i}u];
     }
 #end
     return x;
 #endif
 }
 
-fn load_b(at: u32, k: u32, col: u32, length: u32) -> Four {
+fn load_b0(at: u32, k: u32, col: u32, length: u32) -> Four {
 #ifdef VEC
     let inside = col < params.n && k < length;
-    return select(Four(), b[select(0u, at, inside)], inside);
+    return select(Four(), b0[select(0u, at, inside)], inside);
 #else
     var x = Four();
 #unroll i in 0..4
@@ -172,7 +209,7 @@ fn load_b(at: u32, k: u32, col: u32, length: u32) -> Four {
 #else
     if (col + #{i}u < params.n && k < length) {
 #endif
-        x[#{i}] = b[at + #{i}u];
+        x[#{i}] = b0[at + #{i}u];
     }
 #end
     return x;
@@ -194,7 +231,7 @@ fn write_out(c_first: u32, row: u32, col: u32, sums: vec4<f32>) {
     let at = c_first + row * params.ldc + col;
 #ifdef VEC
     let shift = vec4<f32>(bias_at(col), bias_at(col + 1u), bias_at(col + 2u), bias_at(col + 3u));
-    var value = fma(vec4<f32>(params.alpha), sums, shift);
+    var value = sums + shift;
     if ((params.flags & ACCUMULATE) != 0u) {
         value += c[at / 4u];
     }
@@ -202,7 +239,7 @@ fn write_out(c_first: u32, row: u32, col: u32, sums: vec4<f32>) {
 #else
 #unroll i in 0..4
     if (col + #{i}u < params.n) {
-        var value = fma(params.alpha, sums[#{i}], bias_at(col + #{i}u));
+        var value = sums[#{i}] + bias_at(col + #{i}u);
         if ((params.flags & ACCUMULATE) != 0u) {
             value += c[at + #{i}u];
         }
@@ -231,11 +268,11 @@ fn product(
     // Steps of DEPTH end where the sum does; the first one may begin before it (EXACT: but not before the operands, K has a
     // whole one). So the others need not look where it ends.
     let length = min(params.window, params.k - k_first);
-    let steps = (length + DEPTH - 1u) / DEPTH;
+    let steps0 = (length + DEPTH - 1u) / DEPTH;
 #ifdef DIRECT
     let begin = 0u;
 #else
-    let begin = length - steps * DEPTH;
+    let begin = length - steps0 * DEPTH;
 #endif
     let c_first = params.c_offset + group.z * params.m * params.ldc;
 #ifndef DIRECT
@@ -244,23 +281,30 @@ fn product(
         results[at] = vec4<f32>();
     }
 #endif
-    let scales_a = (params.flags & SCALE_A) != 0u;
-    let scales_b = (params.flags & SCALE_B) != 0u;
-    if (local < 2u) {
+    if (local < 4u) {
         atomicStore(&most[local], 0u);
     }
     workgroupBarrier();
     for (var part = local; part < PARTS; part += #{THREADS}u) {
-        if (scales_a) {
+        if ((params.flags & SCALE) != 0u) {
             atomicMax(&most[0], largest_a[part]);
         }
-        if (scales_b) {
-            atomicMax(&most[1], largest_b[part]);
+#unroll r in 1..2*PAIRS
+        if ((params.flags & (SCALE << #{r}u)) != 0u) {
+            atomicMax(&most[#{r}], largest_rest[#{r - 1}u * PARTS + part]);
         }
+#end
     }
     workgroupBarrier();
-    let scale_a = select(vec2<f32>(1.0), scale_to(atomicLoad(&most[0])), scales_a);
-    let scale_b = select(vec2<f32>(1.0), scale_to(atomicLoad(&most[1])), scales_b);
+    let unit_a0 = unit_of(0u);
+    let unit_b0 = unit_of(1u);
+#if PAIRS == 2
+    // In the second pair's unit the first one's sums stay finite: it is no smaller than theirs by more than 2^20.
+    let alpha_unit = i32((bitcast<u32>(params.alpha2) >> 23u) & 255u) - 127;
+    let lack = max(unit_a0 + unit_b0 - 20 - (unit_of(2u) + unit_of(3u) + alpha_unit), 0);
+    let unit_a1 = min(unit_of(2u) + lack, 126);
+    let unit_b1 = min(unit_of(3u) + lack - (unit_a1 - unit_of(2u)), 126);
+#endif
 #ifdef DIRECT
     let zeros = Sum();
 #else
@@ -272,8 +316,8 @@ fn product(
     let a_k = local / #{ROWS / 4}u;
     let a_row = row + local % #{ROWS / 4}u * 4u;
     let a_to = a_k * A_STRIDE + local % #{ROWS / 4}u;
-    let a_first = (params.a_offset + (k_first + a_k) * params.lda + a_row) / PER + back(begin * params.lda);
-    let a_step = DEPTH * params.lda / PER;
+    let a_first0 = (params.a_offset + (k_first + a_k) * params.lda + a_row) / PER + back(begin * params.lda);
+    let a_step0 = DEPTH * params.lda / PER;
     let a_apart = #{THREADS / (ROWS / 4)}u;
     let a_apart_k = a_apart;
     let a_apart_row = 0u;
@@ -282,8 +326,8 @@ fn product(
     let a_own = spread(local / #{DEPTH / 4}u);
     let a_row = row + a_own;
     let a_to = a_own * A_STRIDE + local % #{DEPTH / 4}u;
-    let a_first = (params.a_offset + a_row * params.lda + k_first + a_k) / PER + back(begin);
-    let a_step = DEPTH / PER;
+    let a_first0 = (params.a_offset + a_row * params.lda + k_first + a_k) / PER + back(begin);
+    let a_step0 = DEPTH / PER;
     let a_apart = #{THREADS / (DEPTH / 4)}u;
     let a_apart_k = 0u;
     let a_apart_row = a_apart;
@@ -293,8 +337,8 @@ fn product(
     let b_own = spread(local / #{DEPTH / 4}u);
     let b_col = col + b_own;
     let b_to = b_own * B_STRIDE + local % #{DEPTH / 4}u;
-    let b_first = (params.b_offset + b_col * params.ldb + k_first + b_k) / PER + back(begin);
-    let b_step = DEPTH / PER;
+    let b_first0 = (params.b_offset + b_col * params.ldb + k_first + b_k) / PER + back(begin);
+    let b_step0 = DEPTH / PER;
     let b_apart = #{THREADS / (DEPTH / 4)}u;
     let b_apart_k = 0u;
     let b_apart_col = b_apart;
@@ -302,14 +346,12 @@ fn product(
     let b_k = local / #{COLS / 4}u;
     let b_col = col + local % #{COLS / 4}u * 4u;
     let b_to = b_k * B_STRIDE + local % #{COLS / 4}u;
-    let b_first = (params.b_offset + (k_first + b_k) * params.ldb + b_col) / PER + back(begin * params.ldb);
-    let b_step = DEPTH * params.ldb / PER;
+    let b_first0 = (params.b_offset + (k_first + b_k) * params.ldb + b_col) / PER + back(begin * params.ldb);
+    let b_step0 = DEPTH * params.ldb / PER;
     let b_apart = #{THREADS / (COLS / 4)}u;
     let b_apart_k = b_apart;
     let b_apart_col = 0u;
 #endif
-    let a_far = a_apart * params.lda / PER;
-    let b_far = b_apart * params.ldb / PER;
 #ifdef EXACT
     {
         let first = 0u;
@@ -324,58 +366,77 @@ fn product(
         var c#{i}_#{j} = zeros;
 #end
 #end
+#unroll p in 0..PAIRS
+#if p == 1
+        // The second pair, in the first part of K alone: sums go on in its unit.
+        let steps1 = select(0u, params.k2 / DEPTH, group.z == 0u);
+        let a_first1 = (a_row * params.k2 + a_k) / PER;
+        let a_step1 = DEPTH / PER;
+        let a_far1 = a_apart * params.k2 / PER;
+#ifdef NT
+        let b_first1 = (params.b2_offset + b_col * params.ldb2 + b_k) / PER;
+        let b_step1 = DEPTH / PER;
+#else
+        let b_first1 = (params.b2_offset + b_k * params.ldb2 + b_col) / PER;
+        let b_step1 = DEPTH * params.ldb2 / PER;
+#endif
+        let b_far1 = b_apart * params.ldb2 / PER;
+        let change = power(unit_a0 + unit_b0 - unit_a1 - unit_b1) / params.alpha2;
+#unroll i in 0..UNIT_ROWS/SIDE
+#unroll j in 0..UNIT_COLS/SIDE
+        c#{i}_#{j} = c#{i}_#{j} * change;
+#end
+#end
+#else
+        let a_far0 = a_apart * params.lda / PER;
+        let b_far0 = b_apart * params.ldb / PER;
+#endif
+        let scale_a#{p} = power(-unit_a#{p});
+        let scale_b#{p} = power(-unit_b#{p});
         // What is staged next is on its way while the last is multiplied, in f16: the registers are few.
-        var a_from = a_first;
-        var b_from = b_first;
-        var a_at = a_from;
-        var b_at = b_from;
+        var a_from#{p} = a_first#{p};
+        var b_from#{p} = b_first#{p};
+        var a_at#{p} = a_from#{p};
+        var b_at#{p} = b_from#{p};
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-#ifdef DIRECT
-        var x#{s} = vec4<f16>(scale_a.x * a[a_at]);
-#else
-        var x#{s} = vec4<f16>(scale_a.x * load_a(a_at, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
-#endif
-        a_at += a_far;
+        var x#{p}_#{s} = vec4<f16>(scale_a#{p} * load_a#{p}(a_at#{p}, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
+        a_at#{p} += a_far#{p};
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-#ifdef DIRECT
-        var y#{s} = rounded_b(b[b_at], scale_b.x);
-#else
-        var y#{s} = rounded_b(load_b(b_at, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b.x);
-#endif
-        b_at += b_far;
+        var y#{p}_#{s} = rounded_b#{p}(load_b#{p}(b_at#{p}, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b#{p});
+        b_at#{p} += b_far#{p};
 #end
-        for (var step = 1u; step <= steps; step++) {
+        for (var step = 1u; step <= steps#{p}; step++) {
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-            tile_a[a_to + #{s}u * a_apart * A_STRIDE] = x#{s};
+            tile_a[a_to + #{s}u * a_apart * A_STRIDE] = x#{p}_#{s};
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-            tile_b[b_to + #{s}u * b_apart * B_STRIDE] = y#{s};
+            tile_b[b_to + #{s}u * b_apart * B_STRIDE] = y#{p}_#{s};
 #end
             workgroupBarrier();
             // The last step loads what it has once more.
-            a_from += select(0u, a_step, step < steps);
-            b_from += select(0u, b_step, step < steps);
-            a_at = a_from;
-            b_at = b_from;
+            a_from#{p} += select(0u, a_step#{p}, step < steps#{p});
+            b_from#{p} += select(0u, b_step#{p}, step < steps#{p});
+            a_at#{p} = a_from#{p};
+            b_at#{p} = b_from#{p};
 #ifndef EXACT
-            let here = begin + min(step, steps - 1u) * DEPTH;
+            let here = begin + min(step, steps#{p} - 1u) * DEPTH;
 #endif
 #unroll s in 0..ROWS*DEPTH/4/THREADS
 #ifdef EXACT
-            x#{s} = vec4<f16>(scale_a.x * a[a_at]);
+            x#{p}_#{s} = vec4<f16>(scale_a#{p} * a#{p}[a_at#{p}]);
 #else
-            x#{s} = vec4<f16>(scale_a.x * load_a(a_at, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
+            x#{p}_#{s} = vec4<f16>(scale_a#{p} * load_a0(a_at#{p}, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
 #endif
-            a_at += a_far;
+            a_at#{p} += a_far#{p};
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
 #ifdef EXACT
-            y#{s} = rounded_b(b[b_at], scale_b.x);
+            y#{p}_#{s} = rounded_b#{p}(b#{p}[b_at#{p}], scale_b#{p});
 #else
-            y#{s} = rounded_b(load_b(b_at, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b.x);
+            y#{p}_#{s} = rounded_b#{p}(load_b0(b_at#{p}, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b#{p});
 #endif
-            b_at += b_far;
+            b_at#{p} += b_far#{p};
 #end
 #ifndef EXACT
             // Once, or not at all: a loop, because matrices may not be used under a condition.
@@ -384,19 +445,19 @@ fn product(
 #unroll s in 0..DEPTH/SIDE
 #unroll i in 0..UNIT_ROWS/SIDE
 #ifdef TN
-                let a#{s}_#{i} = coopLoad<Left>(&tile_a[#{s * SIDE}u * A_STRIDE + (unit_row + #{i * SIDE}u) / 4u], A_STRIDE);
+                let a#{p}_#{s}_#{i} = coopLoad<Left>(&tile_a[#{s * SIDE}u * A_STRIDE + (unit_row + #{i * SIDE}u) / 4u], A_STRIDE);
 #else
-                let a#{s}_#{i} = coopLoadT<Left>(&tile_a[(unit_row + #{i * SIDE}u) * A_STRIDE + #{s * SIDE / 4}u], A_STRIDE);
+                let a#{p}_#{s}_#{i} = coopLoadT<Left>(&tile_a[(unit_row + #{i * SIDE}u) * A_STRIDE + #{s * SIDE / 4}u], A_STRIDE);
 #endif
 #end
 #unroll j in 0..UNIT_COLS/SIDE
 #ifdef NT
-                let b#{s}_#{j} = coopLoad<Right>(&tile_b[(unit_col + #{j * SIDE}u) * B_STRIDE + #{s * SIDE / 4}u], B_STRIDE);
+                let b#{p}_#{s}_#{j} = coopLoad<Right>(&tile_b[(unit_col + #{j * SIDE}u) * B_STRIDE + #{s * SIDE / 4}u], B_STRIDE);
 #else
-                let b#{s}_#{j} = coopLoadT<Right>(&tile_b[#{s * SIDE}u * B_STRIDE + (unit_col + #{j * SIDE}u) / 4u], B_STRIDE);
+                let b#{p}_#{s}_#{j} = coopLoadT<Right>(&tile_b[#{s * SIDE}u * B_STRIDE + (unit_col + #{j * SIDE}u) / 4u], B_STRIDE);
 #endif
 #unroll i in 0..UNIT_ROWS/SIDE
-                c#{i}_#{j} = coopMultiplyAdd(a#{s}_#{i}, b#{s}_#{j}, c#{i}_#{j});
+                c#{i}_#{j} = coopMultiplyAdd(a#{p}_#{s}_#{i}, b#{p}_#{s}_#{j}, c#{i}_#{j});
 #end
 #end
 #end
@@ -405,15 +466,23 @@ fn product(
 #endif
             workgroupBarrier();
         }
+#end
+        let unscale_a = power(unit_a#{PAIRS - 1});
+        let unscale_b = power(unit_b#{PAIRS - 1});
+#if PAIRS == 2
+        let weight = params.alpha2;
+#else
+        let weight = params.alpha;
+#endif
 #ifdef DIRECT
         let c_stride = params.ldc / 4u;
         let c_at = (c_first + (row + unit_row) * params.ldc + col + unit_col) / 4u;
 #unroll i in 0..UNIT_ROWS/SIDE
 #unroll j in 0..UNIT_COLS/SIDE
         let c_at#{i}_#{j} = c_at + #{i * SIDE}u * c_stride + #{j * SIDE / 4}u;
-        c#{i}_#{j} = c#{i}_#{j} * scale_a.y;
-        c#{i}_#{j} = c#{i}_#{j} * scale_b.y;
-        c#{i}_#{j} = c#{i}_#{j} * params.alpha;
+        c#{i}_#{j} = c#{i}_#{j} * unscale_a;
+        c#{i}_#{j} = c#{i}_#{j} * unscale_b;
+        c#{i}_#{j} = c#{i}_#{j} * weight;
 #end
 #end
         for (var adds = params.flags & ACCUMULATE; adds != 0u; adds = 0u) {
@@ -450,10 +519,10 @@ fn product(
 #ifdef EXACT
             // What is before this tile's own rows and columns, the tile before writes.
             if (c_row >= group.y * #{ROWS}u && c_col >= group.x * #{COLS}u) {
-                write_out(c_first, c_row, c_col, results[at] * scale_a.y * scale_b.y);
+                write_out(c_first, c_row, c_col, results[at] * unscale_a * unscale_b * weight);
             }
 #else
-            write_out(c_first, c_row, c_col, results[at] * scale_a.y * scale_b.y);
+            write_out(c_first, c_row, c_col, results[at] * unscale_a * unscale_b * weight);
 #endif
         }
         workgroupBarrier();

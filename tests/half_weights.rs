@@ -282,7 +282,7 @@ fn layers_of_a_run_in_16_bits_round_what_they_multiply_where_matrices_cooperate(
         [(wide(&packed), packed), (wide(&codes), codes.clone().with_rounding(Rounding::of(dtype)))]
     });
     for (wide, weight) in weights {
-        for (adapter, outputs) in [(Adapter::None, 2), (Adapter::Lora(16), 4), (Adapter::Dora(16), 5)] {
+        for (adapter, outputs) in [(Adapter::None, 2), (Adapter::Lora(16), 4), (Adapter::Dora(32), 5)] {
             let [got, want] = [&weight, &wide].map(|weight| linear(&device, weight, 70, adapter));
             for (what, (got, want)) in
                 ["y", "dx", "dA", "dB", "dmagnitude"][..outputs].iter().zip(got.iter().zip(&want))

@@ -55,7 +55,9 @@ const WAYS: [Way; 6] = [
         options: || AdapterOptions { treat_as_gpu: true, unpacks_f16: true, ..Default::default() },
         sizes: &[7, 65, 257],
         concerns: |op| {
-            ["cooperative", "nf4", "matmul.nt_f16", "matmul.nn_f16", "matmul.joint"].iter().any(|of| op.starts_with(of))
+            ["cooperative", "nf4", "matmul.nt_f16", "matmul.nt_bf16", "matmul.nn_f16", "matmul.nn_bf16", "matmul.joint"]
+                .iter()
+                .any(|of| op.starts_with(of))
         },
     },
     // On older software Vulkan the products of newer ones.

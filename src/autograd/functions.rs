@@ -8,7 +8,7 @@ use crate::{
         attention::{self, Heads, Ranges},
         cooperative::{largest_in, largest_in_activation},
         cross_entropy, dora, dropout, elementwise, embedding, layer_norm,
-        matmul::{self, Epilogue, Layout, product, product_into, product_with},
+        matmul::{self, Epilogue, Layout, Second, product, product_into, product_with},
         patch_embed, rms_norm, rope,
     },
     tensor::Tensor,
@@ -109,13 +109,17 @@ impl LoraWeights {
         product_with(Layout::Nt, input, &self.a.value, Epilogue { largest, ..beside(weight) })
     }
 
-    /// y += scale * u B^T.
-    fn add_grown(&self, u: &Tensor, y: &Tensor, weight: &Weight) {
-        let add_scaled = Epilogue { alpha: Some(self.scale), ..adding_beside(weight) };
-        product_into(Layout::Nt, u, &self.b.value, y, add_scaled);
+    /// scale * u B^T, which is added to y.
+    fn grown<'a>(&'a self, u: &'a Tensor) -> Option<Second<'a>> {
+        Some(Second { a: u, b: &self.b.value, alpha: self.scale })
     }
 
-    /// Adds the gradients of A and B for dY, that of [`LoraWeights::add_grown`]'s y; x before dropout, whose mask is
+    /// dU A, which is added to dX.
+    fn shrinks<'a>(&'a self, du: &'a Tensor) -> Option<Second<'a>> {
+        Some(Second { a: du, b: &self.a.value, alpha: 1.0 })
+    }
+
+    /// Adds the gradients of A and B for dY, that of what [`LoraWeights::grown`] is added to; x before dropout, whose mask is
     /// drawn again; `largest` of dY. Gives dU [T, R].
     fn backward(&self, x: &Tensor, u: &Tensor, dy: &Tensor, weight: &Weight, largest: Option<&Tensor>) -> Tensor {
         if let Some(db) = &self.b.grad {
@@ -131,7 +135,8 @@ impl LoraWeights {
     }
 }
 
-const ADD: Epilogue<'_> = Epilogue { alpha: None, bias: None, accumulate: true, rounding: None, largest: None };
+const ADD: Epilogue<'_> =
+    Epilogue { alpha: None, bias: None, accumulate: true, rounding: None, largest: None, second: None };
 
 /// y = x W^T + b + scale * dropout(x) A^T B^T. The mask is drawn again in the backward instead of being kept, and
 /// dX is (dY B) A, never dY (B A).
@@ -144,10 +149,8 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
     };
     let shape = [x.value.rows(), weight.value.rows()];
     let y = tape.product(shape, x.value.gpu(), || {
-        let epilogue = Epilogue { bias: bias.map(|bias| &bias.value), largest, ..Default::default() };
-        let y = product_with(Layout::Nt, &x.value, &weight.value, epilogue);
-        lora.add_grown(&u, &y, weight);
-        y
+        let (bias, second) = (bias.map(|bias| &bias.value), lora.grown(&u));
+        product_with(Layout::Nt, &x.value, &weight.value, Epilogue { bias, largest, second, ..Default::default() })
     });
     let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
     let needed = x.wants_gradient() || trains;
@@ -166,10 +169,10 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         drop(x);
         if node.wants_gradient() {
             let through = lora.drops().map(|key| (product_with(Layout::Nn, &du, &lora.a.value, beside(&weight)), key));
-            let dx = product_with(Layout::Nn, dy, &weight.value, scaled_by(largest));
-            match through {
-                Some((through, key)) => dropout::add_to(&through, key, &dx),
-                None => product_into(Layout::Nn, &du, &lora.a.value, &dx, adding_beside(&weight)),
+            let second = lora.shrinks(&du).filter(|_| through.is_none());
+            let dx = product_with(Layout::Nn, dy, &weight.value, Epilogue { second, ..scaled_by(largest) });
+            if let Some((through, key)) = through {
+                dropout::add_to(&through, key, &dx);
             }
             gradients.add(node, dx);
         }
@@ -190,9 +193,8 @@ pub fn linear_dora(
 ) -> Var {
     assert!(!weight.trains(), "the backward of DoRA has no gradient for the weight under it");
     let input = lora.dropped(&x.value);
-    let z = product(Layout::Nt, &input, &weight.value);
     let u = lora.shrunk(&input, weight, None);
-    lora.add_grown(&u, &z, weight);
+    let z = product_with(Layout::Nt, &input, &weight.value, Epilogue { second: lora.grown(&u), ..Default::default() });
     drop(input);
     let y = dora::scale_columns(&z, &dora.magnitude.value, &dora.norm, bias.map(|bias| &bias.value));
     if let Some(key) = lora.drops() {
@@ -214,9 +216,9 @@ pub fn linear_dora(
         let largest = largest.as_ref();
         let du = lora.backward(&x.value, &u, &dz, &weight, largest);
         if x.wants_gradient() {
-            let through = product_with(Layout::Nn, &dz, &weight.value, scaled_by(largest));
+            let epilogue = Epilogue { second: lora.shrinks(&du), ..scaled_by(largest) };
+            let through = product_with(Layout::Nn, &dz, &weight.value, epilogue);
             drop(dz);
-            product_into(Layout::Nn, &du, &lora.a.value, &through, adding_beside(&weight));
             gradients.add(
                 &x,
                 match lora.drops() {

@@ -18,7 +18,7 @@ use crate::{
     hosts::Hosts,
     train::{
         check,
-        config::{Precision, RunConfig, Source, StageConfig},
+        config::{RunConfig, Source},
         estimate::estimate,
         metrics, plot,
         report::{self, ReportData, StageReport},

@@ -37,6 +37,8 @@ struct Kernel {
     large: bool,
     /// Rows of all operands are whole vectors of four.
     vectors: bool,
+    /// Adds a second product on the way.
+    adapted: bool,
 }
 
 /// What is known of the lanes of a device's subgroups.
@@ -64,10 +66,11 @@ const SHORT: usize = 512;
 /// Of the flags of a product, as in the shader.
 const ADD_BIAS: u32 = 1;
 const ACCUMULATE: u32 = 2;
-const SCALE_A: u32 = 4;
-const SCALE_B: u32 = 8;
+/// Of A; of B, and of the second A and B, the next ones.
+const SCALE: u32 = 4;
 /// Where the parameters have them.
 const FLAGS: usize = 9;
+const ALPHA: usize = 10;
 /// Workgroups of `cooperative.largest` (PARTS in the shader).
 const PARTS: usize = 256;
 
@@ -84,6 +87,20 @@ pub(super) struct Product<'a> {
     pub rounding: Rounding,
     /// The largest sizes in A, if they are known ([`largest`]).
     pub largest: Option<&'a Tensor>,
+    pub second: Option<SecondPair<'a>>,
+}
+
+/// A second product of the layout NT or NN, in f32, which is added to the first one: `matmul::Second`, bound.
+#[derive(Clone, Copy)]
+pub(super) struct SecondPair<'a> {
+    /// [M, K]
+    pub a: Binding<'a>,
+    /// [K, N], or [N, K] in NT: rows of `ldb`, from `b_offset` on.
+    pub b: Binding<'a>,
+    pub k: usize,
+    pub ldb: usize,
+    pub b_offset: usize,
+    pub alpha: f32,
 }
 
 /// Whether products whose operands may be rounded come here at all.
@@ -132,29 +149,33 @@ impl Product<'_> {
         [self.params[0], self.params[1], self.params[2]].map(|size| size as usize)
     }
 
-    /// Runs the product, which [`fits`]; by the large tile if that is wanted, and can be had.
-    pub fn run(&self, large: bool) {
-        if let Some(side) = self.gpu.cooperative_side() {
-            self.launch(self.kernel(side, large));
-        }
+    /// Runs the product, which [`fits`]; by the large tile if that is wanted, and can be had. Gives whether the second one,
+    /// if there is one, is in it.
+    pub fn run(&self, large: bool) -> bool {
+        let Some(side) = self.gpu.cooperative_side() else { return false };
+        let kernel = self.kernel(side, large);
+        self.launch(kernel);
+        kernel.adapted
     }
 
     /// As [`Product::run`], by the tile that suits the sizes.
-    fn run_as_suits(&self) {
+    fn run_as_suits(&self) -> bool {
         let [m, n, _] = self.sizes();
-        self.run(wants_large(m, n));
+        self.run(wants_large(m, n))
     }
 
     fn kernel(&self, side: u32, large: bool) -> Kernel {
         let vectors = self.vectors();
         let large = large && vectors && has_large(self.gpu);
+        let adapted = self.adapted(side, large);
         let lanes = match side {
+            _ if adapted => Lanes::Exact,
             _ if self.direct(side, large) && self.sizes()[2] <= SHORT => Lanes::Direct,
             _ if self.exact(side, large) => Lanes::Exact,
             16 if may_be_wide(self.gpu) => Lanes::Wide,
             _ => Lanes::Any,
         };
-        Kernel { side, lanes, large, vectors }
+        Kernel { side, lanes, large, vectors, adapted }
     }
 
     /// Whether the text for so many lanes can run: these are what the device has, C has a whole tile, and the sum a step.
@@ -163,6 +184,18 @@ impl Product<'_> {
         let lanes = [limits.subgroup_min_size, limits.subgroup_max_size];
         let metal = self.gpu.facts().backend == "metal";
         !metal && self.vectors() && lanes == [exact_lanes(side); 2] && m.min(n) >= tile(large) && k >= DEPTH
+    }
+
+    /// Whether a text takes the second product along: its sum has whole steps, and its rows lie as vectors too.
+    fn adapted(&self, side: u32, large: bool) -> bool {
+        let fits = |second: &SecondPair<'_>| {
+            second.k > 0
+                && second.k.is_multiple_of(DEPTH)
+                && [second.ldb, second.b_offset].iter().all(|x| x.is_multiple_of(4))
+                && second.alpha != 0.0
+        };
+        let plain = self.params[ALPHA] == 1f32.to_bits() && self.b.is_packed() && self.layout != Layout::Tn;
+        plain && self.second.as_ref().is_some_and(fits) && self.exact(side, large)
     }
 
     /// Whether, in addition, the sum has whole steps, there is no bias, and C, if it is added to, has whole tiles alone: the
@@ -190,17 +223,43 @@ impl Product<'_> {
         let a_rows = if layout == Layout::Tn { k } else { m };
         let b_rows = if layout == Layout::Nt { n } else { k };
         let scaled = self.rounding == Rounding::Scaled;
-        let of_a = (scaled || layout != Layout::Nt).then(|| match self.largest {
+        let scales_a = scaled || layout != Layout::Nt;
+        let of_a = scales_a.then(|| match self.largest {
             Some(largest) => largest.clone(),
             None => largest(gpu, bindings[0], a_rows * params[3] as usize),
         });
-        let of_b = (scaled && self.b == Dtype::F32).then(|| largest(gpu, bindings[1], b_rows * params[4] as usize));
-        let mut params: [u32; 13] = std::array::from_fn(|at| params[at]);
-        params[FLAGS] |= if of_a.is_some() { SCALE_A } else { 0 } | if of_b.is_some() { SCALE_B } else { 0 };
+        let second = self.second.as_ref().filter(|_| kernel.adapted);
+        let b_count = (scaled && self.b == Dtype::F32).then_some(b_rows * params[4] as usize);
+        let rest = [
+            b_count.map(|count| (bindings[1], count)),
+            second.filter(|_| scales_a).map(|second| (second.a, m * second.k)),
+            second
+                .filter(|_| scaled)
+                .map(|second| (second.b, if layout == Layout::Nt { n } else { second.k } * second.ldb)),
+        ];
+        let of_rest = rest.iter().any(Option::is_some).then(|| Tensor::empty(gpu, &[rest.len(), PARTS]));
+        let mut params: Vec<u32> = params[..13].to_vec();
+        params[FLAGS] |= if scales_a { SCALE } else { 0 };
+        for (index, (elements, count)) in rest.into_iter().enumerate().filter_map(|(at, one)| Some((at, one?))) {
+            largest_into(
+                gpu,
+                elements,
+                count,
+                of_rest.as_ref().map_or(elements, |rest| rest.range(index * PARTS, PARTS)),
+            );
+            params[FLAGS] |= SCALE << (1 + index);
+        }
         // What is not read is bound all the same.
         let [a, b, bias, c] = bindings;
-        let [of_a, of_b] = [&of_a, &of_b].map(|largest| largest.as_ref().map_or(a, Tensor::binding));
-        split::launch(gpu, &kernel.name(layout, self.b), &[a, b, bias, c, of_a, of_b], &params, groups);
+        let [of_a, of_rest] = [&of_a, &of_rest].map(|largest| largest.as_ref().map_or(a, Tensor::binding));
+        let mut bindings = vec![a, b, bias, c, of_a, of_rest];
+        if let Some(&SecondPair { a, b, k, ldb, b_offset, alpha }) = second {
+            bindings.extend([a, b]);
+            params.extend([k as u32, ldb as u32, b_offset as u32, alpha.to_bits()]);
+        }
+        // Small tiles have few threads each.
+        let enough = if kernel.large { split::ENOUGH } else { 4 * split::ENOUGH };
+        split::launch_until(enough, gpu, &kernel.name(layout, self.b), &bindings, &params, groups);
     }
 }
 
@@ -219,6 +278,7 @@ impl Kernel {
         let lanes = match self.lanes {
             Lanes::Any => "",
             Lanes::Wide => "_wide",
+            Lanes::Exact if self.adapted => "_adapted",
             Lanes::Exact => "_exact",
             Lanes::Direct => "_direct",
         };
@@ -246,9 +306,13 @@ impl Kernel {
                 Lanes::Direct => product.direct(side, large),
             };
             if fits && (!large || vectors && has_large(gpu)) {
-                all.push(Self { side, lanes, large, vectors });
+                let one = Self { side, lanes, large, vectors, adapted: false };
+                all.push(one);
+                all.extend(
+                    (lanes == Lanes::Exact && product.adapted(side, large)).then_some(Self { adapted: true, ..one }),
+                );
                 let odd = vectors && !in_vectors_alone && !large && matches!(lanes, Lanes::Any | Lanes::Wide);
-                all.extend(odd.then_some(Self { side, lanes, large, vectors: false }));
+                all.extend(odd.then_some(Self { vectors: false, ..one }));
             }
         }
         all
@@ -269,19 +333,31 @@ pub fn largest_in_activation(x: &Tensor, weight: &Tensor) -> Option<Tensor> {
 /// The largest sizes among the elements, by parts ([`PARTS`]), as bits.
 pub(super) fn largest(gpu: &Gpu, elements: Binding<'_>, count: usize) -> Tensor {
     let largest = Tensor::empty(gpu, &[PARTS]);
-    let mut params = [0; 13];
-    params[0] = count as u32;
-    gpu.dispatch("cooperative.largest", &[elements, largest.binding()], &params, [PARTS as u32, 1, 1]);
+    largest_into(gpu, elements, count, largest.binding());
     largest
 }
 
+fn largest_into(gpu: &Gpu, elements: Binding<'_>, count: usize, largest: Binding<'_>) {
+    let mut params = [0; 13];
+    params[0] = count as u32;
+    gpu.dispatch("cooperative.largest", &[elements, largest], &params, [PARTS as u32, 1, 1]);
+}
+
 /// The whole product of A and B, for checks and measurements: bound whole, by `run`.
-fn whole(
+fn whole<R>(
     layout: Layout,
     (a, b, c): (&Tensor, &Tensor, &Tensor),
     epilogue: Epilogue<'_>,
-    run: impl FnOnce(&Product<'_>),
-) {
+    run: impl FnOnce(&Product<'_>) -> R,
+) -> R {
+    let second = epilogue.second.map(|matmul::Second { a, b, alpha }| SecondPair {
+        a: a.binding(),
+        b: b.binding(),
+        k: a.cols(),
+        ldb: b.cols(),
+        b_offset: 0,
+        alpha,
+    });
     let (a_binding, c_binding) = (a.binding(), c.binding());
     let b_binding = if b.dtype().is_packed() { b.packed_range(0, b.len()).0 } else { b.binding() };
     let bias = epilogue.bias.map_or(a_binding, Tensor::binding);
@@ -293,7 +369,7 @@ fn whole(
     let bindings = [a_binding, b_binding, bias, c_binding];
     let rounding = epilogue.rounding.or_else(|| b.rounding()).unwrap_or(Rounding::Half);
     let (gpu, b, largest) = (a.gpu(), b.dtype(), epilogue.largest);
-    run(&Product { gpu, layout, b, bindings, params: &params, rounding, largest });
+    run(&Product { gpu, layout, b, bindings, params: &params, rounding, largest, second })
 }
 
 /// f16, of values that are divided again by what they are multiplied with first.
@@ -333,6 +409,60 @@ fn check(layout: Layout, dtype: Dtype, gpu: &Gpu, n: usize) -> Result<Vec<Compar
     if gpu.cooperative_side().is_some() {
         for &rounding in roundings {
             out.push(overflow((layout, dtype, rounding), gpu)?);
+            if layout != Layout::Tn && dtype.is_packed() {
+                out.extend(with_second((layout, dtype, rounding), gpu, n)?);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// A second product beside the first one: of its sizes, far larger and smaller, nothing; summed in parts; of a K that the
+/// texts do not take along; each as products come here, and by every text that takes it along.
+fn with_second((layout, dtype, rounding): (Layout, Dtype, Rounding), gpu: &Gpu, n: usize) -> Result<Vec<Comparison>> {
+    let mut out = Vec::new();
+    let even = n.next_multiple_of(4) + 64;
+    let large = if has_large(gpu) { 2048 } else { 0 };
+    let scaled = rounding == Rounding::Scaled;
+    let cases = [
+        ([even, 132, 96], 64, [1.0, 1.0], 2.0),
+        ([even, 132, 36], 32, [1e-9, if scaled { 1e-9 } else { 1.0 }], 0.25),
+        ([132, even, 68], 32, [if scaled || layout == Layout::Nn { 1e6 } else { 30.0 }, 30.0], -1.5),
+        ([132, 132, 2052], 32, [1.0, 0.0], 1.0),
+        ([132, 132, 2080], 96, [1.0, 1.0], 1.0),
+        ([132, 136, 64], 20, [1.0, 1.0], 0.5),
+        ([large, 2048, 64], 64, [1.0, 1.0], 0.5),
+    ];
+    for ([m, n, k], k2, sizes, alpha) in cases.into_iter().filter(|([m, ..], ..)| *m > 0) {
+        let mut random = Random::new((m * 31 + n * 7 + k + k2) as u64);
+        let mut values = |count: usize, size: f32| random.values(count).iter().map(|x| x * size).collect::<Vec<_>>();
+        let b_shape = |k: usize| if layout == Layout::Nt { [n, k] } else { [k, n] };
+        let (a, a2, b2) = (values(m * k, 1.0), values(m * k2, sizes[0]), values(n * k2, sizes[1]));
+        let b = dtype.narrow(&values(n * k, 1.0));
+        let (bias, tbias) = random.tensor(gpu, &[n]);
+        let [ta, ta2] = [(&a, k), (&a2, k2)].map(|(a, k)| Tensor::from_f32(gpu, a, &[m, k]));
+        let (tb, tb2) = (Tensor::from_bytes(gpu, dtype, &b, &b_shape(k)), Tensor::from_f32(gpu, &b2, &b_shape(k2)));
+        let scale = |scales: bool, values: &[f32]| {
+            if scales && values.iter().any(|x| *x != 0.0) { scale_of(values) } else { 1.0 }
+        };
+        let scales_a = scaled || layout == Layout::Nn;
+        let product = |a: &[f32], b: &[f32], scales_b: bool, k: usize| {
+            let (a, b) = (rounded(a, scale(scales_a, a)), rounded(b, scale(scales_b, b)));
+            matmul::reference(layout, &a, &b, [m, n, k])
+        };
+        let (plain, beside) = (product(&a, &dtype.widen(&b), false, k), product(&a2, &b2, scaled, k2));
+        let both = plain.iter().zip(&beside).map(|(x, y)| x + f64::from(alpha) * y);
+        let want: Vec<f64> = both.enumerate().map(|(at, sum)| sum + f64::from(bias[at % n])).collect();
+        let second = Some(matmul::Second { a: &ta2, b: &tb2, alpha });
+        let epilogue = Epilogue { bias: Some(&tbias), rounding: Some(rounding), second, ..Default::default() };
+        let tolerance = 2e-6 * ((k + k2) as f64).sqrt();
+        let c = Tensor::empty(gpu, &[m, n]);
+        matmul::product_into(layout, &ta, &tb, &c, epilogue);
+        out.push(Comparison::new("a second product beside it", c.to_vec()?, want.clone(), tolerance));
+        let kernels = whole(layout, (&ta, &tb, &c), epilogue, |product| Kernel::all(gpu, product));
+        for kernel in kernels.into_iter().filter(|kernel| kernel.adapted) {
+            whole(layout, (&ta, &tb, &c), epilogue, |product| product.launch(kernel));
+            out.push(Comparison::new("a second product on the way", c.to_vec()?, want.clone(), tolerance));
         }
     }
     Ok(out)
@@ -369,9 +499,8 @@ fn compare(
     let second = Epilogue { alpha: Some(alpha / 2.0), accumulate: true, rounding, ..Default::default() };
     let tolerance = 2e-6 * (k as f64).sqrt().max(2.0);
     let c = Tensor::empty(gpu, &[m, n]);
-    let mut kernels = Vec::new();
-    whole(layout, (&ta, &tb, &c), first, |product| kernels = Kernel::all(gpu, product));
-    for kernel in std::mem::take(&mut kernels).into_iter().filter(|kernel| kernel.lanes != Lanes::Direct) {
+    let kernels = whole(layout, (&ta, &tb, &c), first, |product| Kernel::all(gpu, product));
+    for kernel in kernels.into_iter().filter(|kernel| kernel.lanes != Lanes::Direct) {
         whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
         let once = c.to_vec()?;
         whole(layout, (&ta, &tb, &c), first, |product| product.launch(kernel));
@@ -380,7 +509,7 @@ fn compare(
         out.push(Comparison::new("alpha A B + bias, then + alpha A B", c.to_vec()?, want.clone(), tolerance));
     }
     let bare = Epilogue { bias: None, ..first };
-    whole(layout, (&ta, &tb, &c), bare, |product| kernels = Kernel::all(gpu, product));
+    let kernels = whole(layout, (&ta, &tb, &c), bare, |product| Kernel::all(gpu, product));
     for kernel in kernels.into_iter().filter(|kernel| kernel.lanes == Lanes::Direct) {
         whole(layout, (&ta, &tb, &c), bare, |product| product.launch(kernel));
         let once = c.to_vec()?;

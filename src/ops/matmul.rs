@@ -53,6 +53,32 @@ pub struct Epilogue<'a> {
     pub rounding: Option<Rounding>,
     /// The largest sizes in A, where several products share it ([`cooperative::largest_in`]).
     pub largest: Option<&'a Tensor>,
+    /// What is added to it: where that can be done on the way, C is not read and written again for it.
+    pub second: Option<Second<'a>>,
+}
+
+/// A second product of the same layout beside the first one, with the type f32: `alpha op(A) op(B)`.
+#[derive(Clone, Copy)]
+pub struct Second<'a> {
+    pub a: &'a Tensor,
+    pub b: &'a Tensor,
+    pub alpha: f32,
+}
+
+impl<'a> Second<'a> {
+    /// How it is added to C by itself.
+    fn epilogue(self, rounding: Option<Rounding>) -> Epilogue<'a> {
+        Epilogue { alpha: Some(self.alpha), accumulate: true, rounding, ..Default::default() }
+    }
+
+    pub(super) fn flops(self, c: &Tensor) -> u64 {
+        2 * (c.len() * self.a.cols()) as u64
+    }
+
+    /// Adds it to C.
+    pub(super) fn add_to(self, layout: Layout, c: &Tensor, rounding: Option<Rounding>) {
+        product_into(layout, self.a, self.b, c, self.epilogue(rounding));
+    }
 }
 
 /// `op(A) op(B)` in a new tensor [M, N].
@@ -89,6 +115,9 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     assert!(a.dtype() == Dtype::F32 && c.dtype() == Dtype::F32, "{layout:?} product of {a:?} and {b:?} into {c:?}");
     if m == 0 || n == 0 {
         return;
+    }
+    if let Some(second) = epilogue.second {
+        a.gpu().add_flops(second.flops(c));
     }
     Call::new(layout, a, b, c, epilogue).run_as_chosen(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
@@ -236,7 +265,12 @@ impl<'a> Call<'a> {
         if let Way::Cooperative { large } = way {
             let (gpu, b, largest) = (c.gpu(), b.dtype(), epilogue.largest);
             let rounding = self.rounding.unwrap_or(Rounding::Scaled);
-            return cooperative::Product { gpu, layout, b, bindings, params: &params, rounding, largest }.run(large);
+            let second = epilogue.second.filter(|_| first).map(|second| self.bind_second(second, region));
+            let product = cooperative::Product { gpu, layout, b, bindings, params: &params, rounding, largest, second };
+            if !product.run(large) {
+                self.add_second(region);
+            }
+            return;
         }
         let (kernel, groups) = self.kernel(way, region);
         match way {
@@ -244,6 +278,25 @@ impl<'a> Call<'a> {
             Way::Tiles(128) => split::launch(c.gpu(), &kernel, &bindings, &params, groups),
             Way::Tiles(_) => split::launch_until(4 * split::ENOUGH, c.gpu(), &kernel, &bindings, &params, groups),
             _ => c.gpu().dispatch(&kernel, &bindings, &params, groups),
+        }
+    }
+
+    /// The second product's part in a region.
+    fn bind_second(&self, Second { a, b, alpha }: Second<'a>, region: Region) -> cooperative::SecondPair<'a> {
+        let (k, m, n) = (a.cols(), length(region.m), length(region.n));
+        let (b, offset) = match self.layout {
+            Layout::Nt => (b.range(region.n.0 * k, n * k), 0),
+            Layout::Nn | Layout::Tn => (b.binding(), region.n.0),
+        };
+        let ldb = if self.layout == Layout::Nt { k } else { self.c.cols() };
+        cooperative::SecondPair { a: a.range(region.m.0 * k, m * k), b, k, ldb, b_offset: offset, alpha }
+    }
+
+    /// Adds what has not been added on the way.
+    fn add_second(&self, region: Region) {
+        if let Some(second) = self.epilogue.second.filter(|_| region.k.0 == 0) {
+            let region = Region { k: (0, second.a.cols()), ..region };
+            Call::new(self.layout, second.a, second.b, self.c, second.epilogue(self.rounding)).run_as_chosen(region);
         }
     }
 }

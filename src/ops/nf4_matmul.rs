@@ -47,6 +47,7 @@ const WIDE: usize = 2048;
 pub(super) fn product_into(layout: Layout, a: &Tensor, w: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
     assert!(layout != Layout::Tn, "TN product of {a:?} and {w:?}");
     assert!(a.dtype() == Dtype::F32 && c.dtype() == Dtype::F32, "{layout:?} product of {a:?} and {w:?} into {c:?}");
+    let second = epilogue.second;
     let call = Call { layout, a, w, c, factors: nf4::factors(w), epilogue };
     let sizes = [c.rows(), w.rows(), w.cols()];
     let op = QUESTIONS[usize::from(layout == Layout::Nn) + 2 * usize::from(call.in_f16())];
@@ -55,7 +56,19 @@ pub(super) fn product_into(layout: Layout, a: &Tensor, w: &Tensor, c: &Tensor, e
         Some(way) => way == FUSED,
         None => call.fuses_by_rule(),
     };
-    (if fuses { Way::Fused } else { Way::Scratch }).run(call);
+    if fuses || !call.in_f16() {
+        // Dense products on matrices alone take a second one along.
+        let epilogue = Epilogue { second: None, ..epilogue };
+        (if fuses { Way::Fused } else { Way::Scratch }).run(Call { epilogue, ..call });
+        if let Some(second) = second {
+            second.add_to(layout, c, w.rounding());
+        }
+        return;
+    }
+    if let Some(second) = second {
+        w.gpu().add_flops(second.flops(c));
+    }
+    Way::Scratch.run(call);
 }
 
 /// The products' names to the tuner, and those of their ways.

@@ -109,7 +109,12 @@ impl Call<'_> {
         let chosen = QUESTIONS.iter().find(|&&(_, layout, b, rounded)| (layout, b, rounded) == asked).and_then(
             |&(op, layout, ..)| self.c.gpu().chosen(Question { op, sizes: sizes_asked(layout, sizes) }, sizes),
         );
-        Self { way: chosen.and_then(Way::named), ..*self }.run(region);
+        let call = Self { way: chosen.and_then(Way::named), ..*self };
+        if call.epilogue.second.is_none() || matches!(call.way(region), Way::Cooperative { .. }) {
+            return call.run(region);
+        }
+        Self { epilogue: Epilogue { second: None, ..self.epilogue }, ..call }.run(region);
+        self.add_second(region);
     }
 
     /// The way of a region: the call's, if it serves there.
