@@ -25,8 +25,7 @@ const ADD_BIAS: u32 = 1u;
 const ACCUMULATE: u32 = 2u;
 const SCALE: u32 = 4u; // of A; times 2, 4 and 8: of B, A2, B2
 const PARTS: u32 = 256u; // workgroups of `largest`
-
-var<workgroup> most: array<atomic<u32>, 4>; // of A, B, A2, B2; whole vec4s keep what lies behind it aligned
+const FOURS: u32 = PARTS / 4u;
 
 #kernel product
 // A workgroup owns ROWS x COLS of C and stages DEPTH of what is summed of both operands, in rows padded by 8 (against
@@ -38,6 +37,7 @@ var<workgroup> most: array<atomic<u32>, 4>; // of A, B, A2, B2; whole vec4s keep
 // with C. So no load in the loop needs a test: tests make loads wait for one another.
 // PAIRS = 2, of those: alpha2 * op(A2) op(B2), in f32, is added on the way, an adapter's part: C is not read and written
 // again for it. Its K has whole steps, alpha is 1.
+// PLAIN_B, of those: B, in f32, is never scaled, which costs the large tile registers.
 // DIRECT, of those: K has whole steps, and matrices go to C as they are. There is no bias, and what is added to has whole
 // tiles alone. It pays where K is short; where it is long the loop of the others is faster (docs/kernels.md).
 #ifdef VEC
@@ -68,8 +68,8 @@ alias Four = vec4<Element>;
 #else
 @group(0) @binding(3) var<storage, read_write> c: array<f32>; // [M, N]
 #endif
-@group(0) @binding(4) var<storage, read_write> largest_a: array<u32>; // [PARTS], bits of |x|
-@group(0) @binding(5) var<storage, read_write> largest_rest: array<u32>; // [3, PARTS]: of B, A2, B2
+@group(0) @binding(4) var<storage, read_write> largest_a: array<vec4<u32>>; // [PARTS], bits of |x|
+@group(0) @binding(5) var<storage, read_write> largest_rest: array<vec4<u32>>; // [3, PARTS]: of B, A2, B2
 #if PAIRS == 2
 @group(0) @binding(6) var<storage, read_write> a1: array<vec4<f32>>; // [M, K2]
 @group(0) @binding(7) var<storage, read_write> b1: array<vec4<f32>>; // [K2, N], or [N, K2] in NT
@@ -94,9 +94,11 @@ var<workgroup> tile_b: array<vec4<f16>, #{COLS * (DEPTH / 4 + 2)}>; // [COLS, DE
 const B_STRIDE: u32 = #{COLS / 4 + 2}u;
 var<workgroup> tile_b: array<vec4<f16>, #{DEPTH * (COLS / 4 + 2)}>; // [DEPTH, COLS + 8]
 #endif
-#ifndef DIRECT
+#ifdef DIRECT
+var<workgroup> results: array<vec4<f32>, FOURS>;
+#else
 // What a subgroup hands out at a time, SIDE x OUT * SIDE. Memory is dear here: with 4 KiB of it the large tile has as many
-// neighbours on a core as without, with 10 KiB half of them.
+// neighbours on a core as without, with 16 bytes more, or 10 KiB in all, half of them. So what else needs some has this.
 const OUT_STRIDE: u32 = #{OUT * SIDE / 4}u;
 const OUT_FOURS: u32 = #{OUT * SIDE * SIDE / 4}u;
 var<workgroup> results: array<vec4<f32>, #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS) * OUT * SIDE * SIDE / 4}>; // [UNITS, SIDE, OUT * SIDE]
@@ -113,41 +115,60 @@ const PER: u32 = 4u;
 const PER: u32 = 1u;
 #endif
 
-// The power of two that an operand, A, B, A2 or B2, is divided by: 0 for one that is not scaled, that is all zeros, or in
-// which something is infinite, and shall stay so.
-fn unit_of(operand: u32) -> i32 {
-    let largest = atomicLoad(&most[operand]);
+fn most(x: vec4<u32>) -> u32 {
+    return max(max(x.x, x.y), max(x.z, x.w));
+}
+
+// What an operand with this largest element is multiplied with, as a power of two: none where it is not scaled, where all
+// of it is zero, and where something is infinite, and shall stay so.
+fn power_for(largest: u32) -> i32 {
     let exponent = largest >> 23u;
-    return select(i32(max(exponent, 15u)) - 141, 0, largest == 0u || exponent == 255u);
+    return select(141 - i32(max(exponent, 15u)), 0, largest == 0u || exponent == 255u);
 }
 
 fn power(of_two: i32) -> f32 {
     return bitcast<f32>(u32(clamp(of_two, -126, 127) + 127) << 23u);
 }
 
-fn rounded_b0(x: Four, scale: f32) -> vec4<f16> {
+// Of a power of two.
+fn inverse(scale: f32) -> f32 {
+    return bitcast<f32>(0x7f000000u - bitcast<u32>(scale));
+}
+
+// B as it waits for its turn, and as it is staged: bf16 waits as it is, for it takes no more registers than f16.
 #ifdef BF16
-    return vec4<f16>(bitcast<vec4<f32>>(vec4<u32>(x.x << 16u, x.x & 0xffff0000u, x.y << 16u, x.y & 0xffff0000u)));
+alias Waiting = vec2<u32>;
+#else
+alias Waiting = vec4<f16>;
+#endif
+
+fn taken_b0(x: Four, scale: f32) -> Waiting {
+#ifdef BF16
+    return x;
 #else
 #ifdef PACKED
     return x;
 #else
+#ifdef PLAIN_B
+    return vec4<f16>(x);
+#else
     return vec4<f16>(scale * x);
 #endif
+#endif
+#endif
+}
+
+fn staged_b0(x: Waiting) -> vec4<f16> {
+#ifdef BF16
+    return vec4<f16>(bitcast<vec4<f32>>(vec4<u32>(x.x << 16u, x.x & 0xffff0000u, x.y << 16u, x.y & 0xffff0000u)));
+#else
+    return x;
 #endif
 }
 
 #if PAIRS == 2
-fn load_a1(at: u32, row: u32, k: u32, length: u32) -> vec4<f32> {
-    return a1[at];
-}
-
-fn load_b1(at: u32, k: u32, col: u32, length: u32) -> vec4<f32> {
-    return b1[at];
-}
-
-fn rounded_b1(x: vec4<f32>, scale: f32) -> vec4<f16> {
-    return vec4<f16>(scale * x);
+fn staged_b1(x: vec4<f16>) -> vec4<f16> {
+    return x;
 }
 #endif
 
@@ -275,36 +296,39 @@ fn product(
     let begin = length - steps0 * DEPTH;
 #endif
     let c_first = params.c_offset + group.z * params.m * params.ldc;
+    // The largest of A, B, A2, B2, by way of the results' memory.
+    var largest = vec4<u32>();
+    if (params.flags >= SCALE) {
+        for (var at = local; at < FOURS; at += #{THREADS}u) {
+            if ((params.flags & SCALE) != 0u) {
+                largest.x = most(largest_a[at]);
+            }
+#unroll r in 1..2*PAIRS
+            if ((params.flags & (SCALE << #{r}u)) != 0u) {
+                largest[#{r}] = most(largest_rest[#{r - 1}u * FOURS + at]);
+            }
+#end
+            results[at] = bitcast<vec4<f32>>(largest);
+        }
+        workgroupBarrier();
+        for (var at = 0u; at < FOURS; at++) {
+            largest = max(largest, bitcast<vec4<u32>>(results[at]));
+        }
+        workgroupBarrier();
+    }
+    let scale_a0 = power(power_for(largest.x));
+#ifdef PLAIN_B
+    let scale_b0 = 1.0;
+#else
+    let scale_b0 = power(power_for(largest.y));
+#endif
 #ifndef DIRECT
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
     for (var at = local; at < #{SIDE * SIDE / 4}u; at += #{THREADS}u) {
         results[at] = vec4<f32>();
     }
 #endif
-    if (local < 4u) {
-        atomicStore(&most[local], 0u);
-    }
     workgroupBarrier();
-    for (var part = local; part < PARTS; part += #{THREADS}u) {
-        if ((params.flags & SCALE) != 0u) {
-            atomicMax(&most[0], largest_a[part]);
-        }
-#unroll r in 1..2*PAIRS
-        if ((params.flags & (SCALE << #{r}u)) != 0u) {
-            atomicMax(&most[#{r}], largest_rest[#{r - 1}u * PARTS + part]);
-        }
-#end
-    }
-    workgroupBarrier();
-    let unit_a0 = unit_of(0u);
-    let unit_b0 = unit_of(1u);
-#if PAIRS == 2
-    // In the second pair's unit the first one's sums stay finite: it is no smaller than theirs by more than 2^20.
-    let alpha_unit = i32((bitcast<u32>(params.alpha2) >> 23u) & 255u) - 127;
-    let lack = max(unit_a0 + unit_b0 - 20 - (unit_of(2u) + unit_of(3u) + alpha_unit), 0);
-    let unit_a1 = min(unit_of(2u) + lack, 126);
-    let unit_b1 = min(unit_of(3u) + lack - (unit_a1 - unit_of(2u)), 126);
-#endif
 #ifdef DIRECT
     let zeros = Sum();
 #else
@@ -367,77 +391,97 @@ fn product(
 #end
 #end
 #unroll p in 0..PAIRS
-#if p == 1
-        // The second pair, in the first part of K alone: sums go on in its unit.
+#if p == 0
+        // What is staged next is on its way while the last is multiplied, in f16: the registers are few.
+        let a_far0 = a_apart * params.lda / PER;
+        let b_far0 = b_apart * params.ldb / PER;
+        var a_from0 = a_first0;
+        var b_from0 = b_first0;
+        var a_at0 = a_from0;
+        var b_at0 = b_from0;
+#unroll s in 0..ROWS*DEPTH/4/THREADS
+        var x0_#{s} = vec4<f16>(scale_a0 * load_a0(a_at0, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
+        a_at0 += a_far0;
+#end
+#unroll s in 0..COLS*DEPTH/4/THREADS
+        var y0_#{s} = taken_b0(load_b0(b_at0, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b0);
+        b_at0 += b_far0;
+#end
+#else
+        // The second pair, in the first part of K alone. It has few steps, each loaded when it is needed: what is loaded ahead
+        // would cost the first pair registers. Sums go on under its scales. These keep the first one's finite: short of
+        // its own by 2^20 at most.
         let steps1 = select(0u, params.k2 / DEPTH, group.z == 0u);
-        let a_first1 = (a_row * params.k2 + a_k) / PER;
-        let a_step1 = DEPTH / PER;
         let a_far1 = a_apart * params.k2 / PER;
+        let b_far1 = b_apart * params.ldb2 / PER;
+        var a_from1 = (a_row * params.k2 + a_k) / PER;
+        let a_step1 = DEPTH / PER;
 #ifdef NT
-        let b_first1 = (params.b2_offset + b_col * params.ldb2 + b_k) / PER;
+        var b_from1 = (params.b2_offset + b_col * params.ldb2 + b_k) / PER;
         let b_step1 = DEPTH / PER;
 #else
-        let b_first1 = (params.b2_offset + b_k * params.ldb2 + b_col) / PER;
+        var b_from1 = (params.b2_offset + b_k * params.ldb2 + b_col) / PER;
         let b_step1 = DEPTH * params.ldb2 / PER;
 #endif
-        let b_far1 = b_apart * params.ldb2 / PER;
-        let change = power(unit_a0 + unit_b0 - unit_a1 - unit_b1) / params.alpha2;
+        let powers = vec2<i32>(power_for(largest.z), power_for(largest.w));
+        let first_powers = power_for(largest.x) + power_for(largest.y);
+        let alpha_power = i32((bitcast<u32>(params.alpha2) >> 23u) & 255u) - 127;
+        let excess = max(powers.x + powers.y - alpha_power - first_powers - 20, 0);
+        let power_a1 = max(powers.x - excess, -126);
+        let power_b1 = max(powers.y - (excess - (powers.x - power_a1)), -126);
+        let scale_a1 = power(power_a1);
+        let scale_b1 = power(power_b1);
+        let change = power(power_a1 + power_b1 - first_powers) / params.alpha2;
 #unroll i in 0..UNIT_ROWS/SIDE
 #unroll j in 0..UNIT_COLS/SIDE
         c#{i}_#{j} = c#{i}_#{j} * change;
 #end
 #end
-#else
-        let a_far0 = a_apart * params.lda / PER;
-        let b_far0 = b_apart * params.ldb / PER;
 #endif
-        let scale_a#{p} = power(-unit_a#{p});
-        let scale_b#{p} = power(-unit_b#{p});
-        // What is staged next is on its way while the last is multiplied, in f16: the registers are few.
-        var a_from#{p} = a_first#{p};
-        var b_from#{p} = b_first#{p};
-        var a_at#{p} = a_from#{p};
-        var b_at#{p} = b_from#{p};
+        for (var step = 1u; step <= steps#{p}; step++) {
+#if p == 1
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-        var x#{p}_#{s} = vec4<f16>(scale_a#{p} * load_a#{p}(a_at#{p}, a_row + #{s}u * a_apart_row, begin + a_k + #{s}u * a_apart_k, length));
-        a_at#{p} += a_far#{p};
+            let x1_#{s} = vec4<f16>(scale_a1 * a1[a_from1 + #{s}u * a_far1]);
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-        var y#{p}_#{s} = rounded_b#{p}(load_b#{p}(b_at#{p}, begin + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b#{p});
-        b_at#{p} += b_far#{p};
+            let y1_#{s} = vec4<f16>(scale_b1 * b1[b_from1 + #{s}u * b_far1]);
 #end
-        for (var step = 1u; step <= steps#{p}; step++) {
+            a_from1 += a_step1;
+            b_from1 += b_step1;
+#endif
 #unroll s in 0..ROWS*DEPTH/4/THREADS
             tile_a[a_to + #{s}u * a_apart * A_STRIDE] = x#{p}_#{s};
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-            tile_b[b_to + #{s}u * b_apart * B_STRIDE] = y#{p}_#{s};
+            tile_b[b_to + #{s}u * b_apart * B_STRIDE] = staged_b#{p}(y#{p}_#{s});
 #end
             workgroupBarrier();
+#if p == 0
             // The last step loads what it has once more.
-            a_from#{p} += select(0u, a_step#{p}, step < steps#{p});
-            b_from#{p} += select(0u, b_step#{p}, step < steps#{p});
-            a_at#{p} = a_from#{p};
-            b_at#{p} = b_from#{p};
+            a_from0 += select(0u, a_step0, step < steps0);
+            b_from0 += select(0u, b_step0, step < steps0);
+            a_at0 = a_from0;
+            b_at0 = b_from0;
 #ifndef EXACT
-            let here = begin + min(step, steps#{p} - 1u) * DEPTH;
+            let here = begin + min(step, steps0 - 1u) * DEPTH;
 #endif
 #unroll s in 0..ROWS*DEPTH/4/THREADS
 #ifdef EXACT
-            x#{p}_#{s} = vec4<f16>(scale_a#{p} * a#{p}[a_at#{p}]);
+            x0_#{s} = vec4<f16>(scale_a0 * a0[a_at0]);
 #else
-            x#{p}_#{s} = vec4<f16>(scale_a#{p} * load_a0(a_at#{p}, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
+            x0_#{s} = vec4<f16>(scale_a0 * load_a0(a_at0, a_row + #{s}u * a_apart_row, here + a_k + #{s}u * a_apart_k, length));
 #endif
-            a_at#{p} += a_far#{p};
+            a_at0 += a_far0;
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
 #ifdef EXACT
-            y#{p}_#{s} = rounded_b#{p}(b#{p}[b_at#{p}], scale_b#{p});
+            y0_#{s} = taken_b0(b0[b_at0], scale_b0);
 #else
-            y#{p}_#{s} = rounded_b#{p}(load_b0(b_at#{p}, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b#{p});
+            y0_#{s} = taken_b0(load_b0(b_at0, here + b_k + #{s}u * b_apart_k, b_col + #{s}u * b_apart_col, length), scale_b0);
 #endif
-            b_at#{p} += b_far#{p};
+            b_at0 += b_far0;
 #end
+#endif
 #ifndef EXACT
             // Once, or not at all: a loop, because matrices may not be used under a condition.
             for (var mine = unit; mine < UNITS; mine += UNITS) {
@@ -467,8 +511,8 @@ fn product(
             workgroupBarrier();
         }
 #end
-        let unscale_a = power(unit_a#{PAIRS - 1});
-        let unscale_b = power(unit_b#{PAIRS - 1});
+        let unscale_a = inverse(scale_a#{PAIRS - 1});
+        let unscale_b = inverse(scale_b#{PAIRS - 1});
 #if PAIRS == 2
         let weight = params.alpha2;
 #else
@@ -537,19 +581,21 @@ fn product(
 @group(0) @binding(0) var<storage, read_write> a: array<f32>; // [m]
 @group(0) @binding(1) var<storage, read_write> parts: array<u32>; // [PARTS]
 
+var<workgroup> most: atomic<u32>;
+
 @compute @workgroup_size(256)
 fn largest(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     if (local == 0u) {
-        atomicStore(&most[0], 0u);
+        atomicStore(&most, 0u);
     }
     workgroupBarrier();
     var own = 0u;
     for (var at = group.x * 256u + local; at < params.m; at += PARTS * 256u) {
         own = max(own, bitcast<u32>(a[at]) & 0x7fffffffu);
     }
-    atomicMax(&most[0], own);
+    atomicMax(&most, own);
     workgroupBarrier();
     if (local == 0u) {
-        parts[group.x] = atomicLoad(&most[0]);
+        parts[group.x] = atomicLoad(&most);
     }
 }

@@ -39,6 +39,8 @@ struct Kernel {
     vectors: bool,
     /// Adds a second product on the way.
     adapted: bool,
+    /// B is scaled, which most do where they are told to.
+    scales_b: bool,
 }
 
 /// What is known of the lanes of a device's subgroups.
@@ -170,12 +172,12 @@ impl Product<'_> {
         let adapted = self.adapted(side, large);
         let lanes = match side {
             _ if adapted => Lanes::Exact,
-            _ if self.direct(side, large) && self.sizes()[2] <= SHORT => Lanes::Direct,
+            _ if self.direct(side, large) && !(large && self.scales_b()) && self.sizes()[2] <= SHORT => Lanes::Direct,
             _ if self.exact(side, large) => Lanes::Exact,
             16 if may_be_wide(self.gpu) => Lanes::Wide,
             _ => Lanes::Any,
         };
-        Kernel { side, lanes, large, vectors, adapted }
+        Kernel { side, lanes, large, vectors, adapted, scales_b: self.scales_b() }
     }
 
     /// Whether the text for so many lanes can run: these are what the device has, C has a whole tile, and the sum a step.
@@ -184,6 +186,10 @@ impl Product<'_> {
         let lanes = [limits.subgroup_min_size, limits.subgroup_max_size];
         let metal = self.gpu.facts().backend == "metal";
         !metal && self.vectors() && lanes == [exact_lanes(side); 2] && m.min(n) >= tile(large) && k >= DEPTH
+    }
+
+    fn scales_b(&self) -> bool {
+        self.rounding == Rounding::Scaled && self.b == Dtype::F32
     }
 
     /// Whether a text takes the second product along: its sum has whole steps, and its rows lie as vectors too.
@@ -229,7 +235,7 @@ impl Product<'_> {
             None => largest(gpu, bindings[0], a_rows * params[3] as usize),
         });
         let second = self.second.as_ref().filter(|_| kernel.adapted);
-        let b_count = (scaled && self.b == Dtype::F32).then_some(b_rows * params[4] as usize);
+        let b_count = self.scales_b().then_some(b_rows * params[4] as usize);
         let rest = [
             b_count.map(|count| (bindings[1], count)),
             second.filter(|_| scales_a).map(|second| (second.a, m * second.k)),
@@ -279,6 +285,7 @@ impl Kernel {
             Lanes::Any => "",
             Lanes::Wide => "_wide",
             Lanes::Exact if self.adapted => "_adapted",
+            Lanes::Exact if self.large && self.scales_b => "_exact_scaled",
             Lanes::Exact => "_exact",
             Lanes::Direct => "_direct",
         };
@@ -303,10 +310,10 @@ impl Kernel {
                 Lanes::Any => true,
                 Lanes::Wide => side == 16,
                 Lanes::Exact => product.exact(side, large),
-                Lanes::Direct => product.direct(side, large),
+                Lanes::Direct => product.direct(side, large) && !(large && product.scales_b()),
             };
             if fits && (!large || vectors && has_large(gpu)) {
-                let one = Self { side, lanes, large, vectors, adapted: false };
+                let one = Self { side, lanes, large, vectors, adapted: false, scales_b: product.scales_b() };
                 all.push(one);
                 all.extend(
                     (lanes == Lanes::Exact && product.adapted(side, large)).then_some(Self { adapted: true, ..one }),
