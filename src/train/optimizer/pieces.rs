@@ -1,0 +1,102 @@
+//! Weights that go from whoever updates them to all other devices: in pieces, and those first that a forward reads first.
+
+use std::ops::Range;
+
+use super::{
+    Optimizer,
+    buckets::{layers, milestone},
+    shard::Shard,
+};
+use crate::{
+    error::Result,
+    tensor::{ALIGNMENT, Downloading, Tensor},
+};
+
+/// Weights that are sent at once: neighbours in the arenas that are updated alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub shard: usize,
+    /// Their gradients.
+    pub range: Range<usize>,
+    /// The decoder's milestone behind which a forward reads the first of them; none: before all of them.
+    pub milestone: Option<usize>,
+}
+
+/// What stays on the devices of the gradients that are `owned` of so many, in pieces of at most `most` elements.
+pub(super) fn pieces(shards: &[Shard], owned: impl Fn(usize) -> Range<usize>, most: usize) -> Vec<Piece> {
+    let most = most.next_multiple_of(ALIGNMENT);
+    let layers = layers(shards.iter().flat_map(|shard| &shard.entries).map(|entry| entry.name.as_str()));
+    let mut pieces = Vec::new();
+    for (number, shard) in shards.iter().enumerate().filter(|(_, shard)| !shard.takes_turns()) {
+        let owned = owned(shard.end.gradient);
+        for group in shard.groups().iter().filter_map(|group| group.within(&owned)) {
+            let end = group.places.gradient + group.count;
+            for first in (group.places.gradient..end).step_by(most) {
+                let range = first..end.min(first + most);
+                let within = shard.entries.iter().filter(|entry| !entry.elements_in(&range).is_empty());
+                let milestone = within.map(|entry| milestone(&entry.name, layers)).min().flatten();
+                pieces.push(Piece { shard: number, range, milestone });
+            }
+        }
+    }
+    // Of one milestone in the order of the arenas.
+    pieces.sort_by_key(|piece| piece.milestone);
+    pieces
+}
+
+impl Optimizer {
+    /// The weights that a device updates, or the host, in the order in which they are sent. None where none return.
+    pub fn pieces(&self, owner: Option<usize>) -> &[Piece] {
+        self.pieces.get(owner.unwrap_or(0)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Bytes of the weights that return, as the model reads them: of all, or of what a device updates.
+    pub fn weight_bytes(&self, owner: Option<usize>) -> u64 {
+        let of = |pieces: &[Piece]| pieces.iter().map(|piece| bytes_of(&self.weights(piece)) as u64).sum::<u64>();
+        owner.map_or_else(|| self.pieces.iter().map(|pieces| of(pieces)).sum(), |owner| of(self.pieces(Some(owner))))
+    }
+
+    /// The [`Optimizer::pieces`] that this device updates.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn owned_weights(&self) -> Result<Vec<Vec<u8>>> {
+        let pieces: Vec<Tensor> =
+            self.pieces(Some(self.sharing.device)).iter().map(|piece| self.weights(piece)).collect();
+        let bytes = Downloading::of(&self.gpu, &pieces).bytes()?;
+        let mut rest = &bytes[..];
+        let mut piece = |piece: &Tensor| {
+            let (these, others) = rest.split_at(bytes_of(piece));
+            rest = others;
+            these.to_vec()
+        };
+        Ok(pieces.iter().map(&mut piece).collect())
+    }
+
+    /// Puts weights that were updated elsewhere into their place: by another device, or by the host. They are whole
+    /// pieces, from a `first` one on: these are given back.
+    pub fn write_weights(&self, owner: Option<usize>, first: usize, mut bytes: &[u8]) -> &[Piece] {
+        let pieces = &self.pieces(owner)[first..];
+        let mut count = 0;
+        while let Some(piece) = pieces.get(count).filter(|_| !bytes.is_empty()) {
+            let weights = self.weights(piece);
+            let (these, rest) = bytes.split_at(bytes_of(&weights));
+            weights.write_bytes(these);
+            (bytes, count) = (rest, count + 1);
+        }
+        &pieces[..count]
+    }
+
+    /// As the model reads them.
+    fn weights(&self, piece: &Piece) -> Tensor {
+        let mut of_groups = self.shards[piece.shard].weights(&piece.range);
+        match (of_groups.pop(), of_groups.is_empty()) {
+            (Some(weights), true) => weights,
+            _ => unreachable!("a piece lies in one group"),
+        }
+    }
+}
+
+pub(super) fn bytes_of(part: &Tensor) -> usize {
+    part.len() * part.dtype().bytes()
+}
