@@ -15,7 +15,7 @@ use wgpu_llava::{
     gpu::{AdapterOptions, Gpu},
     models::names,
     tensor::{ALIGNMENT, Dtype},
-    train::events::Silent,
+    train::{events::Silent, team::SlowLink},
 };
 
 /// What is trained.
@@ -210,6 +210,40 @@ fn the_same_layout_gives_the_same_bytes() {
         let settings = format!("{}\nmax_steps = 4", form.settings);
         let run = Run::new(form.case, &settings, 6, &folder.path().join("run"));
         run.train(layout).assert_same(&run.train(layout), form.name);
+    }
+}
+
+/// Weights that come back so slowly that steps, checkpoints and the end of the run are there before them are waited for
+/// by each of these: nothing differs from a link that has them back at once.
+#[test]
+fn weights_on_their_way_are_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    for (form, layout, bytes_per_second) in [
+        ("full", Layout::new(2, 1), 1e7),
+        ("full, 3 layers", Layout::new(3, 2), 1e7),
+        ("full, 3 layers", Layout::new(2, 3), 1e7),
+        ("bfloat16", Layout::offload(2, 1), 1e7),
+        ("lora", Layout::new(2, 2), 1e6),
+        ("dora", Layout::new(2, 1), 1e6),
+    ] {
+        let form = FORMS.iter().find(|one| one.name == form).unwrap();
+        let settings = format!("{}\nmax_steps = 4\nsave_steps = 1\nsave_total_limit = 9", form.settings);
+        let mut run = Run::new(form.case, &settings, 6, &folder.path().join("run"));
+        let mut train = |slow| {
+            run.slow = slow;
+            let outcome = run.train(layout);
+            let saved = (1..4).map(|step| {
+                let folder = run.out.join(format!("checkpoint-{step}"));
+                let adapter = fs::read(folder.join("adapter/adapter_model.safetensors")).ok();
+                (fs::read(folder.join("state.safetensors")).unwrap(), adapter)
+            });
+            (outcome, saved.collect::<Vec<_>>())
+        };
+        let (fast, saved) = train(None);
+        let (slow, saved_slowly) = train(Some(SlowLink { bytes_per_second }));
+        slow.assert_same(&fast, form.name);
+        assert!(saved == saved_slowly, "{}: another checkpoint", form.name);
+        assert_eq!(saved[0].1.is_some(), form.settings.contains("lora"));
     }
 }
 

@@ -100,3 +100,77 @@ impl Optimizer {
 pub(super) fn bytes_of(part: &Tensor) -> usize {
     part.len() * part.dtype().bytes()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        gpu::{AdapterFacts, Gpu},
+        models::names,
+        nn::Parameters,
+        tensor::Dtype,
+        train::optimizer::{AdamW, Keep, Sharing, Trainable},
+    };
+
+    const NAMES: [(&str, [usize; 2]); 5] = [
+        (names::EMBED_TOKENS, [8, 256]),
+        ("language_model.model.layers.0.mlp.up_proj.weight", [8, 256]),
+        ("language_model.model.layers.1.mlp.up_proj.weight", [8, 256]),
+        (names::LM_HEAD, [8, 256]),
+        ("multi_modal_projector.linear_1.weight", [8, 256]),
+    ];
+
+    /// Norms are not packed, so that they lie behind all matrices.
+    fn optimizer(sharing: Sharing) -> Optimizer {
+        let gpu = Gpu::counting(AdapterFacts::of_a_usual_gpu());
+        let mut parameters = Parameters::default();
+        let mut trainables = Vec::new();
+        let norm = "language_model.model.layers.0.input_layernorm.weight";
+        let tensors = NAMES.map(|(name, shape)| (name, shape.to_vec())).into_iter().chain([(norm, vec![256])]);
+        for (name, shape) in tensors {
+            let id = parameters.insert(name, Tensor::empty(&gpu, &shape));
+            let of_pictures = name.starts_with(names::PROJECTOR);
+            trainables.push(Trainable { id, learning_rate: 1.0, weight_decay: 0.0, of_pictures });
+        }
+        let settings = AdamW {
+            beta1: 0.9,
+            beta2: 0.9,
+            epsilon: 1e-8,
+            max_grad_norm: 0.0,
+            moments_8bit: false,
+            keep: Keep::Master(Dtype::Bf16),
+            seed: 0,
+        };
+        Optimizer::new(&mut parameters, trainables, settings, sharing, None).unwrap()
+    }
+
+    #[test]
+    fn pieces_come_in_the_order_of_the_forward_and_are_all_there_is() {
+        let two = |device| Sharing { zero_stage: 1, device, devices: 2, bucket_elements: 1024, ..Sharing::ALONE };
+        let optimizer = optimizer(two(1));
+        let milestones =
+            |owner| optimizer.pieces(owner).iter().map(|piece| piece.milestone).collect::<Vec<Option<usize>>>();
+        // Half of all: embeddings, a layer, and a part of the next one.
+        assert_eq!(milestones(Some(0)), [None, None, Some(0), Some(0), Some(1)]);
+        // The projector first, then the first layer's norm, which lies behind all of it.
+        assert_eq!(milestones(Some(1)), [None, None, Some(0), Some(1), Some(2), Some(2)]);
+        let mut ranges: Vec<_> = (0..2).flat_map(|owner| optimizer.pieces(Some(owner))).collect();
+        ranges.sort_by_key(|piece| piece.range.start);
+        assert!(ranges.windows(2).all(|two| two[0].range.end == two[1].range.start));
+        let bytes = (5 * 8 * 2 + 4) * 256;
+        assert_eq!(optimizer.weight_bytes(None), bytes);
+        assert_eq!(optimizer.weight_bytes(Some(0)) + optimizer.weight_bytes(Some(1)), bytes);
+        let sent: Vec<_> = optimizer.owned_weights().unwrap();
+        assert_eq!(sent.iter().map(Vec::len).sum::<usize>() as u64, optimizer.weight_bytes(Some(1)));
+        assert_eq!(optimizer.write_weights(Some(1), 1, &sent[1..4].concat()), &optimizer.pieces(Some(1))[1..4]);
+    }
+
+    #[test]
+    fn the_host_sends_all_and_nobody_where_none_return() {
+        let offload = optimizer(Sharing { offload: true, bucket_elements: 1 << 20, ..Sharing::ALONE });
+        let milestones: Vec<_> = offload.pieces(None).iter().map(|piece| piece.milestone).collect();
+        assert_eq!(milestones, [None, None, Some(0)]);
+        let all = optimizer(Sharing { devices: 2, ..Sharing::ALONE });
+        assert!(all.pieces(None).is_empty() && all.weight_bytes(None) == 0);
+    }
+}

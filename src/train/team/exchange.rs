@@ -290,6 +290,26 @@ mod tests {
     }
 
     #[test]
+    fn weights_of_the_step_before_are_passed_on_while_gradients_are_added() {
+        let (mut send, arriving) = way(None);
+        let (leaving, mut got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
+        let mut exchange = Exchange::new(arriving, leaving, 2, 1);
+        exchange.expect_weights(4);
+        send.send(Sent::Weights { device: 1, piece: 0, bytes: vec![5] }, 0).unwrap();
+        for device in 0..2 {
+            send.send(Sent::Part { device, round: 0, parcel: 0, values: vec![1.0] }, 0).unwrap();
+        }
+        send.send(Sent::Weights { device: 1, piece: 1, bytes: vec![6; 3] }, 0).unwrap();
+        assert_eq!(exchange.sums(&[parcel(1)], 1, &mut Alone, |_, _, _| ()).unwrap(), 4.0);
+        assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 0, .. })));
+        assert!(got[0].try_recv().is_err() && got[1].try_recv().is_err());
+        // Whoever needs them all does not wait for a next step.
+        exchange.pass_weights(|_, _| ()).unwrap();
+        assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 1, .. })));
+        assert!(exchange.pass_weights(|_, _| ()).is_ok() && got[0].try_recv().is_err());
+    }
+
+    #[test]
     fn frames_come_apart_again() {
         let parts: [(u64, &[u8]); 3] = [(7, b"abc"), (1, b""), (u64::MAX, b"d")];
         assert_eq!(unframe(&frame(&parts)), parts);

@@ -355,3 +355,22 @@ impl Drop for Moving<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::team::link::way;
+
+    #[test]
+    fn a_forward_lacks_what_it_reads_before_the_next_milestone() {
+        let (to, _arriving) = way(None);
+        let (_leaving, from) = way(None);
+        let mut link = Link::new(0, to, from);
+        assert!(!link.lacks(ALL));
+        link.missing = [(Some(2), 1), (Some(3), 1)].into();
+        assert!(!link.lacks(None) && !link.lacks(Some(1)));
+        assert!(link.lacks(Some(2)) && link.lacks(ALL));
+        link.missing = [(None, 2), (Some(3), 1)].into();
+        assert!(link.lacks(None) && link.lacks(Some(0)));
+    }
+}
