@@ -11,7 +11,7 @@ use common::{copy_folder, golden};
 use team::{Layout, Outcome, Run, gpus, write_records};
 use wgpu_llava::{
     error::ErrorKind,
-    formats::model_folder::ModelFolder,
+    formats::{model_folder::ModelFolder, safetensors::Checkpoint},
     gpu::{AdapterOptions, Gpu},
     models::names,
     tensor::{ALIGNMENT, Dtype},
@@ -244,6 +244,18 @@ fn weights_on_their_way_are_waited_for() {
         slow.assert_same(&fast, form.name);
         assert!(saved == saved_slowly, "{}: another checkpoint", form.name);
         assert_eq!(saved[0].1.is_some(), form.settings.contains("lora"));
+        // The adapter is the first device's, the state has of each weight what its owner has.
+        for step in (1..4).filter(|_| saved[0].1.is_some()) {
+            let folder = folder.path().join(format!("run/checkpoint-{step}"));
+            let open = |file: &str| Checkpoint::open(&folder.join(file)).unwrap();
+            let (state, adapter) = (open("state.safetensors"), open("adapter/adapter_model.safetensors"));
+            let values = |of: &Checkpoint, name: &str| of.require(name).unwrap().to_f32().unwrap().data;
+            let written: Vec<_> = adapter.names().map(|name| values(&adapter, name)).collect();
+            for name in state.names().filter(|name| name.ends_with("lora_A.weight") || name.ends_with("lora_B.weight"))
+            {
+                assert!(written.contains(&values(&state, name)), "{}, step {step}: an old {name}", form.name);
+            }
+        }
     }
 }
 
