@@ -82,7 +82,7 @@ fn step(gpu: &Gpu, config: &ModelConfig, method: Method, checkpoints: Checkpoint
     let ids = Random::new(12).indices(76, 29);
     let rows: Vec<u32> = vec![0, 3, 40, 41, 74];
     let mut tape = Tape::recording();
-    let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: Some((7, 3)) };
+    let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: Some((7, 3)), before: None };
     let x = language.embed(&mut forward, &ids);
     let hidden = language.forward(&mut forward, x, &|gpu| language.packed(gpu, &lengths));
     let picked = functions::pick_rows(forward.tape, &hidden, &Tensor::from_u32(gpu, &rows, &[rows.len()]));

@@ -21,7 +21,7 @@ use wgpu_llava::{
     formats::safetensors::Checkpoint,
     gpu::{AdapterOptions, Gpu},
     ops::Random,
-    train::events::Silent,
+    train::{events::Silent, team::SlowLink},
 };
 
 /// What is trained, and on what.
@@ -199,6 +199,27 @@ fn kill_processes(kills: usize, seed: u64) {
 #[test]
 fn a_lost_device_ends_the_run_which_goes_on_to_the_same_bytes() {
     lose_devices(8, 1);
+}
+
+/// Others wait in a forward for weights that the lost device has sent, or would have.
+#[test]
+fn a_device_is_lost_while_weights_are_on_their_way() {
+    let folder = tempfile::tempdir().unwrap();
+    for (number, layout) in [Layout::new(2, 1), Layout::new(3, 2), Layout::offload(2, 0)].into_iter().enumerate() {
+        let whole = run_in(FULL, &folder.path().join(format!("whole-{number}")));
+        let all = dispatches(&whole, layout);
+        let undisturbed = Outcome::read(&whole.out);
+        let out = folder.path().join(format!("lost-{number}"));
+        let run = Run { slow: Some(SlowLink { bytes_per_second: 5e5 }), ..run_in(FULL, &out) };
+        // In the forward behind a checkpoint, and whenever it is.
+        let losses = [Loss::At(all / 12 * 3 + all / 100), Loss::After(Duration::from_millis(1500))];
+        for (victim, loss) in losses.iter().enumerate() {
+            assert!(lose_one(&run, layout, victim, loss), "{layout:?} has not lost a device");
+        }
+        let healthy = gpus(layout.devices)[..layout.devices].to_vec();
+        Run { slow: None, ..run }.go_on_within(healthy, layout, Duration::from_secs(300)).unwrap();
+        Outcome::read(&out).assert_same(&undisturbed, &format!("{layout:?}"));
+    }
 }
 
 #[test]

@@ -375,7 +375,7 @@ fn the_whole_vision_tower() {
                 let id = parameters.insert(name.as_str(), weight.value.clone());
                 parameters.place(id, weight.value.clone(), weight.grad.clone());
             }
-            tower.forward(&mut Forward { tape, parameters: &parameters, dropout: None }, &patches)
+            tower.forward(&mut Forward { tape, parameters: &parameters, dropout: None, before: None }, &patches)
         };
         let mut case = case(25, &inputs, function);
         for (values, name) in case.values.iter_mut().zip(&names) {

@@ -118,7 +118,7 @@ fn run(
     };
     let peak = measured(gpu, || {
         let mut tape = Tape::recording();
-        let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: Some((1, 1)) };
+        let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: Some((1, 1)), before: None };
         let x = language.embed(&mut forward, &ids);
         let hidden = language.forward(&mut forward, x, &|gpu| language.packed(gpu, lengths));
         let picked = functions::pick_rows(forward.tape, &hidden, &Tensor::from_u32(gpu, &rows, &[targets]));
@@ -230,7 +230,7 @@ fn towers_that_train() {
                 let peak = measured(&gpu, || {
                     let mut tape = Tape::recording();
                     let patches = Random::new(3).tensor(&gpu, &[pictures * 64, 3 * 64]).1;
-                    let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: None };
+                    let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: None, before: None };
                     let features = tower.forward(&mut forward, &patches);
                     drop(patches);
                     let cotangent = Random::new(4).tensor(&gpu, features.value.shape()).1;
@@ -291,7 +291,8 @@ fn a_whole_llava() {
                 LlavaPass { config: &config, decoder, features, projector_trains: true, pictures: pictures.len() };
             let peak = measured(&gpu, || {
                 let mut tape = Tape::recording();
-                let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+                let mut forward =
+                    Forward { tape: &mut tape, parameters: &model.parameters, dropout: None, before: None };
                 let losses = model.losses(&mut forward, &batch, Pictures::Pixels(&pictures), 1.0).unwrap().unwrap();
                 tape.backward(&losses, losses.value.clone());
             });

@@ -79,7 +79,7 @@ fn run_in(folder: &Path, steps: usize, micro_batches: usize) -> Run {
 }
 
 /// With a transfer that takes so many times what is computed, a step takes the longer of both, and what cannot hide: of one
-/// micro-batch its forward, and the last bucket's way.
+/// micro-batch its forward (but for weights that return), and the last bucket's way.
 #[test]
 #[ignore = "a measurement, of minutes"]
 fn transfers_hide_behind_the_backward() {
@@ -106,11 +106,11 @@ fn transfers_hide_behind_the_backward() {
                 layout.zero_stage,
             );
             println!("{line}");
-            // What hides behind a backward is no more than that, and weights that come back (ZeRO) do not hide at all.
+            // What hides behind one backward is no more than that: gradients of one micro-batch, and of four the last ones.
             let most = match (each, layout.zero_stage) {
                 (1, 0) if ratio <= 0.5 => 1.25,
                 (1, _) => 2.2,
-                _ => 1.4,
+                _ => 1.15,
             };
             wrong.extend((longer > most).then_some(line));
         }

@@ -132,7 +132,7 @@ fn one_decoder_layer_of_7b() {
 
     let mut tape = Tape::recording();
     let x = tape.leaf(Tensor::from_f32(&gpu, &hashed(INPUT, TOKENS * HIDDEN, 1.0, 0.0), &[TOKENS, HIDDEN]));
-    let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: None };
+    let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: None, before: None };
     let output = language.decoder_layer(&mut forward, 0, x.clone(), &language.packed(&gpu, &[TOKENS]));
     let mut failures = Vec::new();
     failures.extend(compare("output", &output.value, &want["output"]).err());
@@ -182,7 +182,7 @@ fn clip_vit_large_at_336_pixels() {
         };
         let tower = ClipVision::new(vision, layers, FeatureSelect::Full, &mut load).unwrap();
         let mut tape = Tape::silent();
-        let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: None };
+        let mut forward = Forward { tape: &mut tape, parameters: &parameters, dropout: None, before: None };
         let state = tower.forward(&mut forward, &patches);
         let key = format!("hidden_state.{layers}");
         failures.extend(compare(&key, &state.value, &want[&key]).err());

@@ -11,11 +11,11 @@ use common::{copy_folder, golden};
 use team::{Layout, Outcome, Run, gpus, write_records};
 use wgpu_llava::{
     error::ErrorKind,
-    formats::model_folder::ModelFolder,
+    formats::{model_folder::ModelFolder, safetensors::Checkpoint},
     gpu::{AdapterOptions, Gpu},
     models::names,
     tensor::{ALIGNMENT, Dtype},
-    train::events::Silent,
+    train::{events::Silent, team::SlowLink},
 };
 
 /// What is trained.
@@ -210,6 +210,52 @@ fn the_same_layout_gives_the_same_bytes() {
         let settings = format!("{}\nmax_steps = 4", form.settings);
         let run = Run::new(form.case, &settings, 6, &folder.path().join("run"));
         run.train(layout).assert_same(&run.train(layout), form.name);
+    }
+}
+
+/// Weights that come back so slowly that steps, checkpoints and the end of the run are there before them are waited for
+/// by each of these: nothing differs from a link that has them back at once.
+#[test]
+fn weights_on_their_way_are_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    for (form, layout, bytes_per_second) in [
+        ("full", Layout::new(2, 1), 1e7),
+        ("full, 3 layers", Layout::new(3, 2), 1e7),
+        ("full, 3 layers", Layout::new(2, 3), 1e7),
+        ("bfloat16", Layout::offload(2, 1), 1e7),
+        ("lora", Layout::new(2, 2), 1e6),
+        ("dora", Layout::new(2, 1), 1e6),
+    ] {
+        let form = FORMS.iter().find(|one| one.name == form).unwrap();
+        let settings = format!("{}\nmax_steps = 4\nsave_steps = 1\nsave_total_limit = 9", form.settings);
+        let mut run = Run::new(form.case, &settings, 6, &folder.path().join("run"));
+        let mut train = |slow| {
+            run.slow = slow;
+            let outcome = run.train(layout);
+            let saved = (1..4).map(|step| {
+                let folder = run.out.join(format!("checkpoint-{step}"));
+                let adapter = fs::read(folder.join("adapter/adapter_model.safetensors")).ok();
+                (fs::read(folder.join("state.safetensors")).unwrap(), adapter)
+            });
+            (outcome, saved.collect::<Vec<_>>())
+        };
+        let (fast, saved) = train(None);
+        let (slow, saved_slowly) = train(Some(SlowLink { bytes_per_second }));
+        slow.assert_same(&fast, form.name);
+        assert!(saved == saved_slowly, "{}: another checkpoint", form.name);
+        assert_eq!(saved[0].1.is_some(), form.settings.contains("lora"));
+        // The adapter is the first device's, the state has of each weight what its owner has.
+        for step in (1..4).filter(|_| saved[0].1.is_some()) {
+            let folder = folder.path().join(format!("run/checkpoint-{step}"));
+            let open = |file: &str| Checkpoint::open(&folder.join(file)).unwrap();
+            let (state, adapter) = (open("state.safetensors"), open("adapter/adapter_model.safetensors"));
+            let values = |of: &Checkpoint, name: &str| of.require(name).unwrap().to_f32().unwrap().data;
+            let written: Vec<_> = adapter.names().map(|name| values(&adapter, name)).collect();
+            for name in state.names().filter(|name| name.ends_with("lora_A.weight") || name.ends_with("lora_B.weight"))
+            {
+                assert!(written.contains(&values(&state, name)), "{}, step {step}: an old {name}", form.name);
+            }
+        }
     }
 }
 

@@ -148,7 +148,7 @@ fn assert_figures(what: &str, tensor: &Tensor, figures: &Value) {
 /// Logits [T, V] of one sequence.
 fn logits(model: &Llava, batch: &PackedBatch) -> Tensor {
     let (mut tape, pixels) = (Tape::silent(), pixels());
-    let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+    let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None, before: None };
     let embedded = model.embed(&mut forward, batch, Pictures::Pixels(&[&pixels])).unwrap();
     let hidden =
         model.language.forward(&mut forward, embedded.clone(), &|gpu| model.language.packed(gpu, &batch.lengths));
@@ -182,12 +182,12 @@ fn forward_figures() {
             let mut find = |name: &str| Ok(model.parameters.find(name).unwrap());
             let tower = ClipVision::new(&llava.vision_config, layers, FeatureSelect::Full, &mut find).unwrap();
             let mut tape = Tape::silent();
-            let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+            let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None, before: None };
             let state = tower.forward(&mut forward, &patches);
             assert_figures(&format!("{projector}: hidden state {layers}"), &state.value, figures);
         }
         let (mut tape, pixels) = (Tape::silent(), pixels());
-        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None, before: None };
         let features = model.features(&mut forward, &[&pixels]).unwrap();
         let projected = model.projector.as_ref().unwrap().forward(&mut forward, &features);
         assert_figures(&format!("{projector}: projector"), &projected.value, &want["vision"]["projector"]);
@@ -285,7 +285,7 @@ fn prepare(model: &mut Llava, method: &str) -> Vec<usize> {
 /// Forward and backward of the fixture's batch; the mean loss.
 fn step(model: &Llava, batch: &PackedBatch) -> f64 {
     let (mut tape, pixels) = (Tape::recording(), pixels());
-    let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+    let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None, before: None };
     let scale = 1.0 / batch.targets.len() as f32;
     let losses: Var = model.losses(&mut forward, batch, Pictures::Pixels(&[&pixels]), scale).unwrap().unwrap();
     let values = losses.value.to_vec().unwrap();

@@ -124,7 +124,7 @@ pub fn evaluate(opened: &Opened, version: &str, limit: Option<usize>, observer: 
 /// The tower's features [pictures * N, Dv].
 fn tower(opened: &Opened, pixels: &[Vec<f32>]) -> Result<Tensor> {
     let mut tape = Tape::silent();
-    let mut forward = Forward { tape: &mut tape, parameters: &opened.model.parameters, dropout: None };
+    let mut forward = Forward { tape: &mut tape, parameters: &opened.model.parameters, dropout: None, before: None };
     let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
     Ok(opened.model.features(&mut forward, &views)?.value)
 }

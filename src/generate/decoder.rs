@@ -96,7 +96,7 @@ impl Decoder<'_> {
             cache: Some((&self.cache, upload(gpu, &cached))),
         };
         let mut tape = Tape::silent();
-        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None };
+        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: None, before: None };
         let embeddings = embed(&mut forward)?;
         let hidden = model.language.forward(&mut forward, embeddings, &places_on);
         let hidden = functions::pick_rows(forward.tape, &hidden, &upload(hidden.value.gpu(), last));

@@ -119,7 +119,7 @@ impl ClipVision {
             let (layers, parameters, dropout) = (self.layers.clone(), forward.parameters.clone(), forward.dropout);
             let ranges = ranges.clone();
             x = checkpoint(forward.tape, x, self.checkpoints, move |tape, x| {
-                let forward = &mut Forward { tape, parameters: &parameters, dropout };
+                let forward = &mut Forward { tape, parameters: &parameters, dropout, before: None };
                 layers[index].forward(forward, x, &ranges, heads, eps)
             });
         }

@@ -13,12 +13,15 @@ use crate::{
     tensor::{ALIGNMENT, Dtype, Tensor},
 };
 
+/// What the names of such magnitudes end in.
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+
 /// Bytes of an adapted weight that are computed at a time.
 const NORM_BYTES: usize = 64 << 20;
 
 /// The parameter name of an adapted module's magnitudes.
 pub fn magnitude_name(module: &str) -> String {
-    format!("{module}.lora_magnitude_vector")
+    format!("{module}{MAGNITUDE}")
 }
 
 /// Makes DoRA of every plain LoRA on the decoder, with the lengths that the adapted rows have as their magnitudes: what
@@ -37,6 +40,11 @@ pub fn start(model: &mut Llava) {
             lora.dora = Some(Dora { magnitude: parameters.insert(name, magnitude), norm });
         }
     }
+}
+
+/// Whether a model has such lengths.
+pub fn is_in(model: &Llava) -> bool {
+    model.parameters.iter().any(|parameter| parameter.name.ends_with(MAGNITUDE))
 }
 
 /// Computes the norms again, after A and B have changed.

@@ -302,7 +302,7 @@ impl Llama {
         let mut x = embeddings;
         let mut places = places_on(x.value.gpu());
         for index in 0..self.layers.len() {
-            forward.tape.milestone(index);
+            forward.milestone(index);
             if let Some(streaming) = &self.streaming {
                 streaming.bring(index, Some(index + 1));
             }
@@ -317,7 +317,7 @@ impl Llama {
                 forward.tape.on_return(move || streaming.bring(index, index.checked_sub(1)));
             }
         }
-        forward.tape.milestone(self.layers.len());
+        forward.milestone(self.layers.len());
         norm(forward, self.norm, &x, self.shape())
     }
 
@@ -332,7 +332,7 @@ impl Llama {
         let places = Places { rotary: places.rotary.clone(), ranges: places.ranges.clone(), cache: None };
         let (layers, parameters, dropout) = (self.layers.clone(), forward.parameters.clone(), forward.dropout);
         checkpoint(forward.tape, x, self.checkpoints, move |tape, x| {
-            let forward = &mut Forward { tape, parameters: &parameters, dropout };
+            let forward = &mut Forward { tape, parameters: &parameters, dropout, before: None };
             layers[index].forward(forward, shape, x, &places, None)
         })
     }

@@ -145,7 +145,7 @@ impl Llava {
 
     /// A pass that records nothing, for inference.
     pub fn inference<'a>(&'a self, tape: &'a mut Tape) -> Forward<'a> {
-        Forward { tape, parameters: &self.parameters, dropout: None }
+        Forward { tape, parameters: &self.parameters, dropout: None, before: None }
     }
 
     /// The tower's features [pictures * N, Dv] of processed pixels.
@@ -206,7 +206,7 @@ impl Llava {
     /// The token losses of a batch without gradients, read back.
     pub fn score(&self, batch: &PackedBatch, pictures: Pictures<'_>) -> Result<Vec<f32>> {
         let mut tape = Tape::silent();
-        let mut forward = Forward { tape: &mut tape, parameters: &self.parameters, dropout: None };
+        let mut forward = Forward { tape: &mut tape, parameters: &self.parameters, dropout: None, before: None };
         self.losses(&mut forward, batch, pictures, 1.0)?.map_or(Ok(Vec::new()), |losses| losses.value.to_vec())
     }
 }

@@ -16,4 +16,16 @@ pub struct Forward<'a> {
     pub parameters: &'a Parameters,
     /// Seed and step of dropout; `None` outside training.
     pub dropout: Option<(u32, u32)>,
+    /// Is told each milestone before what stands behind it is computed: weights that it reads may still be on their way.
+    pub before: Option<&'a mut dyn FnMut(usize)>,
+}
+
+impl Forward<'_> {
+    /// As [`Tape::milestone`].
+    pub fn milestone(&mut self, number: usize) {
+        if let Some(before) = &mut self.before {
+            before(number);
+        }
+        self.tape.milestone(number);
+    }
 }

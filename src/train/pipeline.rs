@@ -224,7 +224,8 @@ fn micro_batch(
         let mut tape = Tape::recording();
         let turns = pass.clone();
         tape.at_crossings(Rc::new(move |bytes| turns.cross(bytes)));
-        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
+        let mut forward =
+            Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout), before: None };
         if let Some(losses) = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale)? {
             reduce::add_sum(&losses.value, stepper.sums(), 1 + index);
             pass.go_on();

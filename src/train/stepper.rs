@@ -32,6 +32,13 @@ pub struct Phases {
     pub optimizer: f64,
 }
 
+/// A milestone of the decoder that a pass has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    Forward(usize),
+    Backward(usize),
+}
+
 /// A model, what trains of it, and what its updates need.
 pub struct Stepper {
     pub start: Start,
@@ -157,8 +164,8 @@ impl Stepper {
         &self.sums
     }
 
-    /// Forward and backward of one micro-batch of a step; its loss goes to its slot of the sums. `passed` is told the
-    /// decoder's milestones as the backward comes back to them.
+    /// Forward and backward of one micro-batch of a step; its loss goes to its slot of the sums. `passes` is told the
+    /// decoder's milestones, before the forward passes them and when the backward comes back to them.
     ///
     /// # Errors
     /// As [`Stepper::step`].
@@ -169,7 +176,7 @@ impl Stepper {
         index: usize,
         loss_scale: Option<f64>,
         pictures: &PictureStore,
-        passed: &mut dyn FnMut(&Optimizer, usize),
+        passes: &mut dyn FnMut(&Optimizer, Pass),
     ) -> Result<()> {
         let (scale, dropout) = self.scale_and_dropout(stage, step, index, loss_scale);
         let pictures = pictures.load(&step.images[index])?;
@@ -177,14 +184,17 @@ impl Stepper {
         let _activations = model.gpu().account(Account::Activations);
         let (begun, views) = (Instant::now(), pictures.views());
         let mut tape = Tape::recording();
-        let mut forward = Forward { tape: &mut tape, parameters: &model.parameters, dropout: Some(dropout) };
+        let before = &mut |milestone| passes(&self.optimizer, Pass::Forward(milestone));
+        let (parameters, dropout) = (&model.parameters, Some(dropout));
+        let mut forward = Forward { tape: &mut tape, parameters, dropout, before: Some(before) };
         let losses = model.losses(&mut forward, &step.batches[index], pictures.as_pictures(&views), scale)?;
         self.note(begun, |phases| &mut phases.forward)?;
         if let Some(losses) = losses {
             let begun = Instant::now();
             reduce::add_sum(&losses.value, &self.sums, 1 + index);
             let optimizer = &self.optimizer;
-            tape.backward_passing(&losses, losses.value.clone(), &mut |milestone| passed(optimizer, milestone));
+            let passed = &mut |milestone| passes(optimizer, Pass::Backward(milestone));
+            tape.backward_passing(&losses, losses.value.clone(), passed);
             self.note(begun, |phases| &mut phases.backward)?;
         }
         Ok(())

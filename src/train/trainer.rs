@@ -244,7 +244,8 @@ impl<'a> Trainer<'a> {
         Ok(measured)
     }
 
-    fn save(&self, hosts: &mut dyn Hosts) -> Result<PathBuf> {
+    fn save(&mut self, hosts: &mut dyn Hosts) -> Result<PathBuf> {
+        self.team.complete()?;
         let limit = self.stage.save_total_limit;
         let state = TrainerState { shares: self.team.shares(), ..self.state.clone() };
         checkpoint::save(&self.stage.output_dir, &state, &self.team.holders(), limit, hosts, |folder| {
@@ -304,7 +305,8 @@ impl<'a> Trainer<'a> {
     }
 
     /// Writes the stage's output and marks it finished.
-    fn finish(self, hosts: &mut dyn Hosts, observer: &mut dyn Observer) -> Result<StageOutcome> {
+    fn finish(mut self, hosts: &mut dyn Hosts, observer: &mut dyn Observer) -> Result<StageOutcome> {
+        self.team.complete()?;
         let dir = &self.stage.output_dir;
         let what = if self.stage.method.trains_adapter() { "adapter" } else { "model" };
         let output = dir.join(what);

@@ -137,8 +137,9 @@ impl Run {
     pub fn go_on_within(&self, gpus: Vec<Gpu>, layout: Layout, patience: Duration) -> Result<()> {
         let config = self.config(layout).unwrap();
         let (send, done) = mpsc::channel();
+        let slow = self.slow;
         thread::spawn(move || {
-            let devices = Devices { gpus, checked: false, slow: None };
+            let devices = Devices { gpus, checked: false, slow };
             send.send(train(&config, true, &devices, &mut Alone, &AtomicBool::new(false), &mut Silent).map(drop))
         });
         done.recv_timeout(patience).expect("a run that hangs")

@@ -74,7 +74,7 @@ pub struct StepTime {
     pub compute: f64,
     /// Gradients and layers, as far as nothing hides them.
     pub waiting: f64,
-    /// The host's updates, and weights that are exchanged after the update.
+    /// The host's updates, and weights that are exchanged after the update, as far as the next forward does not hide them.
     pub weights: f64,
 }
 
@@ -175,7 +175,13 @@ impl Traffic {
         let hiding = if self.passing { compute - (1.0 - BACKWARD) * one } else { BACKWARD * one };
         // Other micro-batches hide what crosses over, but for the first on its way and the last on its.
         let waiting = filling * over + (gradients - hiding).max(0.0) + (layers - compute).max(0.0);
-        StepTime { compute, waiting, weights: updated + weights_down.max(weights_up).max(weights_between) }
+        // Weights come back in the next forward, in its order; but hosts exchange theirs before.
+        let (before, beside) = match cluster.hosts {
+            1 => (0.0, weights_down.max(weights_up)),
+            _ => (weights_down.max(weights_between), weights_up),
+        };
+        let weights = updated + before + (beside - (1.0 - BACKWARD) * one).max(0.0);
+        StepTime { compute, waiting, weights }
     }
 }
 
@@ -215,14 +221,19 @@ mod tests {
     }
 
     #[test]
-    fn nothing_hides_weights_and_a_slow_host_bounds_links() {
+    fn a_forward_hides_weights_and_a_slow_host_bounds_links() {
         let traffic = Traffic { gradients_down: 4, weights_down: 2, weights_up: 6, ..Traffic::default() };
         let slow = Rates { adding: 0.5, ..RATES };
         let time = traffic.step_time(30.0, 1.0, TWO, &slow);
-        assert!((time.waiting - 14.0).abs() < 1e-9 && (time.weights - 3.0).abs() < 1e-9, "{time:?}");
+        // Of 3 s of weights the forward hides one.
+        assert!((time.waiting - 14.0).abs() < 1e-9 && (time.weights - 2.0).abs() < 1e-9, "{time:?}");
         let offload = Traffic { offload: true, trained: 10, ..traffic };
         let time = offload.step_time(30.0, 1.0, TWO, &Rates { updating: 5.0, ..RATES });
-        assert!((time.weights - 5.0).abs() < 1e-9, "{time:?}");
+        assert!((time.weights - 4.0).abs() < 1e-9, "{time:?}");
+        // On their way between hosts, half of 8 s, nothing hides them.
+        let hosts = Traffic { between_hosts: 8, ..traffic };
+        let time = hosts.step_time(30.0, 1.0, Cluster { hosts: 2, ..TWO }, &RATES);
+        assert!((time.weights - 6.0).abs() < 1e-9, "{time:?}");
     }
 
     #[test]

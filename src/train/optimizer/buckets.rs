@@ -70,16 +70,26 @@ impl Bucket {
     }
 }
 
-/// All gradients, given by name, in the order in which a backward finishes them, in buckets of at least `least` elements,
-/// and at most `most` or one tensor. What is whole only at the end stands by itself.
-pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, least: usize, most: usize) -> Vec<Bucket> {
-    let layers = gradients.clone().filter_map(|(name, _)| names::decoder_layer(name)).max().map_or(0, |last| last + 1);
-    let milestone = |name: &str| match name {
+/// How many layers have something that trains, or that come before one that has.
+pub fn layers<'a>(names: impl Iterator<Item = &'a str>) -> usize {
+    names.filter_map(names::decoder_layer).max().map_or(0, |last| last + 1)
+}
+
+/// The decoder's milestone behind which a forward reads a weight, so that its gradient is whole when the backward comes
+/// back to it; none: before all of them, and at the end of the backward.
+pub fn milestone(name: &str, layers: usize) -> Option<usize> {
+    match name {
         // Embeddings that are the head too have another name.
         names::LM_HEAD | names::FINAL_NORM => Some(layers),
         _ => names::decoder_layer(name),
-    };
-    let mut spans: Vec<(Option<usize>, Span)> = gradients.map(|(name, span)| (milestone(name), span)).collect();
+    }
+}
+
+/// All gradients, given by name, in the order in which a backward finishes them, in buckets of at least `least` elements,
+/// and at most `most` or one tensor. What is whole only at the end stands by itself.
+pub fn buckets<'a>(gradients: impl Iterator<Item = (&'a str, Span)> + Clone, least: usize, most: usize) -> Vec<Bucket> {
+    let layers = layers(gradients.clone().map(|(name, _)| name));
+    let mut spans: Vec<(Option<usize>, Span)> = gradients.map(|(name, span)| (milestone(name, layers), span)).collect();
     // The last layers come first, then what has no milestone; within one the order of the arenas stays.
     spans.sort_by_key(|(milestone, _)| milestone.map_or((1, 0), |number| (0, layers - number)));
     let mut buckets: Vec<Bucket> = Vec::new();

@@ -9,6 +9,7 @@ use super::{
     AdamW, Keep, Optimizer, Update,
     arenas::{Entry, Group},
     buckets::{Bucket, Parcel},
+    pieces::Piece,
     state::{MOMENTS, Place, Reader, Remembers, State, Stored},
 };
 use crate::{
@@ -44,6 +45,7 @@ pub struct HostOptimizer {
     shards: Vec<HostShard>,
     buckets: Arc<[Bucket]>,
     parcels: Arc<[Parcel]>,
+    pieces: Arc<[Vec<Piece>]>,
     settings: AdamW,
 }
 
@@ -66,7 +68,9 @@ impl HostOptimizer {
                 gradients: vec![0.0; count],
             }
         });
-        Self { shards: shards.collect(), buckets: first.buckets.clone(), parcels: first.parcels.clone(), settings }
+        let Optimizer { buckets, parcels, pieces, .. } = &*first;
+        let (buckets, parcels, pieces) = (buckets.clone(), parcels.clone(), pieces.clone());
+        Self { shards: shards.collect(), buckets, parcels, pieces, settings }
     }
 
     /// Takes a parcel's sum.
@@ -106,27 +110,20 @@ impl HostOptimizer {
         }
     }
 
-    /// All other weights as models read them, as [`Optimizer::write_weights`] takes them.
-    pub fn weights(&self) -> Vec<u8> {
-        let dtype = |group: &Group| match self.settings.keep {
-            Keep::Master(dtype) if group.class.packed => dtype,
-            _ => tensor::Dtype::F32,
-        };
-        let stays = |shard: &&HostShard| shard.entries.iter().all(|entry| entry.at_rest.is_none());
-        let stay = || self.shards.iter().filter(stays);
-        let groups = || stay().flat_map(|shard| shard.groups.iter().map(move |group| (shard, group)));
-        let mut bytes = vec![0; groups().map(|(_, group)| group.count * dtype(group).bytes()).sum()];
-        let (mut rest, mut chunks) = (bytes.as_mut_slice(), Vec::new());
-        for (HostShard { kept: [values, ..], .. }, group) in groups() {
-            let dtype = dtype(group);
-            let values = &values[group.places.gradient..group.places.gradient + group.count];
-            let (these, others) = rest.split_at_mut(group.count * dtype.bytes());
-            rest = others;
-            let of_core = these.chunks_mut(CHUNK * dtype.bytes()).zip(values.chunks(CHUNK));
-            chunks.extend(of_core.map(|(bytes, values)| (dtype, values, bytes)));
-        }
-        chunks.into_par_iter().for_each(|(dtype, values, bytes)| dtype.narrow_into(values, bytes));
-        bytes
+    /// All other weights as models read them: piece by piece, as [`Optimizer::write_weights`] takes them.
+    pub fn weights(&self) -> impl Iterator<Item = Vec<u8>> {
+        self.pieces.iter().flatten().map(|Piece { shard, range, .. }| {
+            let HostShard { groups, kept: [values, ..], .. } = &self.shards[*shard];
+            let packed = groups.iter().any(|group| group.class.packed && group.within(range).is_some());
+            let dtype = match self.settings.keep {
+                Keep::Master(dtype) if packed => dtype,
+                _ => tensor::Dtype::F32,
+            };
+            let mut bytes = vec![0; range.len() * dtype.bytes()];
+            let chunks = bytes.par_chunks_mut(CHUNK * dtype.bytes()).zip(values[range.clone()].par_chunks(CHUNK));
+            chunks.for_each(|(bytes, values)| dtype.narrow_into(values, bytes));
+            bytes
+        })
     }
 }
 

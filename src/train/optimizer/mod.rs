@@ -12,17 +12,20 @@ mod apart;
 mod arenas;
 mod buckets;
 mod host;
+mod pieces;
 mod shard;
 mod sharing;
 mod state;
 
 pub use buckets::{Bucket, Parcel, Span};
 pub use host::{HostOptimizer, updating_rate};
+pub use pieces::Piece;
 pub use sharing::Sharing;
 pub use state::{Reader, Remembers, State, Stored};
 
 use arenas::{Entry, Placed, arena, parts};
 use buckets::{buckets, parcels};
+use pieces::bytes_of;
 use shard::Shard;
 
 use crate::{
@@ -31,7 +34,7 @@ use crate::{
     models::streaming::Streaming,
     nn::{Id, Parameters},
     ops::elementwise,
-    tensor::{ALIGNMENT, Downloading, Dtype, Tensor},
+    tensor::{Downloading, Dtype, Tensor},
 };
 
 /// Bytes of an arena at most, or of one tensor: devices refuse larger buffers.
@@ -113,6 +116,8 @@ pub struct Optimizer {
     sharing: Sharing,
     buckets: Arc<[Bucket]>,
     parcels: Arc<[Parcel]>,
+    /// Weights that return, by who updates them.
+    pieces: Arc<[Vec<Piece>]>,
     /// Where the gradients of each bucket are made, where they pass; buckets take turns.
     homes: Vec<Tensor>,
     /// What the host updates begins with, by shard.
@@ -170,17 +175,19 @@ impl Optimizer {
             shards.push(Shard::new(parameters, placed, settings, homes));
         }
         let parcels = parcels(&buckets, sharing.bucket_elements).into();
-        Ok(Self { gpu, shards, sharing, buckets: buckets.into(), parcels, homes, begin_on_host })
+        let owners = if sharing.offload { 1 } else { sharing.devices };
+        let owners = if sharing.weights_return() { 0..owners } else { 0..0 };
+        let of = |owner: usize| {
+            let owned = |end| if sharing.offload { 0..end } else { sharing.owned_by(owner, end) };
+            pieces::pieces(&shards, owned, sharing.bucket_elements)
+        };
+        let pieces = owners.map(of).collect();
+        Ok(Self { gpu, shards, sharing, buckets: buckets.into(), parcels, pieces, homes, begin_on_host })
     }
 
     /// How many numbers train.
     pub fn elements(&self) -> usize {
         self.shards.iter().map(Shard::elements).sum()
-    }
-
-    /// Bytes of what trains, as the model reads it, without layers that take turns: of all, or of what a device updates.
-    pub fn weight_bytes(&self, owner: Option<usize>) -> u64 {
-        self.weights_of(owner).iter().map(|part| bytes_of(part) as u64).sum()
     }
 
     pub fn sharing(&self) -> &Sharing {
@@ -218,51 +225,6 @@ impl Optimizer {
         let Parcel { bucket, range } = &self.parcels[parcel];
         let parts = self.buckets[*bucket].split(range.start, values);
         parts.map(|(span, values)| self.shards[span.shard].take_sum(span.first, values)).sum()
-    }
-
-    /// The weights that this device updates, in pieces that [`Optimizer::write_weights`] takes: one is passed on while
-    /// the next leaves.
-    ///
-    /// # Errors
-    /// Whatever has failed on the device so far.
-    pub fn owned_weights(&self) -> Result<Vec<Vec<u8>>> {
-        let pieces: Vec<Tensor> = self.weight_pieces(Some(self.sharing.device), 0).collect();
-        let bytes = Downloading::of(&self.gpu, &pieces).bytes()?;
-        let mut rest = &bytes[..];
-        let mut piece = |piece: &Tensor| {
-            let (these, others) = rest.split_at(bytes_of(piece));
-            rest = others;
-            these.to_vec()
-        };
-        Ok(pieces.iter().map(&mut piece).collect())
-    }
-
-    /// Puts weights that were updated elsewhere into their place: by another device, or by the host. They are whole
-    /// pieces, from a `first` one on.
-    pub fn write_weights(&self, owner: Option<usize>, first: usize, mut bytes: &[u8]) {
-        let mut pieces = self.weight_pieces(owner, first);
-        while let Some(piece) = pieces.next().filter(|_| !bytes.is_empty()) {
-            let (these, rest) = bytes.split_at(bytes_of(&piece));
-            piece.write_bytes(these);
-            bytes = rest;
-        }
-    }
-
-    /// Weights in pieces of about as many elements as gradients are added up at once, without so many `before`.
-    fn weight_pieces(&self, owner: Option<usize>, mut before: usize) -> impl Iterator<Item = Tensor> + use<> {
-        let most = self.sharing.bucket_elements.next_multiple_of(ALIGNMENT);
-        self.weights_of(owner).into_iter().flat_map(move |part| {
-            let count = part.len();
-            let skipped = before.min(count.div_ceil(most));
-            before -= skipped;
-            (skipped * most..count).step_by(most).map(move |first| part.part(first, &[most.min(count - first)]))
-        })
-    }
-
-    fn weights_of(&self, owner: Option<usize>) -> Vec<Tensor> {
-        let range = |end: usize| owner.map_or(0..end, |owner| self.sharing.owned_by(owner, end));
-        let stays = self.shards.iter().filter(|shard| !shard.takes_turns());
-        stays.flat_map(|shard| shard.weights(&range(shard.end.gradient))).collect()
     }
 
     /// Brings what this device has updated of layers that take turns to where they rest.
@@ -323,10 +285,6 @@ impl Remembers for Optimizer {
     fn restore<'b>(&mut self, get: Stored<'_, 'b>) -> Result<()> {
         self.shards.iter().enumerate().try_for_each(|(index, shard)| shard.restore(index, get))
     }
-}
-
-fn bytes_of(part: &Tensor) -> usize {
-    part.len() * part.dtype().bytes()
 }
 
 /// Every tensor that trains, and where its gradient is, padding included.

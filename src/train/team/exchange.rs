@@ -40,27 +40,42 @@ pub enum Broken {
     Hosts(Error),
 }
 
+impl Broken {
+    pub fn into_error(self) -> Error {
+        match self {
+            Self::DeviceGone => Error::failed("a device ended a step before its time"),
+            Self::Hosts(error) => error,
+        }
+    }
+}
+
 /// A device and its gradients of a parcel.
 type Part = (usize, Vec<f32>);
 
-/// The place where a step's devices meet.
+/// The place where a host's devices meet.
 pub struct Exchange {
     arriving: Receiver<Sent>,
     leaving: Vec<Sender<Got>>,
+    /// The number of the first of these devices, among those of all hosts.
+    first: usize,
     /// Of how many devices each takes an equal part of every sum.
     owners: usize,
     /// What has come before its turn.
     parts: HashMap<(usize, usize), Vec<Part>>,
+    /// Bytes of weights that devices have sent, or will, and that have not been passed on.
+    missing: u64,
 }
 
 impl Exchange {
-    /// `leaving` has a way to each device, in their order; of sums each takes all, or its part of so many `owners`.
-    pub fn new(arriving: Receiver<Sent>, leaving: Vec<Sender<Got>>, owners: usize) -> Self {
-        Self { arriving, leaving, owners, parts: HashMap::new() }
+    /// `leaving` has a way to each device, in their order, the first of which is number `first` of all; of sums each
+    /// takes all, or its part of so many `owners`.
+    pub fn new(arriving: Receiver<Sent>, leaving: Vec<Sender<Got>>, first: usize, owners: usize) -> Self {
+        Self { arriving, leaving, first, owners, parts: HashMap::new(), missing: 0 }
     }
 
     /// Adds up what leaves the devices in so many rounds: round by round, and in each in the order of the devices. A
-    /// sum is `finished`, those of other hosts in it, in the order of the parcels. Gives the square sum of all.
+    /// sum is `finished`, those of other hosts in it, in the order of the parcels. Gives the square sum of all. Weights
+    /// of the step before are passed on as they come.
     pub fn sums(
         &mut self,
         parcels: &[Parcel],
@@ -95,39 +110,51 @@ impl Exchange {
                 Ok(Sent::Part { device, round, parcel, values }) => {
                     self.parts.entry((round, parcel)).or_default().push((device, values));
                 }
+                Ok(Sent::Weights { device, piece, bytes }) => drop(self.pass_on(device, piece, bytes)),
                 _ => return Err(Broken::DeviceGone),
             }
         }
     }
 
-    /// Passes the weights of each device on to all others, those of other hosts' devices too: the first of this host's
-    /// is number `first` of all, and together they have `owned` bytes.
-    pub fn pass_weights(&mut self, first: usize, owned: u64, hosts: &mut dyn Hosts) -> Result<(), Broken> {
-        let mut mine: Vec<(u64, Vec<u8>)> =
-            (0..self.leaving.len()).map(|device| ((first + device) as u64, Vec::new())).collect();
-        let mut missing = owned;
-        while missing > 0 {
+    /// Every device has updated its weights, `bytes` together, and sends them.
+    pub fn expect_weights(&mut self, bytes: u64) {
+        self.missing += bytes;
+    }
+
+    /// Passes all weights on that are still to come; `passed` gets each piece, and the device of this host that has it
+    /// updated.
+    pub fn pass_weights(&mut self, mut passed: impl FnMut(usize, &[u8])) -> Result<(), Broken> {
+        while self.missing > 0 {
             let Ok(Sent::Weights { device, piece, bytes }) = self.arriving.recv() else {
                 return Err(Broken::DeviceGone);
             };
-            missing = missing.saturating_sub(bytes.len() as u64);
-            if hosts.count() > 1 {
-                mine[device].1.extend_from_slice(&bytes);
-            }
-            let bytes = Arc::new(bytes);
-            let got = Got::Weights { owner: Some(first + device), first: piece, bytes: bytes.clone() };
-            let others = self.leaving.iter_mut().enumerate().filter(|(other, _)| *other != device);
-            // One that is gone says so itself.
-            others.for_each(|(_, to)| drop(to.send(got.clone(), bytes.len())));
-        }
-        if hosts.count() > 1 {
-            let gathered = hosts.gather(&frame(&mine)).map_err(Broken::Hosts)?;
-            let others = gathered.iter().enumerate().filter(|(rank, _)| *rank != hosts.rank());
-            for (owner, bytes) in others.flat_map(|(_, framed)| unframe(framed)) {
-                self.tell(&Got::Weights { owner: Some(owner as usize), first: 0, bytes: Arc::new(bytes.to_vec()) });
-            }
+            passed(device, &self.pass_on(device, piece, bytes));
         }
         Ok(())
+    }
+
+    /// As [`Exchange::pass_weights`], to the devices of other hosts too, whose weights come here.
+    pub fn share_weights(&mut self, hosts: &mut dyn Hosts) -> Result<(), Broken> {
+        let mut mine: Vec<(u64, Vec<u8>)> =
+            (0..self.leaving.len()).map(|device| ((self.first + device) as u64, Vec::new())).collect();
+        self.pass_weights(|device, bytes| mine[device].1.extend_from_slice(bytes))?;
+        let gathered = hosts.gather(&frame(&mine)).map_err(Broken::Hosts)?;
+        let others = gathered.iter().enumerate().filter(|(rank, _)| *rank != hosts.rank());
+        for (owner, bytes) in others.flat_map(|(_, framed)| unframe(framed)) {
+            self.tell(&Got::Weights { owner: Some(owner as usize), first: 0, bytes: Arc::new(bytes.to_vec()) });
+        }
+        Ok(())
+    }
+
+    /// Passes a piece of a device's weights on to all others.
+    fn pass_on(&mut self, device: usize, piece: usize, bytes: Vec<u8>) -> Arc<Vec<u8>> {
+        self.missing = self.missing.saturating_sub(bytes.len() as u64);
+        let bytes = Arc::new(bytes);
+        let got = Got::Weights { owner: Some(self.first + device), first: piece, bytes: bytes.clone() };
+        let others = self.leaving.iter_mut().enumerate().filter(|(other, _)| *other != device);
+        // One that is gone says so itself.
+        others.for_each(|(_, to)| drop(to.send(got.clone(), bytes.len())));
+        bytes
     }
 
     /// Sends the same to all devices.
@@ -223,7 +250,7 @@ mod tests {
             }
             let (leaving, _got): (Vec<_>, Vec<_>) = (0..3).map(|_| way(None)).unzip();
             let mut sums = Vec::new();
-            let mut exchange = Exchange::new(arriving, leaving, 1);
+            let mut exchange = Exchange::new(arriving, leaving, 0, 1);
             let total = exchange.sums(&[parcel(2), parcel(1)], 1, &mut Alone, |_, index, sum| sums.push((index, sum)));
             assert_eq!(total.unwrap(), 36.0);
             assert_eq!(sums, [(0, vec![0.0, 6.0]), (1, vec![0.0])]);
@@ -239,7 +266,8 @@ mod tests {
         }
         let (leaving, _got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
         let mut sums = Vec::new();
-        let total = Exchange::new(arriving, leaving, 1).sums(&[parcel(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
+        let total =
+            Exchange::new(arriving, leaving, 0, 1).sums(&[parcel(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
         assert_eq!((total.unwrap(), sums), (0.0, vec![vec![0.0]]));
     }
 
@@ -250,14 +278,35 @@ mod tests {
             send.send(Sent::Weights { device, piece: 3, bytes: vec![device as u8] }, 0).unwrap();
         }
         let (leaving, got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
-        let mut exchange = Exchange::new(arriving, leaving, 1);
-        exchange.pass_weights(0, 2, &mut Alone).unwrap();
+        let mut exchange = Exchange::new(arriving, leaving, 0, 1);
+        exchange.expect_weights(2);
+        exchange.pass_weights(|device, bytes| assert_eq!(bytes, [device as u8])).unwrap();
         drop(exchange);
         for (device, mut got) in got.into_iter().enumerate() {
             let Got::Weights { owner, first: 3, bytes } = got.recv().unwrap() else { panic!("weights") };
             assert_eq!((owner, &bytes[..]), (Some(1 - device), &[1 - device as u8][..]));
             assert!(got.recv().is_err());
         }
+    }
+
+    #[test]
+    fn weights_of_the_step_before_are_passed_on_while_gradients_are_added() {
+        let (mut send, arriving) = way(None);
+        let (leaving, mut got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
+        let mut exchange = Exchange::new(arriving, leaving, 2, 1);
+        exchange.expect_weights(4);
+        send.send(Sent::Weights { device: 1, piece: 0, bytes: vec![5] }, 0).unwrap();
+        for device in 0..2 {
+            send.send(Sent::Part { device, round: 0, parcel: 0, values: vec![1.0] }, 0).unwrap();
+        }
+        send.send(Sent::Weights { device: 1, piece: 1, bytes: vec![6; 3] }, 0).unwrap();
+        assert_eq!(exchange.sums(&[parcel(1)], 1, &mut Alone, |_, _, _| ()).unwrap(), 4.0);
+        assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 0, .. })));
+        assert!(got[0].try_recv().is_err() && got[1].try_recv().is_err());
+        // Whoever needs them all does not wait for a next step.
+        exchange.pass_weights(|_, _| ()).unwrap();
+        assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 1, .. })));
+        assert!(exchange.pass_weights(|_, _| ()).is_ok() && got[0].try_recv().is_err());
     }
 
     #[test]
@@ -273,7 +322,7 @@ mod tests {
         let (leaving, mut got) = way(None);
         send.send(Sent::Part { device: 0, round: 0, parcel: 0, values: vec![1.0] }, 0).unwrap();
         send.send(Sent::Gone, 0).unwrap();
-        let mut exchange = Exchange::new(arriving, vec![leaving.beside(), leaving], 1);
+        let mut exchange = Exchange::new(arriving, vec![leaving.beside(), leaving], 0, 1);
         assert!(matches!(exchange.sums(&[parcel(1)], 1, &mut Alone, |_, _, _| ()), Err(Broken::DeviceGone)));
         drop(exchange);
         assert!(got.recv().is_err());

@@ -1,7 +1,11 @@
 //! One device's part of a step, in a thread of its own: its micro-batches, gradients that leave while the backward still
 //! runs, sums that come back, the update.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, mpsc::RecvError},
+    time::{Duration, Instant},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,23 +15,28 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    models::dora,
     tensor::Downloading,
     train::{
         config::StageConfig,
         optimizer::{Bucket, Optimizer, Parcel, Update},
         pictures::PictureStore,
         step::Step,
-        stepper::Stepper,
+        stepper::{Pass, Stepper},
     },
 };
 
 /// Buckets on their way that a device is not waited for.
 const UNDERWAY: usize = 2;
 
+/// The milestone that all weights come before.
+const ALL: Option<usize> = Some(usize::MAX);
+
 /// A device of a team, with all that it holds.
 pub struct Member {
     pub stepper: Stepper,
     pub pictures: PictureStore,
+    pub link: Link,
 }
 
 /// A device's part of a step.
@@ -35,7 +44,8 @@ pub struct Member {
 pub struct DeviceTimes {
     /// Text and pictures, per second of its own work.
     pub tokens_per_second: f64,
-    /// Seconds between its own last gradient and the last sum; of a part of the layers, those in which it had no turn.
+    /// Seconds between its own last gradient and the last sum, and those in which a forward waited for weights; of a part
+    /// of the layers, those in which it had no turn.
     pub waiting_seconds: f64,
     /// To the host and back: gradients, sums, weights and layers that come in for their turn; where layers are split, what
     /// passes between their parts.
@@ -73,20 +83,92 @@ impl From<Error> for Stopped {
     }
 }
 
-/// The way to the others and back.
+/// The way to the others and back, of a run.
 pub struct Link {
-    pub device: usize,
-    pub to: Sender<Sent>,
-    pub from: Receiver<Got>,
+    device: usize,
+    to: Sender<Sent>,
+    from: Receiver<Got>,
+    /// Pieces of weights that others have updated and that have not come yet: how many for each milestone of a forward.
+    missing: BTreeMap<Option<usize>, usize>,
+}
+
+impl Link {
+    /// `device` counts those of this host.
+    pub fn new(device: usize, to: Sender<Sent>, from: Receiver<Got>) -> Self {
+        Self { device, to, from, missing: BTreeMap::new() }
+    }
+
+    /// Sends the weights that are updated here; those of all others are on their way from now on. Gives the bytes of both.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    fn send_weights(&mut self, optimizer: &Optimizer) -> Result<u64> {
+        let sharing = optimizer.sharing();
+        if !sharing.weights_return() {
+            return Ok(0);
+        }
+        if sharing.offload {
+            self.expect(optimizer, None);
+            return Ok(optimizer.weight_bytes(None));
+        }
+        for (piece, bytes) in optimizer.owned_weights()?.into_iter().enumerate() {
+            let count = bytes.len();
+            // Where nobody hears, somebody has failed: that is told when nothing comes back.
+            let _ = self.to.send(Sent::Weights { device: self.device, piece, bytes }, count);
+        }
+        let others = (0..sharing.devices).filter(|&owner| owner != sharing.device);
+        others.for_each(|owner| self.expect(optimizer, Some(owner)));
+        Ok(optimizer.weight_bytes(None))
+    }
+
+    fn expect(&mut self, optimizer: &Optimizer, owner: Option<usize>) {
+        for piece in optimizer.pieces(owner) {
+            *self.missing.entry(piece.milestone).or_default() += 1;
+        }
+    }
+
+    /// Whether weights that a forward reads before it comes to the milestone behind this one are still on their way.
+    fn lacks(&self, milestone: Option<usize>) -> bool {
+        self.missing.range(..=milestone).next().is_some()
+    }
+
+    /// Puts weights into their place. What is recorded from now on reads them.
+    fn take_weights(&mut self, optimizer: &Optimizer, owner: Option<usize>, first: usize, bytes: &[u8]) {
+        for piece in optimizer.write_weights(owner, first, bytes) {
+            if let Some(count) = self.missing.get_mut(&piece.milestone) {
+                *count -= 1;
+            }
+        }
+        self.missing.retain(|_, count| *count > 0);
+    }
+
+    /// Waits between two steps for all weights that are still on their way.
+    ///
+    /// # Errors
+    /// Nobody sends any more.
+    pub fn complete(&mut self, optimizer: &Optimizer) -> Result<(), RecvError> {
+        while self.lacks(ALL) {
+            if let Got::Weights { owner, first, bytes } = self.from.recv()? {
+                self.take_weights(optimizer, owner, first, &bytes);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Member {
-    /// Computes the micro-batches `mine`, and makes the step's update or its part of it.
-    pub fn run(&mut self, task: &Task<'_>, mine: &[usize], link: Link) -> Result<Done, Stopped> {
+    /// Computes the micro-batches `mine`, and makes the step's update or its part of it. Weights that others update may
+    /// come back in the next step's forward.
+    pub fn run(&mut self, task: &Task<'_>, mine: &[usize]) -> Result<Done, Stopped> {
         let begun = Instant::now();
-        let Self { stepper, pictures } = self;
+        let Self { stepper, pictures, link } = self;
         let mut moving = Moving::new(&stepper.optimizer, link);
         let passing = stepper.optimizer.sharing().gradients_pass();
+        if dora::is_in(stepper.model()) {
+            // Their norms follow from all weights.
+            moving.need(&stepper.optimizer, ALL);
+        }
+        stepper.settle();
         stepper.begin();
         for round in 0..task.rounds {
             // Gradients that do not pass leave once, after the last micro-batch.
@@ -95,25 +177,26 @@ impl Member {
             moving.begin(round, these.is_empty());
             for (place, &index) in these.iter().enumerate() {
                 let last = place + 1 == these.len();
-                let passed = &mut |optimizer: &Optimizer, milestone| {
-                    if last {
-                        moving.passed(optimizer, Some(milestone));
-                    }
+                moving.need(&stepper.optimizer, None);
+                let passes = &mut |optimizer: &Optimizer, pass| match pass {
+                    Pass::Forward(milestone) => moving.need(optimizer, Some(milestone)),
+                    Pass::Backward(milestone) if last => moving.passed(optimizer, Some(milestone)),
+                    Pass::Backward(_) => {}
                 };
-                stepper.micro_batch(task.stage, task.step, index, task.loss_scale, pictures, passed)?;
+                stepper.micro_batch(task.stage, task.step, index, task.loss_scale, pictures, passes)?;
                 stepper.model().gpu().check()?;
+                moving.check()?;
             }
             moving.passed(&stepper.optimizer, None);
         }
         moving.send_all();
         let losses = stepper.losses()?;
-        let own = begun.elapsed().as_secs_f64();
+        let own = (begun.elapsed() - moving.waited).as_secs_f64();
         let square_sum = moving.square_sum(&stepper.optimizer)?;
         let waiting_seconds = begun.elapsed().as_secs_f64() - own;
         stepper.update(task.update, square_sum);
         moving.rest(&stepper.optimizer)?;
-        moving.exchange_weights(&stepper.optimizer)?;
-        stepper.settle();
+        moving.bytes += moving.link.send_weights(&stepper.optimizer)?;
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
         let brought = stepper.model().language.streaming().map_or(0, |streaming| streaming.take_moved());
         let bytes_moved = moving.done() + brought;
@@ -122,11 +205,11 @@ impl Member {
     }
 }
 
-/// What moves between this device and the others.
-struct Moving {
+/// What moves between this device and the others in a step.
+struct Moving<'a> {
     buckets: Arc<[Bucket]>,
     parcels: Arc<[Parcel]>,
-    link: Link,
+    link: &'a mut Link,
     round: usize,
     /// Nothing is computed here in this round.
     empty: bool,
@@ -135,16 +218,16 @@ struct Moving {
     /// Round and bucket of what is on its way to the host.
     underway: VecDeque<(usize, usize, Downloading)>,
     square_sum: Option<f64>,
-    failure: Option<Error>,
-    /// Bytes of weights that have come back.
-    weights: u64,
+    failure: Option<Stopped>,
+    /// For weights.
+    waited: Duration,
     /// All bytes that have moved.
     bytes: u64,
     finished: bool,
 }
 
-impl Moving {
-    fn new(optimizer: &Optimizer, link: Link) -> Self {
+impl<'a> Moving<'a> {
+    fn new(optimizer: &Optimizer, link: &'a mut Link) -> Self {
         Self {
             buckets: optimizer.buckets().clone(),
             parcels: optimizer.parcels().clone(),
@@ -155,7 +238,7 @@ impl Moving {
             underway: VecDeque::new(),
             square_sum: None,
             failure: None,
-            weights: 0,
+            waited: Duration::ZERO,
             bytes: 0,
             finished: false,
         }
@@ -163,6 +246,22 @@ impl Moving {
 
     fn begin(&mut self, round: usize, empty: bool) {
         (self.round, self.empty, self.next) = (round, empty, 0);
+    }
+
+    /// The forward comes to `milestone`, or to the beginning: waits for the weights that it reads before the next one.
+    fn need(&mut self, optimizer: &Optimizer, milestone: Option<usize>) {
+        let begun = Instant::now();
+        while self.failure.is_none() && self.link.lacks(milestone) {
+            if let Err(stopped) = self.wait(optimizer) {
+                self.failure = Some(stopped);
+            }
+        }
+        self.waited += begun.elapsed();
+    }
+
+    /// What went wrong where it could not be told.
+    fn check(&mut self) -> Result<(), Stopped> {
+        self.failure.take().map_or(Ok(()), Err)
     }
 
     /// The backward has come back to `milestone`, or to its end: what is whole leaves, what has come back is put in
@@ -191,7 +290,7 @@ impl Moving {
         for (parcel, Parcel { range, .. }) in self.parcels.iter().enumerate().filter(|(_, of)| of.bucket == bucket) {
             let these = bytes.get(4 * range.start..4 * range.end).unwrap_or_default();
             let values = bytemuck::pod_collect_to_vec(these);
-            // Where nobody hears, somebody has failed: that is told when nothing comes back.
+            // As with weights.
             let _ = self.link.to.send(Sent::Part { device: self.link.device, round, parcel, values }, these.len());
         }
     }
@@ -200,7 +299,7 @@ impl Moving {
         let Some((round, bucket, downloading)) = self.underway.pop_front() else { return };
         match downloading.bytes() {
             Ok(bytes) => self.send(round, bucket, &bytes),
-            Err(error) => drop(self.failure.get_or_insert(error)),
+            Err(error) => drop(self.failure.get_or_insert(error.into())),
         }
     }
 
@@ -214,18 +313,12 @@ impl Moving {
         match got {
             Got::Sum { parcel, values } => self.bytes += optimizer.take_sum(parcel, &values) as u64 * 4,
             Got::SquareSum(sum) => self.square_sum = Some(sum),
-            Got::Weights { owner, first, bytes } => {
-                optimizer.write_weights(owner, first, &bytes);
-                self.bytes += bytes.len() as u64;
-                self.weights += bytes.len() as u64;
-            }
+            Got::Weights { owner, first, bytes } => self.link.take_weights(optimizer, owner, first, &bytes),
         }
     }
 
     fn wait(&mut self, optimizer: &Optimizer) -> Result<(), Stopped> {
-        if let Some(failure) = self.failure.take() {
-            return Err(failure.into());
-        }
+        self.check()?;
         let Ok(got) = self.link.from.recv() else { return Err(Stopped::ByOthers) };
         self.receive(optimizer, got);
         Ok(())
@@ -247,27 +340,6 @@ impl Moving {
         Ok(optimizer.rest()?)
     }
 
-    /// Sends the weights that are updated here, and waits for all others.
-    fn exchange_weights(&mut self, optimizer: &Optimizer) -> Result<(), Stopped> {
-        let sharing = optimizer.sharing();
-        if !sharing.weights_return() {
-            return Ok(());
-        }
-        let mut missing = optimizer.weight_bytes(None);
-        if !sharing.offload {
-            for (piece, bytes) in optimizer.owned_weights()?.into_iter().enumerate() {
-                let count = bytes.len();
-                self.bytes += count as u64;
-                missing -= count as u64;
-                let _ = self.link.to.send(Sent::Weights { device: self.link.device, piece, bytes }, count);
-            }
-        }
-        while self.weights < missing {
-            self.wait(optimizer)?;
-        }
-        Ok(())
-    }
-
     /// Bytes moved.
     fn done(mut self) -> u64 {
         self.finished = true;
@@ -275,11 +347,30 @@ impl Moving {
     }
 }
 
-impl Drop for Moving {
+impl Drop for Moving<'_> {
     /// Whatever ends a member early, a panic too, the others must not wait for it.
     fn drop(&mut self) {
         if !self.finished {
             let _ = self.link.to.send(Sent::Gone, 0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::team::link::way;
+
+    #[test]
+    fn a_forward_lacks_what_it_reads_before_the_next_milestone() {
+        let (to, _arriving) = way(None);
+        let (_leaving, from) = way(None);
+        let mut link = Link::new(0, to, from);
+        assert!(!link.lacks(ALL));
+        link.missing = [(Some(2), 1), (Some(3), 1)].into();
+        assert!(!link.lacks(None) && !link.lacks(Some(1)));
+        assert!(link.lacks(Some(2)) && link.lacks(ALL));
+        link.missing = [(None, 2), (Some(3), 1)].into();
+        assert!(link.lacks(None) && link.lacks(Some(0)));
     }
 }

@@ -48,7 +48,8 @@ pub struct Team {
     /// Where the host makes the updates.
     host: Option<HostOptimizer>,
     shares: Shares,
-    slow: Option<SlowLink>,
+    /// None once somebody has failed: then whoever still waits for something is told.
+    exchange: Option<Exchange>,
 }
 
 impl Team {
@@ -74,8 +75,18 @@ impl Team {
         let shares = Shares::new(standing.total, alike);
         let offload = steppers[0].optimizer.sharing().offload;
         let host = offload.then(|| HostOptimizer::new(&mut steppers[0].optimizer, settings(stage)));
-        let without = |stepper| Member { stepper, pictures: PictureStore::default() };
-        Ok(Self { members: steppers.into_iter().map(without).collect(), standing, host, shares, slow })
+        let weights_return = steppers[0].optimizer.sharing().weights_return();
+        let owners = if weights_return && !offload { standing.total } else { 1 };
+        let (to, arriving) = way(slow);
+        let (mut members, mut leaving) = (Vec::new(), Vec::new());
+        for (device, stepper) in steppers.into_iter().enumerate() {
+            let (send, from) = way(slow);
+            leaving.push(send);
+            let link = Link::new(device, to.beside(), from);
+            members.push(Member { stepper, pictures: PictureStore::default(), link });
+        }
+        let exchange = Exchange::new(arriving, leaving, standing.first, owners);
+        Ok(Self { members, standing, host, shares, exchange: Some(exchange) })
     }
 
     /// Where layers rest that take turns on the devices, of so many on all hosts: those that train too, unless there is
@@ -119,7 +130,6 @@ impl Team {
             self.shares = shares;
         }
         self.spread_weights(hosts)?;
-        self.members.iter_mut().for_each(|member| member.stepper.settle());
         Ok(state)
     }
 
@@ -127,8 +137,10 @@ impl Team {
     fn spread_weights(&self, hosts: &mut dyn Hosts) -> Result<()> {
         let optimizers = || self.members.iter().map(|member| &member.stepper.optimizer);
         if let Some(host) = &self.host {
-            let bytes = host.weights();
-            optimizers().for_each(|optimizer| optimizer.write_weights(None, 0, &bytes));
+            let bytes = host.weights().collect::<Vec<_>>().concat();
+            for optimizer in optimizers() {
+                optimizer.write_weights(None, 0, &bytes);
+            }
             host.rest();
             return Ok(());
         }
@@ -140,8 +152,9 @@ impl Team {
         }
         for framed in hosts.gather(&frame(&mine))? {
             for (device, bytes) in unframe(&framed) {
-                let others = optimizers().filter(|optimizer| optimizer.sharing().device as u64 != device);
-                others.for_each(|optimizer| optimizer.write_weights(Some(device as usize), 0, bytes));
+                for other in optimizers().filter(|optimizer| optimizer.sharing().device as u64 != device) {
+                    other.write_weights(Some(device as usize), 0, bytes);
+                }
             }
         }
         Ok(())
@@ -161,6 +174,20 @@ impl Team {
                     first.write_rested(shard, device as usize, bytes);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Waits for weights that are still on their way between devices. Whoever looks at models or optimizers between two
+    /// steps asks for this first.
+    ///
+    /// # Errors
+    /// A device that ended a step before its time.
+    pub fn complete(&mut self) -> Result<()> {
+        let exchange = self.exchange.as_mut().ok_or(Broken::DeviceGone);
+        exchange.and_then(|exchange| exchange.pass_weights(|_, _| ())).map_err(Broken::into_error)?;
+        for Member { stepper, link, .. } in &mut self.members {
+            link.complete(&stepper.optimizer).map_err(|_| Broken::DeviceGone.into_error())?;
         }
         Ok(())
     }
@@ -213,7 +240,7 @@ impl Team {
         hosts: &mut dyn Hosts,
         observer: &mut dyn Observer,
     ) -> Result<Measured> {
-        if let [Member { stepper, pictures }] = &mut self.members[..]
+        if let [Member { stepper, pictures, .. }] = &mut self.members[..]
             && stepper.optimizer.sharing().is_alone()
         {
             return stepper.step(stage, step, pictures, updates, loss_scaler);
@@ -255,7 +282,8 @@ impl Team {
         most.unwrap_or(0).max(1)
     }
 
-    /// A step on this host's devices, one thread each; this one adds up. `dealt` has the device of each micro-batch.
+    /// A step on this host's devices, one thread each; this one adds up. `dealt` has the device of each micro-batch. What
+    /// has been updated may still be on its way to other devices behind it.
     fn compute(
         &mut self,
         task: &Task<'_>,
@@ -269,24 +297,17 @@ impl Team {
             optimizer.weight_bytes(Some(optimizer.sharing().device))
         };
         let owned = if weights_return { self.members.iter().map(owned_bytes).sum() } else { 0 };
-        let Self { members, host, slow, standing, .. } = self;
-        let first = standing.first;
-        let owners = if weights_return && host.is_none() { standing.total } else { 1 };
-        let (to, arriving) = way(*slow);
+        let Self { members, host, exchange, standing, .. } = self;
+        let (first, kept) = (standing.first, exchange);
+        let taken = kept.take();
         thread::scope(|scope| {
-            let (leaving, threads): (Vec<_>, Vec<_>) = members
-                .iter_mut()
-                .enumerate()
-                .map(|(device, member)| {
-                    let (send, from) = way(*slow);
-                    let link = Link { device, to: to.beside(), from };
-                    let mine: Vec<usize> = (0..dealt.len()).filter(|&index| dealt[index] == first + device).collect();
-                    (send, scope.spawn(move || member.run(task, &mine, link)))
-                })
-                .unzip();
-            drop(to);
-            let mut exchange = Exchange::new(arriving, leaving, owners);
-            let mut meet = || {
+            let mut threads = Vec::new();
+            for (device, member) in members.iter_mut().enumerate() {
+                let mine: Vec<usize> = (0..dealt.len()).filter(|&index| dealt[index] == first + device).collect();
+                threads.push(scope.spawn(move || member.run(task, &mine)));
+            }
+            // In this scope, so that a panic too drops it before the threads are waited for.
+            let mut meet = |exchange: &mut Exchange| {
                 let square_sum =
                     exchange.sums(&parcels, task.rounds, hosts, |exchange, parcel, sum| match &mut *host {
                         Some(host) => host.take_sum(parcel, &sum),
@@ -296,16 +317,22 @@ impl Team {
                 if let Some(host) = host {
                     host.step(task.update, square_sum);
                     host.rest();
-                    let bytes = host.weights();
-                    exchange.tell(&Got::Weights { owner: None, first: 0, bytes: Arc::new(bytes) });
+                    for (first, bytes) in host.weights().enumerate() {
+                        exchange.tell(&Got::Weights { owner: None, first, bytes: Arc::new(bytes) });
+                    }
                 } else if weights_return {
-                    exchange.pass_weights(first, owned, hosts)?;
+                    exchange.expect_weights(owned);
+                    if hosts.count() > 1 {
+                        exchange.share_weights(hosts)?;
+                    }
                 }
                 Ok(square_sum)
             };
-            let met = meet();
-            // Whoever still waits is told.
-            drop(exchange);
+            let met = taken.ok_or(Broken::DeviceGone).and_then(|mut exchange| {
+                let square_sum = meet(&mut exchange)?;
+                *kept = Some(exchange);
+                Ok(square_sum)
+            });
             let panicked = |_| Err(Stopped::Failed(Error::failed("a thread of the training failed")));
             (threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect(), met)
         })
@@ -327,9 +354,10 @@ impl Team {
             }
         }
         match (failure, square_sum) {
-            (Some(error), _) | (None, Err(Broken::Hosts(error))) => Err(error),
+            (Some(error), _) => Err(error),
+            (None, Err(broken)) => Err(broken.into_error()),
             (None, Ok(square_sum)) if given.len() == count => Ok((given, square_sum)),
-            (None, _) => Err(Error::failed("a device ended a step before its time")),
+            (None, Ok(_)) => Err(Broken::DeviceGone.into_error()),
         }
     }
 }
