@@ -130,6 +130,8 @@ impl Team {
             self.shares = shares;
         }
         self.spread_weights(hosts)?;
+        // A device alone does so only behind each step.
+        self.members.iter_mut().for_each(|member| member.stepper.settle());
         Ok(state)
     }
 
