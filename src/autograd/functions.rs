@@ -110,13 +110,13 @@ impl LoraWeights {
     }
 
     /// scale * u B^T, which is added to y.
-    fn grown<'a>(&'a self, u: &'a Tensor) -> Option<Second<'a>> {
-        Some(Second { a: u, b: &self.b.value, alpha: self.scale })
+    fn grown<'a>(&'a self, u: &'a Tensor) -> Second<'a> {
+        Second { a: u, b: &self.b.value, alpha: self.scale }
     }
 
     /// dU A, which is added to dX.
-    fn shrinks<'a>(&'a self, du: &'a Tensor) -> Option<Second<'a>> {
-        Some(Second { a: du, b: &self.a.value, alpha: 1.0 })
+    fn shrinks<'a>(&'a self, du: &'a Tensor) -> Second<'a> {
+        Second { a: du, b: &self.a.value, alpha: 1.0 }
     }
 
     /// Adds the gradients of A and B for dY, that of what [`LoraWeights::grown`] is added to; x before dropout, whose mask is
@@ -143,13 +143,10 @@ const ADD: Epilogue<'_> =
 pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weight>, lora: &LoraWeights) -> Var {
     let largest = largest_in_activation(&x.value, &weight.value);
     let largest = largest.as_ref();
-    let u = match lora.drops() {
-        Some(_) => lora.shrunk(&lora.dropped(&x.value), weight, None),
-        None => lora.shrunk(&x.value, weight, largest),
-    };
+    let u = lora.shrunk(&lora.dropped(&x.value), weight, largest.filter(|_| lora.drops().is_none()));
     let shape = [x.value.rows(), weight.value.rows()];
     let y = tape.product(shape, x.value.gpu(), || {
-        let (bias, second) = (bias.map(|bias| &bias.value), lora.grown(&u));
+        let (bias, second) = (bias.map(|bias| &bias.value), Some(lora.grown(&u)));
         product_with(Layout::Nt, &x.value, &weight.value, Epilogue { bias, largest, second, ..Default::default() })
     });
     let trains = weight.trains() || lora.a.trains() || lora.b.trains() || bias.is_some_and(Weight::trains);
@@ -169,7 +166,7 @@ pub fn linear_lora(tape: &mut Tape, x: &Var, weight: &Weight, bias: Option<&Weig
         drop(x);
         if node.wants_gradient() {
             let through = lora.drops().map(|key| (product_with(Layout::Nn, &du, &lora.a.value, beside(&weight)), key));
-            let second = lora.shrinks(&du).filter(|_| through.is_none());
+            let second = through.is_none().then(|| lora.shrinks(&du));
             let dx = product_with(Layout::Nn, dy, &weight.value, Epilogue { second, ..scaled_by(largest) });
             if let Some((through, key)) = through {
                 dropout::add_to(&through, key, &dx);
@@ -193,8 +190,11 @@ pub fn linear_dora(
 ) -> Var {
     assert!(!weight.trains(), "the backward of DoRA has no gradient for the weight under it");
     let input = lora.dropped(&x.value);
-    let u = lora.shrunk(&input, weight, None);
-    let z = product_with(Layout::Nt, &input, &weight.value, Epilogue { second: lora.grown(&u), ..Default::default() });
+    let largest = largest_in_activation(&input, &weight.value);
+    let largest = largest.as_ref();
+    let u = lora.shrunk(&input, weight, largest);
+    let second = Some(lora.grown(&u));
+    let z = product_with(Layout::Nt, &input, &weight.value, Epilogue { largest, second, ..Default::default() });
     drop(input);
     let y = dora::scale_columns(&z, &dora.magnitude.value, &dora.norm, bias.map(|bias| &bias.value));
     if let Some(key) = lora.drops() {
@@ -216,7 +216,7 @@ pub fn linear_dora(
         let largest = largest.as_ref();
         let du = lora.backward(&x.value, &u, &dz, &weight, largest);
         if x.wants_gradient() {
-            let epilogue = Epilogue { second: lora.shrinks(&du), ..scaled_by(largest) };
+            let epilogue = Epilogue { second: Some(lora.shrinks(&du)), ..scaled_by(largest) };
             let through = product_with(Layout::Nn, &dz, &weight.value, epilogue);
             drop(dz);
             gradients.add(
