@@ -155,7 +155,11 @@ impl Step {
     ) -> [u32; 15] {
         let c = self.constants().map(f32::to_bits);
         let (seed, step, place) = match weights {
-            Weights::Stochastic(_, draw) => (draw.seed, draw.step, (draw.first + first) / 4),
+            Weights::Stochastic(_, draw) => {
+                let place = (draw.first + first) / 4;
+                // The words' own number has 32 bits.
+                (draw.seed ^ ((place as u64 >> 32) as u32) << 20, draw.step, place)
+            }
             _ => (0, 0, 0),
         };
         let [count, before, absmax_before, place] = [count, before / 4, absmax_before, place].map(|n| n as u32);

@@ -40,6 +40,10 @@ use crate::{
 /// Bytes of an arena at most, or of one tensor: devices refuse larger buffers.
 const ARENA_BYTES: u64 = 1 << 30;
 
+/// Arenas at least where weights return: every device updates a part of each, so that what a forward reads first comes
+/// over the links of all.
+const SHARED_ARENAS: usize = 8;
+
 /// One tensor that trains.
 #[derive(Clone, Debug)]
 pub struct Trainable {
@@ -142,10 +146,15 @@ impl Optimizer {
             None => unreachable!("trainable.rs refuses a stage in which nothing trains"),
         };
         let limits = trainables.iter().map(|t| parameters.get(t.id).value.gpu().facts().limits.max_buffer_size);
-        let most = limits.fold(ARENA_BYTES, u64::min) / 4;
+        let most = (limits.fold(ARENA_BYTES, u64::min) / 4) as usize;
+        let elements: usize = trainables.iter().map(|t| parameters.get(t.id).value.len()).sum();
+        let in_arena = match sharing.weights_return() && !sharing.offload {
+            true => most.min(elements / SHARED_ARENAS),
+            false => most,
+        };
         let mut placed = Vec::new();
         let mut begin_on_host = Vec::new();
-        for part in parts(parameters, trainables, &settings, most as usize, streaming) {
+        for part in parts(parameters, trainables, &settings, in_arena, streaming) {
             if sharing.offload && sharing.first_of_host && !gpu.only_counts() {
                 begin_on_host.push(arenas::on_host(parameters, &part, &settings, streaming)?);
             }
@@ -157,7 +166,7 @@ impl Optimizer {
         }
         let buckets = match sharing.is_alone() {
             true => Vec::new(),
-            false => self::buckets(gradients(&placed), sharing.bucket_elements, most as usize),
+            false => self::buckets(gradients(&placed), sharing.bucket_elements, most),
         };
         let homes = if sharing.gradients_pass() { homes(&gpu, &buckets) } else { Vec::new() };
         let home = |shard: usize, entry: &Entry| {
@@ -166,13 +175,13 @@ impl Optimizer {
             let Some((place, home)) = found else { unreachable!("every gradient is in a bucket") };
             home.part(place, &entry.shape)
         };
-        let mut shards = Vec::new();
+        let (mut shards, mut drawn) = (Vec::new(), 0);
         for (index, placed) in placed.into_iter().enumerate() {
-            // Other draws for each.
-            let settings = AdamW { seed: settings.seed ^ (index as u64) << 20, ..settings };
+            let drawn_before = drawn;
+            drawn += placed.end.copy;
             let passing = sharing.gradients_pass();
             let homes = passing.then(|| placed.entries.iter().map(|entry| home(index, entry)).collect());
-            shards.push(Shard::new(parameters, placed, settings, homes));
+            shards.push(Shard::new(parameters, placed, settings, drawn_before, homes));
         }
         let parcels = parcels(&buckets, sharing.bucket_elements).into();
         let owners = if sharing.offload { 1 } else { sharing.devices };

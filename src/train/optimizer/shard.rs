@@ -44,6 +44,8 @@ pub(super) enum Gradients {
 /// Weights, gradients and moments of a part of what trains.
 pub(super) struct Shard {
     settings: AdamW,
+    /// Elements in 16 bits of all shards before: draws are numbered through, whatever the arenas are.
+    drawn_before: usize,
     groups: Vec<Group>,
     pieces: Vec<Piece>,
     /// In arena order.
@@ -77,8 +79,15 @@ fn pieces(groups: &[Group], owned: &Range<usize>, keep: Keep) -> (Vec<Piece>, Ke
 
 impl Shard {
     /// Gives what was [`Placed`] its place for gradients, and what is owned of it its moments. `homes` has where the
-    /// gradient of each entry is made, where gradients pass.
-    pub fn new(parameters: &mut Parameters, placed: Placed, settings: AdamW, homes: Option<Vec<Tensor>>) -> Self {
+    /// gradient of each entry is made, where gradients pass; `drawn_before` counts the elements in 16 bits of all
+    /// shards before this one.
+    pub fn new(
+        parameters: &mut Parameters,
+        placed: Placed,
+        settings: AdamW,
+        drawn_before: usize,
+        homes: Option<Vec<Tensor>>,
+    ) -> Self {
         let Placed { gpu, groups, entries, ids, end, values, copies, first, masters, owned } = placed;
         let (pieces, kept) = pieces(&groups, &owned, settings.keep);
         let gradients = match &homes {
@@ -98,6 +107,7 @@ impl Shard {
         }
         Self {
             settings,
+            drawn_before,
             groups,
             pieces,
             entries,
@@ -242,7 +252,7 @@ impl Shard {
                     match &self.masters {
                         None => {
                             let (seed, step) = (self.settings.seed as u32, update.step as u32);
-                            Weights::Stochastic(&copy, Draw { seed, step, first: places.copy })
+                            Weights::Stochastic(&copy, Draw { seed, step, first: self.drawn_before + places.copy })
                         }
                         Some(masters) => {
                             master = masters.part(kept.master, &count);
