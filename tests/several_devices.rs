@@ -213,6 +213,21 @@ fn the_same_layout_gives_the_same_bytes() {
     }
 }
 
+/// Where the sum of squares overflows f32 there is no update: every layout sees it as one device does.
+#[test]
+fn an_overflow_of_the_sum_of_squares_is_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings =
+        "method = \"full\"\nprecision = \"float16\"\ninitial_scale_power = 72\nloss_scale_window = 8\nmax_steps = 14";
+    let run = Run::new(THREE, settings, 2, &folder.path().join("run"));
+    let scales = |layout| run.train(layout).steps.iter().map(|step| step.loss_scale).collect::<Vec<_>>();
+    let one = scales(Layout::ONE);
+    assert!(one[13] < one[0], "{one:?}");
+    for layout in [Layout::new(2, 0), Layout::new(2, 2), Layout::offload(1, 0), Layout::split(2)] {
+        assert_eq!(scales(layout), one, "{layout:?}");
+    }
+}
+
 /// Weights that come back so slowly that steps, checkpoints and the end of the run are there before them are waited for
 /// by each of these: nothing differs from a link that has them back at once.
 #[test]

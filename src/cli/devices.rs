@@ -1,4 +1,4 @@
-//! `wgpu-llava devices`: every adapter that can be seen.
+//! `wgpu-llava devices`: every adapter that can be seen, and which are taken.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    gpu::{AdapterFacts, AdapterOptions, Gpu, list_adapters},
+    gpu::{AdapterFacts, AdapterOptions, Gpu, find_adapter, list_adapters},
 };
 use serde_json::json;
 
@@ -19,10 +19,19 @@ pub fn run(args: &DevicesArgs, global: &GlobalArgs) -> Result<()> {
         let options = AdapterOptions { backend: backend(global).map(str::to_owned), ..AdapterOptions::default() };
         return Gpu::open(&options).map(|_| ());
     }
+    // Those of `--device`, each as often as it is named; else the first.
+    let taken = match global.devices() {
+        None => vec![0],
+        Some(devices) => {
+            (devices.iter().map(|device| find_adapter(&device.to_string(), &adapters))).collect::<Result<_>>()?
+        }
+    };
+    let times = |adapter: &AdapterFacts| taken.iter().filter(|&&index| index == adapter.index).count();
     if args.json {
         let line = |adapter: &AdapterFacts| {
             let mut line = serde_json::to_value(adapter)?;
             line["tuned"] = json!(tuning::known(adapter).map(|(date, shapes)| json!({"date": date, "shapes": shapes})));
+            line["taken"] = json!(times(adapter));
             Ok(format!("{line}\n"))
         };
         let lines = adapters.iter().map(line).collect::<Result<String, serde_json::Error>>();
@@ -30,13 +39,21 @@ pub fn run(args: &DevicesArgs, global: &GlobalArgs) -> Result<()> {
         return report::print_data(&lines);
     }
     let several = "`train` on several: devices = [0, 1] in the config; an adapter may be named more than once\n";
-    report::print_data(&(adapters.iter().map(describe).collect::<String>() + several))
+    let text = |adapter: &AdapterFacts| {
+        let taken = match (times(adapter), &global.device) {
+            (0, _) => String::new(),
+            (_, None) => "  (taken unless --device says otherwise)".into(),
+            (1, _) => "  (taken)".into(),
+            (times, _) => format!("  (taken {times} times, each with its share of the memory)"),
+        };
+        describe(adapter, &taken)
+    };
+    report::print_data(&(adapters.iter().map(text).collect::<String>() + several))
 }
 
-fn describe(adapter: &AdapterFacts) -> String {
+fn describe(adapter: &AdapterFacts, taken: &str) -> String {
     let limits = &adapter.limits;
-    let chosen = if adapter.index == 0 { "  (taken unless --device says otherwise)" } else { "" };
-    let mut text = format!("{}: {}{chosen}\n", adapter.index, adapter.name);
+    let mut text = format!("{}: {}{taken}\n", adapter.index, adapter.name);
     let features = if adapter.features.is_empty() { "none of note".into() } else { adapter.features.join(", ") };
     let subgroups = match (limits.subgroup_min_size, limits.subgroup_max_size) {
         (least, most) if least == most => most.to_string(),

@@ -28,8 +28,16 @@ pub fn run(args: &EstimateArgs, global: &GlobalArgs) -> Result<()> {
     let config = resolve::run_config(&run, global, &working_dir, SystemTime::now())?;
     let gpu = open_quietly(&config, global)?;
     let facts = gpu.as_ref().map_or_else(AdapterFacts::of_a_usual_gpu, |gpu| gpu.facts().clone());
-    let memory = args.memory.or(gpu.as_ref().and_then(Gpu::available_memory));
     let devices = args.devices.map_or(config.devices.len().max(1), usize::from);
+    // As in a run: devices that are a host's processor share its memory, and those that are one adapter share that.
+    let named = || config.devices.iter().filter(|device| Some(*device) == config.devices.first()).count();
+    let sharing = match (gpu.as_ref().is_some_and(Gpu::is_cpu), args.devices) {
+        (true, _) => devices / usize::from(args.hosts),
+        (false, None) => named(),
+        (false, Some(_)) => 1,
+    };
+    let available = gpu.as_ref().and_then(Gpu::available_memory).map(|memory| memory / sharing.max(1) as u64);
+    let memory = args.memory.or(available);
     if args.hosts > 1 && config.stages.iter().any(|stage| stage.layer_split) {
         return Err(
             Error::usage("layer_split = true is for the devices of one host").hint("leave --hosts out, or layer_split")

@@ -299,7 +299,15 @@ fn memory(_adapter: &wgpu::Adapter) -> Option<u64> {
     None
 }
 
-/// The adapter that is wanted: a number is an index, all else a part of a name.
+/// The adapter among these that is wanted: a number is an index, all else a part of a name.
+///
+/// # Errors
+/// `Device`: there is none.
+pub fn find_adapter(wanted: &str, adapters: &[AdapterFacts]) -> Result<usize> {
+    find(wanted, &adapters.iter().map(|adapter| adapter.name.clone()).collect::<Vec<_>>())
+}
+
+/// By their names, as [`find_adapter`].
 fn find(wanted: &str, names: &[String]) -> Result<usize> {
     let place = match wanted.parse::<usize>() {
         Ok(index) => Some(index).filter(|&index| index < names.len()),

@@ -25,7 +25,7 @@ mod waiting;
 pub mod wgsl;
 
 pub use account::{Account, Holdings};
-pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, Cooperative, list_adapters};
+pub use adapter::{AdapterFacts, AdapterLimits, AdapterOptions, Cooperative, find_adapter, list_adapters};
 pub use ahead::Launches;
 pub use buffer::{Buffer, UNIT};
 pub use choices::{Choices, Question, bucket};

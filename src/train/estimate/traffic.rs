@@ -1,6 +1,6 @@
 //! What moves between devices and host in a step, and how long a step takes with it.
 
-use crate::train::{config::StageConfig, optimizer::Bucket, stepper::Stepper};
+use crate::train::{config::StageConfig, optimizer::Bucket, stepper::Stepper, team::ROUNDS_AHEAD};
 
 /// Forward is a third of a micro-batch, backward the rest: two products for each one of the forward.
 const BACKWARD: f64 = 2.0 / 3.0;
@@ -138,7 +138,10 @@ impl Traffic {
     pub fn host_bytes(&self, devices: usize) -> u64 {
         // Weights and two moments, and the gradients that they are updated with.
         let offloaded = if self.offload { 16 * self.trained } else { 0 };
-        let sums = if self.alone { 0 } else { 4 * self.trained * (1 + devices as u64) };
+        let gradients = 4 * self.trained;
+        let rounds = if self.passing { self.gradients_down / gradients.max(1) } else { 1 };
+        let waiting = rounds.clamp(1, ROUNDS_AHEAD as u64) * devices as u64;
+        let sums = if self.alone { 0 } else { gradients * (1 + waiting) };
         offloaded + sums + self.resting
     }
 
@@ -250,5 +253,8 @@ mod tests {
         assert_eq!([1, 4].map(|devices| traffic.host_bytes(devices)), [83, 203]);
         assert_eq!(Traffic { offload: true, ..traffic }.host_bytes(1), 243);
         assert_eq!(Traffic { alone: true, ..traffic }.host_bytes(1), 3);
+        // Of gradients that pass, two rounds where there are so many.
+        let passing = |rounds: u64| Traffic { passing: true, gradients_down: rounds * 40, ..traffic }.host_bytes(4);
+        assert_eq!([1, 2, 5].map(passing), [203, 363, 363]);
     }
 }

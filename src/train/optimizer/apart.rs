@@ -36,8 +36,10 @@ impl Optimizer {
         for sum in &sums {
             square_sum += f64::from(sum.to_vec()?[0]);
         }
-        sums.iter().for_each(|sum| sum.write(&[square_sum as f32]));
+        let square_sum = square_sum as f32;
+        sums.iter().for_each(|sum| sum.write(&[square_sum]));
         on_its_device().for_each(|(shard, sum)| shard.step(update, sum));
-        Ok(square_sum)
+        // As the updates have read it: what overflowed there must be seen.
+        Ok(square_sum.into())
     }
 }

@@ -44,7 +44,7 @@ pub(super) enum Gradients {
 /// Weights, gradients and moments of a part of what trains.
 pub(super) struct Shard {
     settings: AdamW,
-    /// Elements in 16 bits of all shards before: draws are numbered through, whatever the arenas are.
+    /// Elements in 16 bits of all shards before: draws are numbered through all of them.
     drawn_before: usize,
     groups: Vec<Group>,
     pieces: Vec<Piece>,

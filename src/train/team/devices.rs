@@ -24,10 +24,12 @@ impl Devices {
         Self { gpus: vec![gpu.clone()], checked: false, slow: None }
     }
 
-    /// What one of them may use: of the host's memory, where that is theirs, its share.
+    /// What one of them may use: its share of an adapter that is named more than once, and of the host's memory, where
+    /// that is theirs.
     pub fn memory_of(&self, gpu: &Gpu) -> Option<u64> {
-        let sharing = self.gpus.iter().filter(|other| gpu.is_cpu() && other.is_cpu()).count();
-        Some(gpu.available_memory()? / sharing.max(1) as u64)
+        let facts = gpu.facts();
+        let shares = |other: &&Gpu| gpu.is_cpu() && other.is_cpu() || facts.index == other.facts().index;
+        Some(gpu.available_memory()? / self.gpus.iter().filter(shares).count().max(1) as u64)
     }
 
     /// Says which of several devices an error is of, where it is a device's.

@@ -26,6 +26,8 @@ pub enum Sent {
 pub enum Got {
     /// The sum of a parcel, in its bucket's order of spans.
     Sum { parcel: usize, values: Arc<Vec<f32>> },
+    /// All gradients of a round have been added up, and another one is to come.
+    RoundAdded,
     /// The square sum of all gradients, once there are no more.
     SquareSum(f64),
     /// What another device has updated, or the host: whole pieces, from a first one on.
@@ -97,6 +99,9 @@ impl Exchange {
                     finished(self, index, sum);
                 }
             }
+            if round + 1 < rounds {
+                self.tell(&Got::RoundAdded);
+            }
         }
         Ok(square_sum)
     }
@@ -161,7 +166,7 @@ impl Exchange {
     pub fn tell(&mut self, got: &Got) {
         let bytes = match got {
             Got::Sum { values, .. } => values.len() * 4 / self.owners,
-            Got::SquareSum(_) => 0,
+            Got::RoundAdded | Got::SquareSum(_) => 0,
             Got::Weights { bytes, .. } => bytes.len(),
         };
         self.leaving.iter_mut().for_each(|to| drop(to.send(got.clone(), bytes)));
@@ -215,6 +220,7 @@ fn add_up(mut sum: Vec<f32>, mut parts: Vec<Part>) -> Vec<f32> {
         if sum.is_empty() {
             sum = part;
         } else if !part.is_empty() {
+            assert_eq!(sum.len(), part.len(), "all devices cut what trains alike");
             sum.par_chunks_mut(CHUNK).zip(part.par_chunks(CHUNK)).for_each(|(sum, part)| {
                 sum.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
             });
@@ -264,11 +270,14 @@ mod tests {
         for (device, round, values) in [(0, 0, vec![1e8]), (0, 1, vec![-1e8]), (1, 0, vec![1.0]), (1, 1, Vec::new())] {
             send.send(Sent::Part { device, round, parcel: 0, values }, 0).unwrap();
         }
-        let (leaving, _got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
+        let (leaving, mut got): (Vec<_>, Vec<_>) = (0..2).map(|_| way(None)).unzip();
         let mut sums = Vec::new();
         let total =
             Exchange::new(arriving, leaving, 0, 1).sums(&[parcel(1)], 2, &mut Alone, |_, _, sum| sums.push(sum));
         assert_eq!((total.unwrap(), sums), (0.0, vec![vec![0.0]]));
+        for got in &mut got {
+            assert!(matches!(got.recv(), Ok(Got::RoundAdded)) && got.recv().is_err());
+        }
     }
 
     #[test]

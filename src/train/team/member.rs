@@ -26,6 +26,9 @@ use crate::{
     },
 };
 
+/// Rounds whose gradients may wait for those of slower devices: they lie in the host's memory.
+pub const ROUNDS_AHEAD: usize = 2;
+
 /// Buckets on their way that a device is not waited for.
 const UNDERWAY: usize = 2;
 
@@ -44,8 +47,8 @@ pub struct Member {
 pub struct DeviceTimes {
     /// Text and pictures, per second of its own work.
     pub tokens_per_second: f64,
-    /// Seconds between its own last gradient and the last sum, and those in which a forward waited for weights; of a part
-    /// of the layers, those in which it had no turn.
+    /// Seconds between its own last gradient and the last sum, and those in which a forward waited for weights or for slower
+    /// devices; of a part of the layers, those in which it had no turn.
     pub waiting_seconds: f64,
     /// To the host and back: gradients, sums, weights and layers that come in for their turn; where layers are split, what
     /// passes between their parts.
@@ -174,7 +177,7 @@ impl Member {
             // Gradients that do not pass leave once, after the last micro-batch.
             let these =
                 if passing { mine.get(round..).map_or(&[][..], |left| &left[..left.len().min(1)]) } else { mine };
-            moving.begin(round, these.is_empty());
+            moving.begin(&stepper.optimizer, round, these.is_empty());
             for (place, &index) in these.iter().enumerate() {
                 let last = place + 1 == these.len();
                 moving.need(&stepper.optimizer, None);
@@ -211,6 +214,8 @@ struct Moving<'a> {
     parcels: Arc<[Parcel]>,
     link: &'a mut Link,
     round: usize,
+    /// How many rounds are added up.
+    added: usize,
     /// Nothing is computed here in this round.
     empty: bool,
     /// The first bucket that has not left yet in this round.
@@ -219,7 +224,7 @@ struct Moving<'a> {
     underway: VecDeque<(usize, usize, Downloading)>,
     square_sum: Option<f64>,
     failure: Option<Stopped>,
-    /// For weights.
+    /// For weights, and for other devices' rounds.
     waited: Duration,
     /// All bytes that have moved.
     bytes: u64,
@@ -233,6 +238,7 @@ impl<'a> Moving<'a> {
             parcels: optimizer.parcels().clone(),
             link,
             round: 0,
+            added: 0,
             empty: false,
             next: 0,
             underway: VecDeque::new(),
@@ -244,14 +250,20 @@ impl<'a> Moving<'a> {
         }
     }
 
-    fn begin(&mut self, round: usize, empty: bool) {
+    /// Begins a round, once few enough of those before wait to be added up.
+    fn begin(&mut self, optimizer: &Optimizer, round: usize, empty: bool) {
+        self.wait_while(optimizer, |moving| moving.added + ROUNDS_AHEAD <= round);
         (self.round, self.empty, self.next) = (round, empty, 0);
     }
 
     /// The forward comes to `milestone`, or to the beginning: waits for the weights that it reads before the next one.
     fn need(&mut self, optimizer: &Optimizer, milestone: Option<usize>) {
+        self.wait_while(optimizer, |moving| moving.link.lacks(milestone));
+    }
+
+    fn wait_while(&mut self, optimizer: &Optimizer, lacks: impl Fn(&Self) -> bool) {
         let begun = Instant::now();
-        while self.failure.is_none() && self.link.lacks(milestone) {
+        while self.failure.is_none() && lacks(self) {
             if let Err(stopped) = self.wait(optimizer) {
                 self.failure = Some(stopped);
             }
@@ -312,6 +324,7 @@ impl<'a> Moving<'a> {
     fn receive(&mut self, optimizer: &Optimizer, got: Got) {
         match got {
             Got::Sum { parcel, values } => self.bytes += optimizer.take_sum(parcel, &values) as u64 * 4,
+            Got::RoundAdded => self.added += 1,
             Got::SquareSum(sum) => self.square_sum = Some(sum),
             Got::Weights { owner, first, bytes } => self.link.take_weights(optimizer, owner, first, &bytes),
         }

@@ -15,7 +15,7 @@ use std::{path::Path, sync::Arc, thread};
 pub use devices::{Devices, Standing};
 pub use exchange::adding_rate;
 pub use link::SlowLink;
-pub use member::DeviceTimes;
+pub use member::{DeviceTimes, ROUNDS_AHEAD};
 pub use shares::Shares;
 
 use exchange::{Broken, Exchange, Got};
@@ -68,11 +68,8 @@ impl Team {
             let facts = stepper.model().gpu().facts();
             format!("{} {}", facts.name, facts.driver)
         };
-        let mut kinds: Vec<String> = steppers.iter().map(facts).collect();
-        kinds.dedup();
-        let kinds = told_by_all(&kinds, hosts)?.concat();
-        let alike = kinds.windows(2).all(|two| two[0] == two[1]);
-        let shares = Shares::new(standing.total, alike);
+        let kinds: Vec<String> = steppers.iter().map(facts).collect();
+        let shares = Shares::new(told_by_all(&kinds, hosts)?.concat());
         let offload = steppers[0].optimizer.sharing().offload;
         let host = offload.then(|| HostOptimizer::new(&mut steppers[0].optimizer, settings(stage)));
         let weights_return = steppers[0].optimizer.sharing().weights_return();
@@ -126,7 +123,7 @@ impl Team {
             None => devices.collect(),
         };
         let state = checkpoint::load(folder, &mut holders, fresh, hosts)?;
-        if let Some(shares) = state.shares.clone().filter(|shares| shares.devices() == self.standing.total) {
+        if let Some(shares) = state.shares.clone().filter(|shares| shares.are_for_those_of(&self.shares)) {
             self.shares = shares;
         }
         self.spread_weights(hosts)?;
@@ -315,6 +312,8 @@ impl Team {
                         Some(host) => host.take_sum(parcel, &sum),
                         None => exchange.tell(&Got::Sum { parcel, values: Arc::new(sum) }),
                     })?;
+                // As the updates read it: what overflows there must be seen here.
+                let square_sum = f64::from(square_sum as f32);
                 exchange.tell(&Got::SquareSum(square_sum));
                 if let Some(host) = host {
                     host.step(task.update, square_sum);

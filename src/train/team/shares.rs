@@ -10,6 +10,9 @@ const MEASURED_STEPS: u32 = 20;
 /// as it did.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Shares {
+    /// What each device is: shares are for these. Of a checkpoint that does not say: none.
+    #[serde(default)]
+    kinds: Vec<String>,
     /// In any unit; all above 0.
     speeds: Vec<f64>,
     /// Sums of what was measured; none where nothing is to be measured any more.
@@ -25,10 +28,17 @@ struct Measuring {
 }
 
 impl Shares {
-    /// Equal ones, to stay so where the devices are `alike`.
-    pub fn new(devices: usize, alike: bool) -> Self {
+    /// Equal ones for devices of these `kinds`, to stay so where all are alike.
+    pub fn new(kinds: Vec<String>) -> Self {
+        let devices = kinds.len();
+        let alike = kinds.windows(2).all(|two| two[0] == two[1]);
         let measuring = Measuring { steps: 0, tokens: vec![0.0; devices], seconds: vec![0.0; devices] };
-        Self { speeds: vec![1.0; devices], measuring: (!alike).then_some(measuring) }
+        Self { kinds, speeds: vec![1.0; devices], measuring: (!alike).then_some(measuring) }
+    }
+
+    /// Whether both are for the same devices, in the same order.
+    pub fn are_for_those_of(&self, other: &Self) -> bool {
+        self.kinds == other.kinds && self.devices() == other.devices()
     }
 
     pub fn devices(&self) -> usize {
@@ -78,7 +88,7 @@ mod tests {
 
     #[test]
     fn like_devices_take_turns() {
-        let mut shares = Shares::new(3, true);
+        let mut shares = Shares::new(vec!["a".into(); 3]);
         assert_eq!(shares.deal(7), [0, 1, 2, 0, 1, 2, 0]);
         for _ in 0..2 * MEASURED_STEPS {
             assert_eq!(shares.note(&[(1.0, 1.0), (9.0, 1.0), (1.0, 1.0)]), None);
@@ -87,8 +97,17 @@ mod tests {
     }
 
     #[test]
+    fn shares_are_for_the_devices_they_were_measured_of() {
+        let of = |kinds: &[&str]| Shares::new(kinds.iter().map(|&kind| kind.into()).collect());
+        let (fast_first, slow_first) = (of(&["fast", "slow"]), of(&["slow", "fast"]));
+        assert!(fast_first.are_for_those_of(&fast_first) && !fast_first.are_for_those_of(&slow_first));
+        let old: Shares = serde_json::from_str(r#"{"speeds": [1.0, 0.5]}"#).unwrap();
+        assert!(!old.are_for_those_of(&fast_first));
+    }
+
+    #[test]
     fn unlike_devices_get_what_they_manage() {
-        let mut shares = Shares::new(2, false);
+        let mut shares = Shares::new(vec!["a".into(), "b".into()]);
         for _ in 1..MEASURED_STEPS {
             assert_eq!(shares.note(&[(300.0, 600.0), (100.0, 600.0)]), None);
         }
@@ -101,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_device_without_micro_batches_is_not_measured() {
-        let mut shares = Shares::new(2, false);
+        let mut shares = Shares::new(vec!["a".into(), "b".into()]);
         for _ in 0..MEASURED_STEPS {
             assert_eq!(shares.note(&[(300.0, 600.0), (0.0, 0.0)]), None);
         }
