@@ -93,7 +93,7 @@ impl<'a> Trainer<'a> {
         let processor = prepared.processor(stage)?;
         let standing = Standing::of(stage.ranks(devices.gpus.len()), hosts)?;
         if hosts.count() > 1 {
-            same_on_all(hosts, &alike(stage, &prepared, &dataset)?)?;
+            same_on_all(hosts, &alike(stage, &prepared, &dataset, resume)?)?;
         }
         let plan = plan(stage, &dataset, standing.total)?;
         let total_steps = plan.total_steps();
