@@ -189,6 +189,19 @@ fn a_run_goes_on_with_another_number_of_hosts() {
     stop(&out);
     threads::on(2, |hosts| train(&out, 2, &two, true, hosts)).into_iter().for_each(|result| result.unwrap());
     assert_close(&losses(&out), &losses(&whole), "one host, then two");
+    // A host that loses a card, or is lost itself: the config stays as it is.
+    let with_all = dir.path().join("with all");
+    threads::on(2, |hosts| train(&with_all, 2, &two, false, hosts)).into_iter().for_each(|result| result.unwrap());
+    stop(&with_all);
+    let out = dir.path().join("three devices");
+    copy_folder(&with_all, &out);
+    let left = |hosts: &mut dyn Hosts| train(&out, 2 - hosts.rank(), &two, true, hosts);
+    threads::on(2, left).into_iter().for_each(|result| result.unwrap());
+    assert_close(&losses(&out), &losses(&whole), "two devices on each of two hosts, then two and one");
+    let out = dir.path().join("one host");
+    copy_folder(&with_all, &out);
+    train(&out, 2, &two, true, &mut Alone).unwrap();
+    assert_close(&losses(&out), &losses(&whole), "two devices on each of two hosts, then on one");
 }
 
 #[test]
@@ -220,13 +233,19 @@ fn replace(file: &Path, from: &str, to: &str) {
     fs::write(file, text.replacen(from, to, 1)).unwrap();
 }
 
-/// The projector of a model, alone.
-fn write_projector(model: &Path, file: &Path) {
+/// The projector of a model, alone; `more` is added to a value in its midst.
+fn write_projector(model: &Path, file: &Path, more: f32) {
     let whole = Checkpoint::open(model).unwrap();
     let names: Vec<&str> = whole.names().filter(|name| name.contains("multi_modal_projector")).collect();
     let tensor = |name: &str| whole.require(name).unwrap().to_f32().unwrap();
     let heads = names.iter().map(|name| TensorHead::f32(*name, tensor(name).shape)).collect();
-    write_safetensors(file, heads, &mut |head| Ok(TensorData::F32(tensor(&head.name).data.into()))).unwrap();
+    let values = |name: &str| {
+        let mut values = tensor(name).data;
+        let middle = values.len() / 2;
+        values[middle] += if name.ends_with("linear_1.weight") { more } else { 0.0 };
+        values
+    };
+    write_safetensors(file, heads, &mut |head| Ok(TensorData::F32(values(&head.name).into()))).unwrap();
 }
 
 /// Hosts with copies of their own, of which one has changed. That they lie elsewhere is a difference of the config, and
@@ -254,14 +273,16 @@ fn hosts_with_other_files_are_told_which() {
         ("adapter", adapter, |copy| {
             change(&copy.join("adapter-lora/adapter_model.safetensors"), |length| (length - length / 4) / 4 * 4);
         }),
-        ("projector", projector, |copy| change(&copy.join("projector.safetensors"), |length| length - 64)),
+        ("projector", projector, |copy| {
+            write_projector(&copy.join("model"), &copy.join("projector.safetensors"), 0.5);
+        }),
     ];
     for (what, set, change) in kinds {
         let dir = tempfile::tempdir().unwrap();
         let copies = ["first", "second"].map(|name| dir.path().join(name));
         for copy in &copies {
             copy_folder(&golden("parity/mha_untied_linear"), copy);
-            write_projector(&copy.join("model"), &copy.join("projector.safetensors"));
+            write_projector(&copy.join("model"), &copy.join("projector.safetensors"), 0.0);
         }
         change(&copies[1]);
         let results = threads::on(2, |hosts| {
@@ -273,9 +294,9 @@ fn hosts_with_other_files_are_told_which() {
         });
         let also = if what.is_empty() { String::new() } else { format!(" and {what} (rank 1 (thread 1) differs") };
         let expected = format!("do not have the same config (rank 1 (thread 1) differs from rank 0 (thread 0)){also}");
-        for result in results {
-            let error = result.unwrap_err();
-            assert_eq!(error.kind, ErrorKind::Usage, "{error:?}");
+        let errors: Vec<_> = results.into_iter().map(|result| result.unwrap_err()).collect();
+        for error in &errors {
+            assert_eq!(error.kind, ErrorKind::Usage, "{what}: {errors:?}");
             let differences = error.message.matches("differs").count();
             assert!(error.message.contains(&expected) && differences == 1 + usize::from(!what.is_empty()), "{error}");
         }

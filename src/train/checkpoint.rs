@@ -49,6 +49,10 @@ pub struct TrainerState {
     /// Micro-batches of a step, on all devices together.
     #[serde(default)]
     pub micro_batches: usize,
+    /// The devices, on all hosts, with which the config gives so many: those that the run began on. None where it is not
+    /// told.
+    #[serde(default)]
+    pub devices: Option<usize>,
     /// What each device computes, where there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shares: Option<Shares>,
@@ -116,6 +120,17 @@ fn heads(states: &BTreeMap<String, Vec<(usize, State)>>, hosts: &mut dyn Hosts) 
     Ok(all.into_iter().map(|(name, (dtype, shape))| TensorHead { name, dtype, shape }).collect())
 }
 
+/// Where the run of a checkpoint stands.
+///
+/// # Errors
+/// `Data`: the file is missing or broken.
+pub fn read(folder: &Path) -> Result<TrainerState> {
+    let path = folder.join(TRAINER_FILE);
+    let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::data(format!("{} is not what this program wrote", path.display())).caused_by(error))
+}
+
 /// Where the run of a checkpoint stands, and of each tensor its name, its shape and its ends.
 ///
 /// # Errors
@@ -147,26 +162,14 @@ pub fn load(
     fresh: &TrainerState,
     hosts: &mut dyn Hosts,
 ) -> Result<TrainerState> {
-    let TrainerState { records, total_steps, micro_batches, .. } = *fresh;
-    let path = folder.join(TRAINER_FILE);
-    let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
-    let state: TrainerState = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::data(format!("{} is not what this program wrote", path.display())).caused_by(error))?;
+    let TrainerState { records, total_steps, .. } = *fresh;
+    let state = read(folder)?;
     let other = |what: String| {
         Error::data(format!("{} belongs to another run: {what}", folder.display()))
             .hint("resume with the config and data the run was started with, or start anew with another --output-dir")
     };
     if state.records != records {
         return Err(other(format!("it had {} records, the data has {records}", state.records)));
-    }
-    // Those written before there were several devices do not say.
-    if state.micro_batches != 0 && state.micro_batches != micro_batches {
-        return Err(Error::usage(format!(
-            "{} was trained with {} micro-batches a step, and now there are {micro_batches}",
-            folder.display(),
-            state.micro_batches
-        ))
-        .hint("gradient_accumulation_steps times the devices must stay as it was; under layer_split it counts alone"));
     }
     if state.total_steps != total_steps {
         return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));
