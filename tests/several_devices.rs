@@ -7,7 +7,7 @@ mod team;
 
 use std::{fs, path::Path, time::Instant};
 
-use common::{copy_folder, golden};
+use common::{copy_folder, golden, read_json};
 use team::{Layout, Outcome, Run, gpus, write_records};
 use wgpu_llava::{
     error::ErrorKind,
@@ -15,7 +15,10 @@ use wgpu_llava::{
     gpu::{AdapterOptions, Gpu},
     models::names,
     tensor::{ALIGNMENT, Dtype},
-    train::{events::Silent, team::SlowLink},
+    train::{
+        events::{Event, Observer, Silent},
+        team::SlowLink,
+    },
 };
 
 /// What is trained.
@@ -414,10 +417,90 @@ fn a_checkpoint_is_gone_on_with_under_any_layout() {
             println!("gone on: {}", line(name, layout, distance, begun));
             assert!(distance <= form.bound, "{name}, {layout:?}: {distance:e}");
         }
+        // As many devices, and another config.
         let other = Run { micro_batches: 2, out: whole.clone(), ..run.clone() };
-        let refused = other.train_on(&gpus(1), Layout::ONE, &mut Silent).unwrap_err();
+        let refused = other.train_on(&gpus(2), begun_with, &mut Silent).unwrap_err();
         assert_eq!(refused.kind, ErrorKind::Usage, "{refused:?}");
         let told = format!("{refused} {}", refused.hints.join(" "));
         assert!(told.contains("gradient_accumulation_steps"), "{told}");
     }
+}
+
+/// What a run says of the micro-batches that it keeps.
+#[derive(Default)]
+struct Notes(Vec<String>);
+
+impl Observer for Notes {
+    fn event(&mut self, event: Event<'_>) {
+        if let Event::Note(text) = event
+            && text.contains("micro-batch")
+        {
+            self.0.push(text.to_owned());
+        }
+    }
+}
+
+/// Devices come and go while the config stays: the steps stay too.
+#[test]
+fn a_step_keeps_its_micro_batches_on_other_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = |how: &str| vec![format!("a step keeps its 4 micro-batches{how}")];
+    let three = || kept(", of which 3 devices compute 2, 1 and 1");
+    let six = || kept(", of which 6 devices compute 1, 1, 1, 1, 0 and 0");
+    // The layouts of steps 1 to 3, 4 to 6, 7 to 9 and 10 to 12.
+    let runs = [
+        ("lora", [(Layout::new(4, 0), vec![]), (Layout::new(3, 2), three()), (Layout::new(3, 2), three())]),
+        ("adamw_8bit", [(Layout::new(4, 1), vec![]), (Layout::new(6, 2), six()), (Layout::new(3, 3), three())]),
+    ];
+    for (name, layouts) in runs {
+        let form = FORMS.iter().find(|form| form.name == name).unwrap();
+        let settings = format!("{}\nsave_steps = 3\nsave_total_limit = 9", form.settings);
+        let one = Run::new(form.case, &settings, 4, &folder.path().join("one")).train(Layout::ONE);
+        let out = folder.path().join(name);
+        let mut run = Run::new(form.case, &settings, 0, &out);
+        let last = (Layout::ONE, kept(""));
+        for (number, (layout, expected)) in layouts.into_iter().chain([last]).enumerate() {
+            // gradient_accumulation_steps = 1 throughout.
+            run.micro_batches = layout.devices;
+            let mut notes = Notes::default();
+            let outcome = run.train_on(&gpus(layout.devices), layout, &mut notes).unwrap();
+            assert_eq!(notes.0, expected, "{name}, {layout:?}");
+            let distance = outcome.distance(&one);
+            println!("{name}, {layout:?}: within {distance:.1e}");
+            assert!(distance <= form.bound, "{name}, {layout:?}: {distance:e}");
+            assert_eq!(tokens_of(&outcome), tokens_of(&one), "{name}, {layout:?}: other records");
+            if number == 3 {
+                break;
+            }
+            // As if it had been stopped behind three more steps.
+            for step in (1..4).map(|number| 3 * number).filter(|&step| step > 3 * (number + 1)) {
+                fs::remove_dir_all(out.join(format!("checkpoint-{step}"))).unwrap();
+            }
+            let output = if name == "lora" { "adapter" } else { "model" };
+            fs::remove_dir_all(out.join(output)).unwrap();
+            fs::remove_file(out.join("finished.json")).unwrap();
+            run.resume = true;
+        }
+    }
+    // A config that was changed makes other steps, whatever the devices.
+    let out = folder.path().join("lora");
+    fs::remove_file(out.join("finished.json")).unwrap();
+    let form = FORMS.iter().find(|form| form.name == "lora").unwrap();
+    let mut run = Run::new(form.case, &format!("{}\nsave_steps = 3\nsave_total_limit = 9", form.settings), 0, &out);
+    run.resume = true;
+    let refused = |run: &mut Run, devices: usize, micro_batches: usize| {
+        run.micro_batches = micro_batches;
+        let error = run.train_on(&gpus(devices), Layout::new(devices, 0), &mut Silent).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Usage, "{error:?}");
+        assert!(error.hints.join(" ").contains("gradient_accumulation_steps"), "{error:?}");
+    };
+    refused(&mut run, 4, 8);
+    refused(&mut run, 3, 6);
+    // One written before it told its devices must have as many micro-batches.
+    let path = out.join("checkpoint-9/trainer_state.json");
+    let mut state = read_json(&path);
+    assert_eq!(state["devices"].take(), 4, "those that it began on");
+    state["shares"].take();
+    fs::write(&path, state.to_string()).unwrap();
+    refused(&mut run, 3, 3);
 }

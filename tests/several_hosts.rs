@@ -5,9 +5,13 @@ mod common;
 
 use std::{fs, path::Path, sync::atomic::AtomicBool};
 
-use common::{golden, open_gpu, read_lines};
+use common::{copy_folder, golden, open_gpu, read_lines};
 use wgpu_llava::{
     error::{ErrorKind, Result},
+    formats::{
+        safetensors::Checkpoint,
+        safetensors_writer::{TensorData, TensorHead, write_safetensors},
+    },
     hosts::{Alone, Hosts, threads},
     train::{
         config::{Request, RunConfig},
@@ -82,6 +86,33 @@ fn all_hosts_hear_of_the_one_that_does_not_see_the_folder() {
     assert!(outs.iter().all(|out| !out.exists()), "a folder is left");
 }
 
+/// A folder of the same name on each host is not one folder, whatever is in it.
+#[test]
+fn hosts_with_output_folders_of_their_own_are_told_so_on_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let outs = ["one", "other"].map(|name| dir.path().join(name));
+    let refused = |resume: bool| {
+        for result in threads::on(2, |hosts| train(&outs[hosts.rank()], 1, &[], resume, hosts)) {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Usage, "{error:?}");
+            let told = format!("{} {}", error.message, error.hints.join(" "));
+            assert!(told.contains("thread 1 does not see what the first one writes"), "{told}");
+            assert!(told.contains("output_dir must be on storage that all hosts share"), "{told}");
+        }
+    };
+    let files = |out: &Path| fs::read_dir(out).map_or(0, |found| found.count());
+    outs.iter().for_each(|out| fs::create_dir(out).unwrap());
+    refused(false);
+    assert!(outs.iter().all(|out| files(out) == 0), "something is left");
+    train(&outs[0], 1, &[], false, &mut Alone).unwrap();
+    fs::remove_dir_all(outs[0].join("adapter")).unwrap();
+    fs::remove_file(outs[0].join("finished.json")).unwrap();
+    copy_folder(&outs[0], &outs[1]);
+    let before = files(&outs[0]);
+    refused(true);
+    assert!(outs.iter().all(|out| files(out) == before), "something is left, or lost");
+}
+
 #[test]
 fn two_hosts_train_what_one_device_trains() {
     let dir = tempfile::tempdir().unwrap();
@@ -107,6 +138,8 @@ fn two_hosts_train_what_one_device_trains() {
         let last = read_lines(&out.join("metrics.jsonl")).pop().unwrap();
         assert_eq!(last["devices"].as_array().unwrap().len(), 2 * devices, "{name}: figures of every device");
         assert_eq!(state(&out).len(), state(&alone).len(), "{name}: a whole checkpoint");
+        let mut left = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(!left.any(|name| name.to_string_lossy().starts_with('.')), "{name}: what tells whether hosts share it");
     }
 }
 
@@ -156,6 +189,19 @@ fn a_run_goes_on_with_another_number_of_hosts() {
     stop(&out);
     threads::on(2, |hosts| train(&out, 2, &two, true, hosts)).into_iter().for_each(|result| result.unwrap());
     assert_close(&losses(&out), &losses(&whole), "one host, then two");
+    // A host that loses a card, or is lost itself: the config stays as it is.
+    let with_all = dir.path().join("with all");
+    threads::on(2, |hosts| train(&with_all, 2, &two, false, hosts)).into_iter().for_each(|result| result.unwrap());
+    stop(&with_all);
+    let out = dir.path().join("three devices");
+    copy_folder(&with_all, &out);
+    let left = |hosts: &mut dyn Hosts| train(&out, 2 - hosts.rank(), &two, true, hosts);
+    threads::on(2, left).into_iter().for_each(|result| result.unwrap());
+    assert_close(&losses(&out), &losses(&whole), "two devices on each of two hosts, then two and one");
+    let out = dir.path().join("one host");
+    copy_folder(&with_all, &out);
+    train(&out, 2, &two, true, &mut Alone).unwrap();
+    assert_close(&losses(&out), &losses(&whole), "two devices on each of two hosts, then on one");
 }
 
 #[test]
@@ -170,5 +216,89 @@ fn hosts_that_would_train_something_else_are_told_so_on_all() {
         let error = result.unwrap_err();
         assert_eq!(error.kind, ErrorKind::Usage);
         assert!(error.message.contains("config"), "{error}");
+    }
+}
+
+/// Adds 1 to a byte.
+fn change(file: &Path, at: impl Fn(usize) -> usize) {
+    let mut bytes = fs::read(file).unwrap();
+    let at = at(bytes.len());
+    bytes[at] = bytes[at].wrapping_add(1);
+    fs::write(file, bytes).unwrap();
+}
+
+fn replace(file: &Path, from: &str, to: &str) {
+    let text = fs::read_to_string(file).unwrap();
+    assert!(text.contains(from), "{}", file.display());
+    fs::write(file, text.replacen(from, to, 1)).unwrap();
+}
+
+/// The projector of a model, alone; `more` is added to a value in its midst.
+fn write_projector(model: &Path, file: &Path, more: f32) {
+    let whole = Checkpoint::open(model).unwrap();
+    let names: Vec<&str> = whole.names().filter(|name| name.contains("multi_modal_projector")).collect();
+    let tensor = |name: &str| whole.require(name).unwrap().to_f32().unwrap();
+    let heads = names.iter().map(|name| TensorHead::f32(*name, tensor(name).shape)).collect();
+    let values = |name: &str| {
+        let mut values = tensor(name).data;
+        let middle = values.len() / 2;
+        values[middle] += if name.ends_with("linear_1.weight") { more } else { 0.0 };
+        values
+    };
+    write_safetensors(file, heads, &mut |head| Ok(TensorData::F32(values(&head.name).into()))).unwrap();
+}
+
+/// Hosts with copies of their own, of which one has changed. That they lie elsewhere is a difference of the config, and
+/// the only one where the copies are equal.
+#[test]
+fn hosts_with_other_files_are_told_which() {
+    /// What differs, how it is used, and what is done to it.
+    type Kind = (&'static str, &'static [&'static str], fn(&Path));
+    let adapter = &["adapter_name_or_path=COPY/adapter-lora", "r=2", "lora_alpha=4", "lora_dropout=0"][..];
+    let projector = &["pretrain_mm_mlp_adapter=COPY/projector.safetensors"][..];
+    let kinds: [Kind; 9] = [
+        ("", &[], |_| {}),
+        ("", adapter, |_| {}),
+        ("", projector, |_| {}),
+        ("records", &[], |copy| replace(&copy.join("data.jsonl"), "A red box.", "A blue box.")),
+        ("pictures", &[], |copy| {
+            let file = copy.join("images/tall.png");
+            fs::write(&file, [&fs::read(&file).unwrap()[..], b"more"].concat()).unwrap();
+        }),
+        ("settings of the model", &[], |copy| {
+            let file = copy.join("model/preprocessor_config.json");
+            replace(&file, "\"image_mean\": [", "\"image_mean\": [0.25, 0.25, 0.25], \"was\": [");
+        }),
+        ("weights", &[], |copy| change(&copy.join("model/model.safetensors"), |length| length - 4)),
+        ("adapter", adapter, |copy| {
+            change(&copy.join("adapter-lora/adapter_model.safetensors"), |length| (length - length / 4) / 4 * 4);
+        }),
+        ("projector", projector, |copy| {
+            write_projector(&copy.join("model"), &copy.join("projector.safetensors"), 0.5);
+        }),
+    ];
+    for (what, set, change) in kinds {
+        let dir = tempfile::tempdir().unwrap();
+        let copies = ["first", "second"].map(|name| dir.path().join(name));
+        for copy in &copies {
+            copy_folder(&golden("parity/mha_untied_linear"), copy);
+            write_projector(&copy.join("model"), &copy.join("projector.safetensors"), 0.0);
+        }
+        change(&copies[1]);
+        let results = threads::on(2, |hosts| {
+            let copy = copies[hosts.rank()].display().to_string();
+            let own = ["model_name_or_path=COPY/model", "data_path=COPY/data.jsonl", "image_folder=COPY/images"];
+            let set: Vec<String> = own.iter().chain(set).map(|setting| setting.replace("COPY", &copy)).collect();
+            let set: Vec<&str> = set.iter().map(String::as_str).collect();
+            train(&dir.path().join("out"), 1, &set, false, hosts)
+        });
+        let also = if what.is_empty() { String::new() } else { format!(" and {what} (rank 1 (thread 1) differs") };
+        let expected = format!("do not have the same config (rank 1 (thread 1) differs from rank 0 (thread 0)){also}");
+        let errors: Vec<_> = results.into_iter().map(|result| result.unwrap_err()).collect();
+        for error in &errors {
+            assert_eq!(error.kind, ErrorKind::Usage, "{what}: {errors:?}");
+            let differences = error.message.matches("differs").count();
+            assert!(error.message.contains(&expected) && differences == 1 + usize::from(!what.is_empty()), "{error}");
+        }
     }
 }

@@ -23,11 +23,13 @@ use crate::{
         safetensors::{Checkpoint, Dtype},
         safetensors_writer::{TensorData, TensorHead, sort, write_safetensors},
     },
-    hosts::Hosts,
+    hosts::{Digest, Hosts},
 };
 
 const STATE_FILE: &str = "state.safetensors";
 const TRAINER_FILE: &str = "trainer_state.json";
+/// Bytes at each end of a tensor that a digest looks at.
+const ENDS: usize = 4096;
 
 /// Where a run stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,6 +49,10 @@ pub struct TrainerState {
     /// Micro-batches of a step, on all devices together.
     #[serde(default)]
     pub micro_batches: usize,
+    /// The devices, on all hosts, with which the config gives so many: those that the run began on. None where it is not
+    /// told.
+    #[serde(default)]
+    pub devices: Option<usize>,
     /// What each device computes, where there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shares: Option<Shares>,
@@ -114,6 +120,37 @@ fn heads(states: &BTreeMap<String, Vec<(usize, State)>>, hosts: &mut dyn Hosts) 
     Ok(all.into_iter().map(|(name, (dtype, shape))| TensorHead { name, dtype, shape }).collect())
 }
 
+/// Where the run of a checkpoint stands.
+///
+/// # Errors
+/// `Data`: the file is missing or broken.
+pub fn read(folder: &Path) -> Result<TrainerState> {
+    let path = folder.join(TRAINER_FILE);
+    let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::data(format!("{} is not what this program wrote", path.display())).caused_by(error))
+}
+
+/// Where the run of a checkpoint stands, and of each tensor its name, its shape and its ends.
+///
+/// # Errors
+/// `Data`: a file that is missing or broken.
+pub fn digest(folder: &Path) -> Result<u64> {
+    let path = folder.join(TRAINER_FILE);
+    let mut digest = Digest::default();
+    digest.add(&std::fs::read(&path).map_err(|error| Error::reading(&path, error))?);
+    let checkpoint = Checkpoint::open(&folder.join(STATE_FILE))?;
+    for name in checkpoint.names() {
+        let tensor = checkpoint.require(name)?;
+        digest.add(name.as_bytes());
+        digest.add(format!("{:?} {:?}", tensor.dtype, tensor.shape).as_bytes());
+        let end = tensor.bytes.len().min(ENDS);
+        digest.add(&tensor.bytes[..end]);
+        digest.add(&tensor.bytes[tensor.bytes.len() - end..]);
+    }
+    Ok(digest.value())
+}
+
 /// Reads a checkpoint back into those who remember it together, however it was divided when it was written. `fresh` is
 /// what the run would begin with.
 ///
@@ -125,26 +162,14 @@ pub fn load(
     fresh: &TrainerState,
     hosts: &mut dyn Hosts,
 ) -> Result<TrainerState> {
-    let TrainerState { records, total_steps, micro_batches, .. } = *fresh;
-    let path = folder.join(TRAINER_FILE);
-    let bytes = std::fs::read(&path).map_err(|error| Error::reading(&path, error))?;
-    let state: TrainerState = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::data(format!("{} is not what this program wrote", path.display())).caused_by(error))?;
+    let TrainerState { records, total_steps, .. } = *fresh;
+    let state = read(folder)?;
     let other = |what: String| {
         Error::data(format!("{} belongs to another run: {what}", folder.display()))
             .hint("resume with the config and data the run was started with, or start anew with another --output-dir")
     };
     if state.records != records {
         return Err(other(format!("it had {} records, the data has {records}", state.records)));
-    }
-    // Those written before there were several devices do not say.
-    if state.micro_batches != 0 && state.micro_batches != micro_batches {
-        return Err(Error::usage(format!(
-            "{} was trained with {} micro-batches a step, and now there are {micro_batches}",
-            folder.display(),
-            state.micro_batches
-        ))
-        .hint("gradient_accumulation_steps times the devices must stay as it was; under layer_split it counts alone"));
     }
     if state.total_steps != total_steps {
         return Err(other(format!("it had {} steps, the config asks for {total_steps}", state.total_steps)));
@@ -167,4 +192,50 @@ pub fn load(
         })?;
     }
     Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes a checkpoint of two tensors.
+    fn write(folder: &Path, step: u64, first: &[f32], last: &[f32]) {
+        let tensors = BTreeMap::from([("a", first), ("b", last)]);
+        let heads = tensors.iter().map(|(name, values)| TensorHead::f32(*name, vec![values.len()])).collect();
+        std::fs::create_dir_all(folder).unwrap();
+        write_safetensors(&folder.join(STATE_FILE), heads, &mut |head| {
+            Ok(TensorData::F32(tensors[head.name.as_str()].to_vec().into()))
+        })
+        .unwrap();
+        std::fs::write(folder.join(TRAINER_FILE), format!("{{\"step\": {step}}}")).unwrap();
+    }
+
+    #[test]
+    fn checkpoints_of_other_steps_shapes_or_values_have_other_digests() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = vec![1.0_f32; 3 * ENDS];
+        let changed = |at: usize| {
+            let mut values = long.clone();
+            values[at] = 2.0;
+            values
+        };
+        let kinds = [
+            (3, long.clone(), vec![0.5; 4]),
+            (4, long.clone(), vec![0.5; 4]),
+            (3, changed(0), vec![0.5; 4]),
+            (3, changed(long.len() - 1), vec![0.5; 4]),
+            (3, long.clone(), vec![0.5; 5]),
+        ];
+        let mut seen = Vec::new();
+        for (number, (step, first, last)) in kinds.iter().enumerate() {
+            let folders = ["one", "two"].map(|copy| dir.path().join(format!("{copy}-{number}")));
+            folders.iter().for_each(|folder| write(folder, *step, first, last));
+            let [one, two] = folders.map(|folder| digest(&folder).unwrap());
+            assert_eq!(one, two, "equal copies");
+            assert!(!seen.contains(&one), "kind {number} has the digest of another");
+            seen.push(one);
+        }
+        std::fs::remove_file(dir.path().join("one-0").join(TRAINER_FILE)).unwrap();
+        assert_eq!(digest(&dir.path().join("one-0")).unwrap_err().kind, crate::error::ErrorKind::Data);
+    }
 }

@@ -9,6 +9,7 @@ mod agreement;
 pub mod check;
 pub mod checkpoint;
 pub mod config;
+mod division;
 pub mod estimate;
 pub mod events;
 pub mod loss_scale;

@@ -1,6 +1,13 @@
 //! A run: stages in order, each starting from what the one before produced.
 
-use std::{path::PathBuf, sync::atomic::AtomicBool};
+use std::{
+    fs,
+    hash::{BuildHasher, RandomState},
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{
     agreement::{told_by_all, told_by_first},
@@ -16,6 +23,9 @@ use crate::{
     gpu::Gpu,
     hosts::Hosts,
 };
+
+/// What one host has written another one sees within this time, as network file systems go.
+const SEEN_WITHIN: Duration = Duration::from_secs(2);
 
 /// What a run left: the outcome of each stage, trained now or before.
 pub struct RunOutcome {
@@ -79,18 +89,47 @@ pub fn train(
     Ok(RunOutcome { stages: outcomes, result })
 }
 
-/// As [`run_folder::open_run`], by the first host for all.
+/// As [`run_folder::open_run`], by the first host for all. What it writes into output_dir all the others must see.
 fn open_run(run: &RunConfig, dirs: &[PathBuf], resume: bool, hosts: &mut dyn Hosts) -> Result<StartPoint> {
     if hosts.count() == 1 {
         return run_folder::open_run(&run.output_dir, dirs, resume);
     }
-    let start: StartPoint = told_by_first(|| run_folder::open_run(&run.output_dir, dirs, resume), hosts)?;
+    // A name of which nobody remembers that it was not there, and which the next start would remove.
+    let mark = |word: &str| run.output_dir.join(format!(".shared-{word}.partial"));
+    let begin = || {
+        let start = run_folder::open_run(&run.output_dir, dirs, resume)?;
+        let word = format!("{:016x}", RandomState::new().hash_one(()));
+        fs::write(mark(&word), &word).map_err(|error| Error::writing(&mark(&word), error))?;
+        Ok((start, word))
+    };
+    let (start, word): (StartPoint, String) = told_by_first(begin, hosts)?;
     let missing = dirs.iter().chain(start.checkpoint.as_ref().map(|(_, path)| path)).find(|path| !path.exists());
     let missing = missing.map(|path| format!("host {} does not see {}", hosts.name(), path.display()));
+    let other = || {
+        let (name, folder) = (hosts.name(), run.output_dir.display());
+        format!("host {name} does not see what the first one writes into {folder}: it has another folder there")
+    };
+    let missing = missing.or_else(|| (!is_seen(&mark(&word), &word)).then(other));
     // Nobody goes on before all have looked: a run that is refused takes its folders away.
-    match told_by_all(&missing, hosts)?.into_iter().flatten().next() {
-        Some(message) => Err(Error::usage(message).hint("output_dir must be in a folder that all hosts share")),
+    let told = told_by_all(&missing, hosts);
+    if hosts.rank() == 0 {
+        let _ = fs::remove_file(mark(&word));
+    }
+    match told?.into_iter().flatten().next() {
+        Some(message) => Err(Error::usage(message).hint("output_dir must be on storage that all hosts share")),
         None => Ok(start),
+    }
+}
+
+/// Whether `word` is in the file, now or soon.
+fn is_seen(path: &Path, word: &str) -> bool {
+    let begun = Instant::now();
+    loop {
+        let seen = fs::read_to_string(path).is_ok_and(|there| there == word);
+        if seen || begun.elapsed() > SEEN_WITHIN {
+            return seen;
+        }
+        thread::sleep(SEEN_WITHIN / 20);
     }
 }
 

@@ -53,9 +53,9 @@ pub struct Prepared {
     /// The folder's, with the stage's wishes.
     config: ModelConfig,
     /// Of `pretrain_mm_mlp_adapter`.
-    projector: Option<Weights>,
+    pub(super) projector: Option<Weights>,
     /// The stage's own, or what the stage before left.
-    adapter: Option<Adapter>,
+    pub(super) adapter: Option<Adapter>,
 }
 
 /// A model ready to be trained.

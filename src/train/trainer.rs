@@ -10,6 +10,7 @@ use super::{
     agreement::{alike, any},
     checkpoint::{self, TrainerState},
     config::{ImageAspectRatio, Method, Precision, StageConfig},
+    division::Division,
     estimate,
     events::{Event, Observer, StageHeader, StepMetrics},
     loss_scale::{LossScaler, LossScaling},
@@ -93,16 +94,20 @@ impl<'a> Trainer<'a> {
         let processor = prepared.processor(stage)?;
         let standing = Standing::of(stage.ranks(devices.gpus.len()), hosts)?;
         if hosts.count() > 1 {
-            same_on_all(hosts, &alike(stage, &prepared, &dataset)?)?;
+            same_on_all(hosts, &alike(stage, &prepared, &dataset, resume)?)?;
         }
-        let plan = plan(stage, &dataset, standing.total)?;
+        let before = resume.map(checkpoint::read).transpose()?;
+        // Parts of the layers are on one host.
+        let devices_of_all = if stage.layer_split { devices.gpus.len() } else { standing.total };
+        let division = Division::of(stage, devices_of_all, resume.zip(before.as_ref()))?;
+        let plan = plan_of(stage, &dataset, division.micro_batches)?;
         let total_steps = plan.total_steps();
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if devices.checked {
             let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
             estimate::check(stage, &prepared, &steps, devices, (standing.total, hosts.count()))?;
         }
-        let micro_batches = plan.micro_batches();
+        let micro_batches = division.micro_batches;
         let resting = Team::resting(stage, standing.total);
         let ranks: Vec<&[Gpu]> = devices.gpus.chunks(devices.gpus.len() / stage.ranks(devices.gpus.len())).collect();
         let sharing = Team::sharing(stage, prepared.config(), standing, ranks.len());
@@ -126,10 +131,16 @@ impl<'a> Trainer<'a> {
             seconds: 0.0,
             loss_scaler,
             micro_batches,
+            devices: Some(division.devices),
             shares: None,
         };
         if let Some(folder) = resume {
-            state = team.restore(folder, &state, hosts)?;
+            let restored = team.restore(folder, &state, hosts)?;
+            state = TrainerState { micro_batches, devices: state.devices, ..restored };
+        }
+        let dealt = team.shares().map(|shares| shares.deal(micro_batches)).unwrap_or_default();
+        if let Some(note) = division.note(&dealt, standing.total) {
+            observer.event(Event::Note(&note));
         }
         let left = match state.step {
             0 => used.clone(),
@@ -349,8 +360,13 @@ fn overflowed(t: u64, scale: f64, next: Option<f64>, observer: &mut dyn Observer
     Ok(())
 }
 
-/// Which records each step of the stage takes on so many devices.
+/// Which records each step of the stage takes on so many devices, where it begins on them.
 pub fn plan(stage: &StageConfig, dataset: &Dataset, devices: usize) -> Result<Plan> {
+    plan_of(stage, dataset, stage.gradient_accumulation_steps.saturating_mul(devices))
+}
+
+/// Which records each step of so many micro-batches takes.
+fn plan_of(stage: &StageConfig, dataset: &Dataset, micro_batches: usize) -> Result<Plan> {
     let duration = match stage.max_steps {
         Some(steps) => Duration::Steps(steps),
         None => Duration::Epochs(stage.num_train_epochs),
@@ -360,7 +376,6 @@ pub fn plan(stage: &StageConfig, dataset: &Dataset, devices: usize) -> Result<Pl
         (true, false) => Order::Shuffled,
         (false, false) => Order::File,
     };
-    let micro_batches = stage.gradient_accumulation_steps.saturating_mul(devices);
     Plan::new(dataset.len(), stage.per_device_train_batch_size, micro_batches, duration, order, stage.seed)
 }
 
