@@ -81,7 +81,7 @@ mod tests {
     fn what_is_kept_is_told() {
         let note = |micro_batches, devices| {
             let division = Division { micro_batches, devices: 4, kept: true };
-            division.note(&Shares::new(devices, true).deal(micro_batches), devices).unwrap()
+            division.note(&Shares::new(vec!["a".into(); devices]).deal(micro_batches), devices).unwrap()
         };
         assert_eq!(note(4, 3), "a step keeps its 4 micro-batches, of which 3 devices compute 2, 1 and 1");
         assert_eq!(note(4, 1), "a step keeps its 4 micro-batches");
