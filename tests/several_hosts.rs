@@ -220,9 +220,9 @@ fn hosts_that_would_train_something_else_are_told_so_on_all() {
 }
 
 /// Adds 1 to a byte.
-fn change(file: &Path, at: impl Fn(usize) -> usize) {
+fn change(file: &Path, at: impl Fn(&[u8]) -> usize) {
     let mut bytes = fs::read(file).unwrap();
-    let at = at(bytes.len());
+    let at = at(&bytes);
     bytes[at] = bytes[at].wrapping_add(1);
     fs::write(file, bytes).unwrap();
 }
@@ -269,9 +269,11 @@ fn hosts_with_other_files_are_told_which() {
             let file = copy.join("model/preprocessor_config.json");
             replace(&file, "\"image_mean\": [", "\"image_mean\": [0.25, 0.25, 0.25], \"was\": [");
         }),
-        ("weights", &[], |copy| change(&copy.join("model/model.safetensors"), |length| length - 4)),
+        ("weights", &[], |copy| change(&copy.join("model/model.safetensors"), |bytes| bytes.len() - 4)),
         ("adapter", adapter, |copy| {
-            change(&copy.join("adapter-lora/adapter_model.safetensors"), |length| (length - length / 4) / 4 * 4);
+            // A value of the first tensor, behind the length and the header.
+            let at = |bytes: &[u8]| 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize + 16;
+            change(&copy.join("adapter-lora/adapter_model.safetensors"), at);
         }),
         ("projector", projector, |copy| {
             write_projector(&copy.join("model"), &copy.join("projector.safetensors"), 0.5);

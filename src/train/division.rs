@@ -41,8 +41,14 @@ impl Division {
                     "{} was trained with {as_before} micro-batches a step, and now there are {micro_batches}",
                     folder.display()
                 ))
-                .hint("leave gradient_accumulation_steps and layer_split as they were: on other devices a step keeps its micro-batches")
-                .hint("or choose gradient_accumulation_steps so that, times the devices, it is as before; under layer_split it counts alone")),
+                .hint(
+                    "leave gradient_accumulation_steps and layer_split as they were: on other devices \
+                     a step keeps its micro-batches",
+                )
+                .hint(
+                    "or choose gradient_accumulation_steps so that, times the devices, it is as before; \
+                     under layer_split it counts alone",
+                )),
             },
         }
     }
