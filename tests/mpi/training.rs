@@ -237,7 +237,7 @@ fn kill_ranks(kills: usize, seed: u64) {
         assert!(code.is_some_and(|code| code != 0), "{code:?}: {said}");
         assert_eq!(said.matches("signal 9").count(), 1, "who was killed is told once: {said}");
         for noise in ["panicked", "error:", "Finishing"] {
-            assert!(!said.contains(noise), "{noise}: {said}");
+            assert!(!said.contains(noise), "{noise} is told as well: {said}");
         }
         // The launcher may end before the last of them.
         while ranks.iter().any(|process| Path::new("/proc").join(process).exists()) {
@@ -281,6 +281,7 @@ fn interrupt() {
         assert!(steps < STEPS, "rank {rank} was asked in the first step: {said}");
         let told = format!("stopped after step {steps} of {STEPS}; a checkpoint is saved");
         assert_eq!(said.matches(&told).count(), 1, "{told} is not told once: {said}");
+        assert!(said.contains("2 hosts") && said.contains("--resume"), "how to go on: {said}");
         assert!(whole_checkpoints(&out) > 0 && out.join(format!("checkpoint-{steps}")).exists(), "{said}");
         assert!(!out.join("finished.json").exists(), "{said}");
         println!("  rank {rank}: {told}");
