@@ -14,11 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{program, read_json, stderr};
+use common::{program, stderr, whole_checkpoints};
 use team::{Layout, Outcome, PATIENCE, Run, gpus};
 use wgpu_llava::{
     error::ErrorKind,
-    formats::safetensors::Checkpoint,
     gpu::{AdapterOptions, Gpu},
     ops::Random,
     train::{events::Silent, team::SlowLink},
@@ -43,22 +42,6 @@ fn open(count: usize) -> Vec<Gpu> {
 
 fn run_in(settings: &str, out: &Path) -> Run {
     Run { resume: true, ..Run::new("mqa_untied_mlp_full_features", settings, 6, out) }
-}
-
-/// Every checkpoint there is can be read, and nothing has the name of one that is none.
-fn assert_whole_checkpoints(out: &Path) -> usize {
-    let Ok(entries) = fs::read_dir(out) else { return 0 };
-    let mut found = 0;
-    for path in entries.map(|entry| entry.unwrap().path()) {
-        if path.file_name().unwrap().to_string_lossy().starts_with("checkpoint-") {
-            let state = read_json(&path.join("trainer_state.json"));
-            assert!(state["step"].as_u64().is_some(), "{}", path.display());
-            let tensors = Checkpoint::open(&path.join("state.safetensors")).unwrap();
-            assert!(tensors.names().count() > 10, "{}", path.display());
-            found += 1;
-        }
-    }
-    found
 }
 
 /// How devices are lost.
@@ -87,7 +70,7 @@ fn lose_one(run: &Run, layout: Layout, victim: usize, loss: &Loss) -> bool {
     assert_eq!(error.kind, ErrorKind::Device, "{error:?}");
     let told = format!("device {} of {}: {name} was lost", victim + 1, layout.devices);
     assert_eq!(error.message, told);
-    let checkpoints = assert_whole_checkpoints(&run.out);
+    let checkpoints = whole_checkpoints(&run.out);
     println!("  {told}, after {seconds:.1} s; {checkpoints} checkpoints");
     true
 }
@@ -184,7 +167,7 @@ fn kill_processes(kills: usize, seed: u64) {
             child.kill().unwrap();
             child.wait().unwrap();
             killed += 1;
-            let checkpoints = assert_whole_checkpoints(&run.out);
+            let checkpoints = whole_checkpoints(&run.out);
             println!("  {layout:?} killed after {:.1} s; {checkpoints} checkpoints", time.as_secs_f64());
         }
         if !ended {

@@ -1,6 +1,13 @@
 //! Several ranks under a real mpirun: what they add up, gather and tell, and how the job ends when one of them fails.
 //!
 //! The ranks are this test's own binary, started once more with a role to play. They write what they found to files.
+//! Trainings of the program are in mpi/training.rs.
+
+mod common;
+#[path = "common/team.rs"]
+mod team;
+#[path = "mpi/training.rs"]
+mod training;
 
 use std::{
     env,
@@ -31,6 +38,18 @@ const SOON: Duration = Duration::from_secs(20);
 /// Elements that go in one piece (hosts/mpi.rs).
 const PIECE: usize = (16 << 20) / 4;
 
+const TRIALS: [(&str, fn()); 9] = [
+    ("sums_have_the_same_bytes_everywhere_and_again", sums),
+    ("lists_of_bytes_arrive_in_order", lists),
+    ("a_rank_with_another_config_is_told_on_all", differences),
+    ("an_abort_ends_all_ranks_with_its_code", abort),
+    ("ranks_out_of_step_are_told", out_of_step),
+    ("an_exit_with_an_error_ends_all_ranks", exit),
+    ("leaving_without_finish_ends_all_ranks", leave),
+    ("a_killed_rank_ends_all_ranks", kill),
+    ("a_launcher_of_another_mpi_is_told", another_launcher),
+];
+
 fn main() {
     let arguments: Vec<String> = env::args().collect();
     if let [_, flag, role, ranks, folder] = &arguments[..]
@@ -42,24 +61,33 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // Each is several processes.
     arguments.test_threads = Some(1);
-    let trials: [(&str, fn()); 9] = [
-        ("sums_have_the_same_bytes_everywhere_and_again", sums),
-        ("lists_of_bytes_arrive_in_order", lists),
-        ("a_rank_with_another_config_is_told_on_all", differences),
-        ("an_abort_ends_all_ranks_with_its_code", abort),
-        ("ranks_out_of_step_are_told", out_of_step),
-        ("an_exit_with_an_error_ends_all_ranks", exit),
-        ("leaving_without_finish_ends_all_ranks", leave),
-        ("a_killed_rank_ends_all_ranks", kill),
-        ("a_launcher_of_another_mpi_is_told", another_launcher),
-    ];
-    let trials = trials.map(|(name, test)| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    });
-    libtest_mimic::run(&arguments, trials.into()).exit();
+    let mut trials: Vec<Trial> = TRIALS.into_iter().chain(training::TRIALS).map(trial).collect();
+    trials.extend(training::LONG_TRIALS.map(|long| trial(long).with_ignored_flag(true)));
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn trial((name, test): (&'static str, fn())) -> Trial {
+    Trial::test(name, move || {
+        test();
+        Ok(())
+    })
+}
+
+/// `mpirun -n RANKS`.
+fn mpirun(ranks: usize) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["-n", &ranks.to_string()]);
+    // By variables, which other launchers than Open MPI's do not mind: as root, more ranks than cores, all of them for
+    // each.
+    command.envs([
+        ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+        ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+        ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+        ("OMPI_MCA_hwloc_base_binding_policy", "none"),
+        ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
+        ("PRTE_MCA_hwloc_default_binding_policy", "none"),
+    ]);
+    command
 }
 
 /// A job that has ended.
@@ -74,16 +102,7 @@ struct Job {
 impl Job {
     /// Starts `ranks` ranks of a role.
     fn run(role: &str, ranks: usize) -> Self {
-        let mut command = Command::new("mpirun");
-        command.args(["-n", &ranks.to_string()]);
-        // By variables, which other launchers than Open MPI's do not mind: as root, and more ranks than cores.
-        command.envs([
-            ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
-            ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
-            ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
-            ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
-        ]);
-        Self::wait(command, role, ranks)
+        Self::wait(mpirun(ranks), role, ranks)
     }
 
     fn wait(mut command: Command, role: &str, ranks: usize) -> Self {

@@ -14,19 +14,22 @@ static STOP: AtomicBool = AtomicBool::new(false);
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// Catches Ctrl-C (and SIGTERM, SIGHUP) from now on; the flag becomes true at the first one. Calling it again gives
-/// the same flag.
+/// the same flag. One of several ranks is `alone` no longer and says nothing then: a launcher asks the same way when
+/// another rank is lost, and with that one no step can be finished.
 ///
 /// # Errors
 /// [`ErrorKind::Failed`](crate::error::ErrorKind::Failed): the system does not let signals be caught.
-pub fn install() -> Result<&'static AtomicBool> {
+pub fn install(alone: bool) -> Result<&'static AtomicBool> {
     if !INSTALLED.swap(true, Ordering::SeqCst) {
-        ctrlc::set_handler(|| {
+        ctrlc::set_handler(move || {
             if STOP.swap(true, Ordering::SeqCst) {
                 std::process::exit(EXIT_CODE);
             }
-            // Not eprintln!: it panics when the terminal is gone, which is one reason for a signal.
-            let text = "\nFinishing this step, then saving. Once more to stop at once, without saving.";
-            let _ = writeln!(std::io::stderr(), "{text}");
+            if alone {
+                // Not eprintln!: it panics when the terminal is gone, which is one reason for a signal.
+                let text = "\nFinishing this step, then saving. Once more to stop at once, without saving.";
+                let _ = writeln!(std::io::stderr(), "{text}");
+            }
         })
         .map_err(|error| Error::failed("cannot catch Ctrl-C").caused_by(error))?;
     }

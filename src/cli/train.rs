@@ -41,10 +41,15 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs, tell: &dyn Fn(Error) -> u8) ->
     match train(args, global, &mut *hosts, &mut ui) {
         Ok(()) => hosts.finish(),
         Err(error) if hosts.count() == 1 => Err(error),
-        // A checkpoint is saved, and every host knows.
+        // A checkpoint is saved, and every host knows. It is told before one leaves: with such a code the launcher ends
+        // the others.
         Err(error) if error.kind == ErrorKind::Interrupted => {
+            let code = errors::exit_code(error.kind);
+            if hosts.rank() == 0 {
+                tell(error);
+            }
             hosts.finish()?;
-            if hosts.rank() == 0 { Err(error) } else { std::process::exit(i32::from(errors::exit_code(error.kind))) }
+            std::process::exit(i32::from(code))
         }
         Err(error) => {
             let message = format!("rank {} on {}: {}", hosts.rank(), hosts.name(), error.message);
@@ -93,7 +98,7 @@ fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut 
     // A model that was split for its training may fit no single device afterwards either.
     let split = config.stages.iter().any(|stage| stage.layer_split);
     let answering = gpus[..if split { gpus.len() } else { 1 }].to_vec();
-    let stop = interrupt::install()?;
+    let stop = interrupt::install(hosts.count() == 1)?;
     let devices = Devices { gpus, checked: !args.force, slow: None };
     let outcome = run::train(&config, args.resume, &devices, hosts, stop, ui)?;
     drop(devices);

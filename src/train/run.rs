@@ -75,7 +75,7 @@ pub fn train(
             }
             observer.event(Event::StageStart(&trainer.header()));
             let trained = trainer.run(stop, hosts, observer);
-            outcome = Some(trained.map_err(|error| how_to_go_on(devices.named(error), run))?);
+            outcome = Some(trained.map_err(|error| how_to_go_on(devices.named(error), run, hosts.count()))?);
             devices.gpus.iter().for_each(Gpu::trim);
         } else {
             observer.event(Event::Note(&format!("stage {} was finished before", stage.title())));
@@ -162,10 +162,13 @@ fn remove_if_untouched(run: &RunConfig, hosts: &dyn Hosts) {
     let _ = std::fs::remove_dir(&run.output_dir);
 }
 
-fn how_to_go_on(error: Error, run: &RunConfig) -> Error {
+fn how_to_go_on(error: Error, run: &RunConfig, hosts: usize) -> Error {
     if error.kind == crate::error::ErrorKind::Interrupted {
         let command = format!("wgpu-llava train --resume --output-dir {}", run.output_dir.display());
-        return error.hint(format!("go on with: {command}"));
+        return error.hint(match hosts {
+            1 => format!("go on with: {command}"),
+            _ => format!("go on, started on {hosts} hosts as before, with: {command}"),
+        });
     }
     error
 }

@@ -94,6 +94,22 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
+/// How many checkpoints a run has left: every one can be read, and nothing has the name of one that is none.
+pub fn whole_checkpoints(out: &Path) -> usize {
+    let Ok(entries) = fs::read_dir(out) else { return 0 };
+    let mut found = 0;
+    for path in entries.map(|entry| entry.expect("a run's folder can be read").path()) {
+        if path.file_name().expect("an entry has a name").to_string_lossy().starts_with("checkpoint-") {
+            let state = read_json(&path.join("trainer_state.json"));
+            assert!(state["step"].as_u64().is_some(), "{}", path.display());
+            let tensors = Checkpoint::open(&path.join("state.safetensors")).expect("a whole checkpoint");
+            assert!(tensors.names().count() > 10, "{}", path.display());
+            found += 1;
+        }
+    }
+    found
+}
+
 /// Leaves the language model of a LLaVA folder (with one file of weights) alone, as a plain LLaMA.
 pub fn forget_the_tower(model: &Path) {
     let path = model.join("config.json");
