@@ -28,7 +28,7 @@ pub struct AdapterOptions {
     pub unpacks_f16: bool,
     /// What was measured to be better than the rules of ops; others may be set later.
     pub choices: Choices,
-    /// Wait for every dispatch and keep its time ([`Gpu::profile`](super::Gpu::profile)); slow.
+    /// Time every dispatch ([`Gpu::profile`](super::Gpu::profile)); slow.
     pub profile: bool,
     /// Keep the first launch of every kernel in this folder, with all it read and wrote (tests use it); slow.
     pub capture: Option<PathBuf>,

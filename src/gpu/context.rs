@@ -23,6 +23,7 @@ use super::{
     in_place::{self, Arriving},
     kernel::{Kernels, MAX_PARAMS},
     pace::{self, Pace},
+    profile::{KernelTime, Profile},
     staging::Staging,
     timing::Marks,
     waiting,
@@ -91,8 +92,8 @@ struct Stream {
     recorded: usize,
     pace: Pace,
     bind_groups: HashMap<Vec<(u64, u64, u64, bool)>, wgpu::BindGroup>,
-    /// Count and seconds of each kernel, when they are timed.
-    profile: Option<HashMap<String, (u64, f64)>>,
+    /// When kernels are timed one by one.
+    profile: Option<Profile>,
     /// Where the device writes down when passes begin and end, while it shall.
     marks: Option<Marks>,
 }
@@ -142,7 +143,8 @@ impl Gpu {
         let subgroups = features.contains(wgpu::Features::SUBGROUP) && !options.without_subgroups;
         let kernels = Arc::new(Kernels::new(&device, features.contains(wgpu::Features::IMMEDIATES), subgroups));
         let capture = options.capture.clone().map(|folder| Capture::new(folder, subgroups));
-        let stream = Stream { profile: options.profile.then(HashMap::new), ..Default::default() };
+        let marks = || if facts.is_cpu { None } else { Marks::new(&device, &queue) };
+        let stream = Stream { profile: options.profile.then(|| Profile::new(marks())), ..Default::default() };
         let device = Device { device, queue, kernels, ahead: Mutex::default(), capture };
         Ok(Self::with(Some(device), facts, options.max_binding, stream, failures))
     }
@@ -429,7 +431,10 @@ impl Gpu {
 
         let encoder = stream.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
         let pass = stream.pass.get_or_insert_with(|| {
-            let timestamp_writes = stream.marks.as_mut().and_then(Marks::of_a_pass);
+            let timestamp_writes = match &mut stream.profile {
+                Some(profile) => profile.of_a_pass(name),
+                None => stream.marks.as_mut().and_then(Marks::of_a_pass),
+            };
             encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes }).forget_lifetime()
         });
         pass.set_pipeline(&pipeline);
@@ -442,29 +447,53 @@ impl Gpu {
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         stream.recorded += 1;
         if stream.profile.is_some() {
-            let begun = Instant::now();
-            self.submit(stream);
-            let _ = waiting::until_done(device, None, &|| self.is_lost());
-            if let Some(profile) = &mut stream.profile {
-                let entry = profile.entry(name.to_string()).or_default();
-                *entry = (entry.0 + 1, entry.1 + begun.elapsed().as_secs_f64());
-            }
-        } else if stream.recorded >= pace::DISPATCHES || (!self.is_cpu() && stream.pace.is_due(self.flops())) {
+            self.profile_dispatch(stream, name);
+        } else if self.is_due(stream) {
             self.submit(stream);
         }
     }
 
+    /// Times the dispatch that was recorded last.
+    fn profile_dispatch(&self, stream: &mut Stream, name: &str) {
+        stream.pass = None;
+        let waits = stream.profile.as_ref().is_some_and(Profile::waits);
+        let full = stream.profile.as_ref().is_some_and(Profile::is_full);
+        if waits {
+            let begun = Instant::now();
+            self.submit(stream);
+            self.with_device(|device, _| waiting::until_done(device, None, &|| self.is_lost()).ok());
+            stream.profile.iter_mut().for_each(|profile| profile.waited(name, begun));
+        } else if full {
+            self.read_profile(stream);
+        } else if self.is_due(stream) {
+            self.submit(stream);
+        }
+    }
+
+    /// Whether enough is recorded.
+    fn is_due(&self, stream: &Stream) -> bool {
+        stream.recorded >= pace::DISPATCHES || (!self.is_cpu() && stream.pace.is_due(self.flops()))
+    }
+
+    fn read_profile(&self, stream: &mut Stream) {
+        self.submit(stream);
+        if let (Some(profile), Some(Device { device, queue, .. })) = (&mut stream.profile, &self.inner.device) {
+            profile.read(device, queue, &|| self.is_lost());
+        }
+    }
+
     /// Kernels with their dispatches and seconds, slowest first; empty unless the device was opened to profile.
-    pub fn profile(&self) -> Vec<(String, u64, f64)> {
-        let stream = self.stream();
-        let mut rows: Vec<_> = stream.profile.iter().flatten().map(|(name, &(n, s))| (name.clone(), n, s)).collect();
-        rows.sort_by(|a, b| b.2.total_cmp(&a.2));
-        rows
+    pub fn profile(&self) -> Vec<KernelTime> {
+        let stream = &mut *self.stream();
+        self.read_profile(stream);
+        stream.profile.as_ref().map_or_else(Vec::new, Profile::rows)
     }
 
     /// Forgets what [`Gpu::profile`] has gathered.
     pub fn start_profile(&self) {
-        self.stream().profile.iter_mut().for_each(HashMap::clear);
+        let stream = &mut *self.stream();
+        self.read_profile(stream);
+        stream.profile.iter_mut().for_each(Profile::clear);
     }
 
     /// A uniform of its own for one dispatch, on devices without immediate data.

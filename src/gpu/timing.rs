@@ -52,7 +52,7 @@ pub(super) struct Marks {
 }
 
 impl Marks {
-    fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Option<Self> {
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Option<Self> {
         device.features().contains(wgpu::Features::TIMESTAMP_QUERY).then(|| Self {
             queries: device.create_query_set(&wgpu::QuerySetDescriptor {
                 label: None,
@@ -75,10 +75,22 @@ impl Marks {
         })
     }
 
+    /// Whether no further pass can be marked.
+    pub fn is_full(&self) -> bool {
+        self.passes >= PASSES
+    }
+
     /// Seconds from the first to the last mark; none where these cannot be times.
-    fn read(&self, device: &wgpu::Device, queue: &wgpu::Queue, lost: &dyn Fn() -> bool) -> Option<f64> {
-        let marks = 2 * self.passes;
-        if self.passes == 0 || self.passes > PASSES {
+    fn read(&mut self, device: &wgpu::Device, queue: &wgpu::Queue, lost: &dyn Fn() -> bool) -> Option<f64> {
+        let times = self.take(device, queue, lost)?;
+        Some(times.last()? - times.first()?).filter(|&seconds| seconds > 0.0)
+    }
+
+    /// Seconds, since any moment, of each mark, two for each pass since the last call, all of which have to be submitted;
+    /// none where these cannot be times.
+    pub fn take(&mut self, device: &wgpu::Device, queue: &wgpu::Queue, lost: &dyn Fn() -> bool) -> Option<Vec<f64>> {
+        let marks = 2 * std::mem::take(&mut self.passes);
+        if marks == 0 || marks > 2 * PASSES {
             return None;
         }
         let buffer = |usage| {
@@ -94,14 +106,13 @@ impl Marks {
         staging.slice(..).map_async(wgpu::MapMode::Read, |_| ());
         waiting::until_done(device, None, lost).ok()?;
         let range = staging.slice(..).get_mapped_range().ok()?;
-        let times: Vec<u64> = range
+        let ticks: Vec<u64> = range
             .chunks_exact(8)
             .map(|word| word.iter().rev().fold(0, |time, &byte| time << 8 | u64::from(byte)))
             .collect();
-        let whole = times.iter().all(|&time| time > 0) && times.is_sorted();
-        let ticks = times.last()?.checked_sub(*times.first()?)?;
-        let seconds = ticks as f64 * f64::from(self.period) / 1e9;
-        (whole && seconds > 0.0 && seconds.is_finite()).then_some(seconds)
+        let first = *ticks.first()?;
+        let whole = first > 0 && ticks.is_sorted();
+        whole.then(|| ticks.iter().map(|&time| (time - first) as f64 * f64::from(self.period) / 1e9).collect())
     }
 }
 
@@ -176,8 +187,9 @@ impl Gpu {
         let done = self.sync();
         let host = begun.elapsed().as_secs_f64();
         let mut device = None;
-        self.swap_marks(|_, _| None)
-            .inspect(|marks| device = self.with_device(|raw, queue| marks.read(raw, queue, &|| self.is_lost())));
+        if let Some(mut marks) = self.swap_marks(|_, _| None) {
+            device = self.with_device(|raw, queue| marks.read(raw, queue, &|| self.is_lost()));
+        }
         done?;
         Ok(Elapsed { device: device.filter(|&seconds| seconds <= host + SLACK), host })
     }

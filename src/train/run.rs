@@ -167,7 +167,7 @@ fn how_to_go_on(error: Error, run: &RunConfig, hosts: usize) -> Error {
         let command = format!("wgpu-llava train --resume --output-dir {}", run.output_dir.display());
         return error.hint(match hosts {
             1 => format!("go on with: {command}"),
-            _ => format!("go on, started on {hosts} hosts as before, with: {command}"),
+            _ => format!("go on, started on these {hosts} hosts or on others that share the folder, with: {command}"),
         });
     }
     error

@@ -163,6 +163,7 @@ fn text(stage: &StageConfig, times: &StepTimes, data: &Value, before: Option<&Va
     row("loading", format!("{:.1} s", times.loading_seconds));
     if let Some(kernels) = data["kernels"].as_array() {
         let all: f64 = kernels.iter().filter_map(|kernel| kernel["seconds"].as_f64()).sum();
+        row("kernels", format!("{all:.4} s, timed one by one; of these"));
         for kernel in kernels.iter().take(KERNELS_SHOWN) {
             let (name, seconds) =
                 (kernel["name"].as_str().unwrap_or_default(), kernel["seconds"].as_f64().unwrap_or(0.0));
