@@ -95,6 +95,25 @@ fn a_step_tells_its_share() {
 }
 
 #[test]
+fn sizes_that_are_given_replace_those_of_the_named_model() {
+    let small = ["--hidden-size", "64", "--intermediate-size", "96", "--vocab-size", "64", "--model", "llama-70b"];
+    let times = ["bench", "step", "--json", "--batch", "1", "--seq", "4", "--steps", "1", "--warm-up", "0"];
+    let model = |more: &[&str]| {
+        json(&run(times.iter().chain(&small).chain(more).copied().collect::<Vec<_>>()))["model"].clone()
+    };
+    for (more, layers, heads, kv_heads) in [
+        (vec!["--num-layers", "1", "--num-heads", "2"], 1, 2, 2),
+        (vec!["--num-layers", "2", "--num-heads", "4", "--num-kv-heads", "2"], 2, 4, 2),
+        (vec!["--num-heads", "1"], 80, 1, 1),
+    ] {
+        let found = model(&more);
+        assert_eq!(found["hidden_size"], 64);
+        assert_eq!(found["num_hidden_layers"], layers, "{more:?}");
+        assert_eq!([&found["num_attention_heads"], &found["num_key_value_heads"]], [heads, kv_heads], "{more:?}");
+    }
+}
+
+#[test]
 fn wrong_use_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let broken = folder.path().join("broken.json");
@@ -111,6 +130,7 @@ fn wrong_use_is_refused() {
         (vec!["ops", "--compare", &broken], 3, "--compare"),
         (vec!["generate", "--method", "prefix"], 2, "prefix"),
         (vec!["generate", "--seq", "4000", "--tokens", "4000", "--model", "llama-7b"], 2, "positions"),
+        (vec!["step", "--model", "llama-8b-nothing", "--num-layers", "1"], 2, "llama-8b-nothing"),
         (vec!["table", "--folder", &missing], 3, "missing"),
     ] {
         let output = program(["bench"].into_iter().chain(arguments.iter().copied())).output().unwrap();

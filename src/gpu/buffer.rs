@@ -265,9 +265,9 @@ mod tests {
         for _ in 0..10 {
             shelf.put(100 * MIB, 100 * MIB, ());
         }
-        // Another size, of which nothing is free.
+        // Another size, of which nothing is free: the first two lie beside what is there.
         let gone: usize = (0..9).map(|_| take(&mut shelf, 110 * MIB)).sum();
-        assert!((9..=10).contains(&gone), "{gone}");
+        assert!((7..=8).contains(&gone), "{gone}");
         assert_eq!((shelf.used, shelf.peak), (990 * MIB, 1000 * MIB));
         assert!(shelf.held <= 1000 * MIB + 1000 * MIB / 4, "{}", shelf.held);
         // The same again finds what it needs.

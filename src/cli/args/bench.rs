@@ -31,7 +31,7 @@ pub struct BenchArgs {
     /// Override a config key; may be given several times
     #[arg(long, short, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// A released model's size by its name, such as llama-7b
+    /// A released model's size by its name, such as llama-7b; sizes that are given take the place of its own
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
     #[arg(long, value_name = "N", value_parser = at_least_one())]
@@ -42,7 +42,7 @@ pub struct BenchArgs {
     pub num_layers: Option<usize>,
     #[arg(long, value_name = "N", value_parser = at_least_one())]
     pub num_heads: Option<usize>,
-    /// Key and value heads [default: as many as heads]
+    /// Key and value heads [default: as many as heads, or the named model's]
     #[arg(long, value_name = "N", value_parser = at_least_one())]
     pub num_kv_heads: Option<usize>,
     #[arg(long, value_name = "N", value_parser = at_least_one())]

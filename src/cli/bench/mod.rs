@@ -23,14 +23,8 @@ use crate::{
     train::run_folder::dated_name,
 };
 
-/// A small decoder, where nobody names a size.
-const SMALL: [(&str, usize); 5] = [
-    ("hidden_size", 256),
-    ("intermediate_size", 688),
-    ("num_hidden_layers", 4),
-    ("num_attention_heads", 4),
-    ("vocab_size", 2048),
-];
+/// A small decoder, where nobody names a size: hidden, intermediate, layers, heads, vocabulary.
+const SMALL: [usize; 5] = [256, 688, 4, 4, 2048];
 
 pub fn run(args: &BenchArgs, global: &GlobalArgs) -> Result<()> {
     let before = args.compare.as_deref().map(read).transpose()?;
@@ -107,30 +101,39 @@ pub fn today() -> String {
     dated_name(SystemTime::now()).split('_').next().unwrap_or_default().to_owned()
 }
 
-/// The model's shapes: of the options, of the released model of that name, or a small one.
+/// The model's shapes: those of the released model of that name, or of a small one, but for sizes that are given; with
+/// these it is a language model alone.
 fn model(args: &BenchArgs, named: Option<String>, positions: usize) -> Result<ModelConfig> {
+    let name = args.model.clone().or(named);
+    let released = name.as_deref().map(released::by_name).transpose()?.flatten();
     let given = [
         ("hidden_size", args.hidden_size),
         ("intermediate_size", args.intermediate_size),
         ("num_hidden_layers", args.num_layers),
         ("num_attention_heads", args.num_heads),
         ("vocab_size", args.vocab_size),
+        ("num_key_value_heads", args.num_kv_heads),
     ];
-    if given.iter().all(|(_, value)| value.is_none())
-        && let Some(name) = args.model.clone().or(named)
-    {
-        let unknown = || {
-            Error::usage(format!("the size of {name} is not known by its name"))
-                .hint("llama-7b, llama-13b, llama-33b, llama-65b and llama-70b are, or give --hidden-size and so on")
-        };
-        return released::by_name(&name)?.ok_or_else(unknown);
+    let as_named = given.iter().all(|(_, value)| value.is_none());
+    if let Some(name) = name.filter(|_| released.is_none() && (as_named || args.model.is_some())) {
+        return Err(Error::usage(format!("the size of {name} is not known by its name"))
+            .hint("llama-7b, llama-13b, llama-33b, llama-65b and llama-70b are, or give --hidden-size and so on"));
     }
+    let others = match released {
+        Some(config) if as_named => return Ok(config),
+        Some(config) => {
+            let text = config.text();
+            // Heads of keys and values are as many as there are heads, where these are given.
+            let kv_heads = args.num_heads.is_none().then_some(text.num_key_value_heads);
+            let width = [text.hidden_size, text.intermediate_size];
+            let counts = [text.num_hidden_layers, text.num_attention_heads, text.vocab_size];
+            width.into_iter().chain(counts).map(Some).chain([kv_heads]).collect()
+        }
+        None => SMALL.into_iter().map(Some).chain([None]).collect::<Vec<_>>(),
+    };
     let mut json = Map::from_iter([("model_type".to_owned(), json!("llama"))]);
-    for ((key, value), (_, small)) in given.into_iter().zip(SMALL) {
-        json.insert(key.to_owned(), json!(value.unwrap_or(small)));
-    }
-    if let Some(heads) = args.num_kv_heads {
-        json.insert("num_key_value_heads".to_owned(), json!(heads));
+    for ((key, value), other) in given.into_iter().zip(others) {
+        json.extend(value.or(other).map(|value| (key.to_owned(), json!(value))));
     }
     json.insert("max_position_embeddings".to_owned(), json!(positions.max(2048)));
     ModelConfig::parse("the model of these options", Value::Object(json).to_string().as_bytes())
