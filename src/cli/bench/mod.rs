@@ -112,28 +112,29 @@ fn model(args: &BenchArgs, named: Option<String>, positions: usize) -> Result<Mo
         ("num_hidden_layers", args.num_layers),
         ("num_attention_heads", args.num_heads),
         ("vocab_size", args.vocab_size),
-        ("num_key_value_heads", args.num_kv_heads),
     ];
-    let as_named = given.iter().all(|(_, value)| value.is_none());
+    let as_named = given.iter().all(|(_, value)| value.is_none()) && args.num_kv_heads.is_none();
     if let Some(name) = name.filter(|_| released.is_none() && (as_named || args.model.is_some())) {
         return Err(Error::usage(format!("the size of {name} is not known by its name"))
             .hint("llama-7b, llama-13b, llama-33b, llama-65b and llama-70b are, or give --hidden-size and so on"));
     }
-    let others = match released {
+    let (sizes, kv_heads) = match released {
         Some(config) if as_named => return Ok(config),
         Some(config) => {
             let text = config.text();
+            let (layers, heads) = (text.num_hidden_layers, text.num_attention_heads);
             // Heads of keys and values are as many as there are heads, where these are given.
             let kv_heads = args.num_heads.is_none().then_some(text.num_key_value_heads);
-            let width = [text.hidden_size, text.intermediate_size];
-            let counts = [text.num_hidden_layers, text.num_attention_heads, text.vocab_size];
-            width.into_iter().chain(counts).map(Some).chain([kv_heads]).collect()
+            ([text.hidden_size, text.intermediate_size, layers, heads, text.vocab_size], kv_heads)
         }
-        None => SMALL.into_iter().map(Some).chain([None]).collect::<Vec<_>>(),
+        None => (SMALL, None),
     };
     let mut json = Map::from_iter([("model_type".to_owned(), json!("llama"))]);
-    for ((key, value), other) in given.into_iter().zip(others) {
-        json.extend(value.or(other).map(|value| (key.to_owned(), json!(value))));
+    json.extend(
+        given.into_iter().zip(sizes).map(|((key, value), size)| (key.to_owned(), json!(value.unwrap_or(size)))),
+    );
+    if let Some(heads) = args.num_kv_heads.or(kv_heads) {
+        json.insert("num_key_value_heads".to_owned(), json!(heads));
     }
     json.insert("max_position_embeddings".to_owned(), json!(positions.max(2048)));
     ModelConfig::parse("the model of these options", Value::Object(json).to_string().as_bytes())
