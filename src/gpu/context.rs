@@ -520,6 +520,11 @@ impl Gpu {
         }
     }
 
+    /// Lets the device do what is recorded, for whoever waits for something else before it records more.
+    pub fn flush(&self) {
+        self.submit(&mut self.stream());
+    }
+
     fn submit(&self, stream: &mut Stream) -> Option<wgpu::SubmissionIndex> {
         stream.pass = None;
         stream.recorded = 0;

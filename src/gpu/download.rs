@@ -101,11 +101,28 @@ impl Downloads {
         Ok(())
     }
 
+    /// Whether all of `download` is there; does not wait.
+    pub fn has_arrived(&mut self, device: &wgpu::Device, download: &Download) -> Result<bool, String> {
+        waiting::look(device)?;
+        while download.arrived().missing > 0 {
+            let Some(result) = self.moving.front().and_then(|slot| slot.mapped.try_recv().ok()) else {
+                return Ok(false);
+            };
+            self.moving.pop_front().map_or(Ok(()), |slot| self.empty(slot, result))?;
+        }
+        Ok(true)
+    }
+
     /// Waits for the oldest buffer and empties it.
     fn land(&mut self, device: &wgpu::Device, failed: &dyn Fn() -> bool) -> Result<(), String> {
         let slot = self.moving.pop_front().ok_or("a download was never sent")?;
         let result = waiting::answer(device, Some(&slot.submission), &slot.mapped, failed)?;
-        result.map_err(|error| format!("memory of the host cannot be mapped: {error}"))?;
+        self.empty(slot, result)
+    }
+
+    /// Takes what has been `mapped` out of a buffer, which is at rest then.
+    fn empty(&mut self, slot: Slot, mapped: Result<(), wgpu::BufferAsyncError>) -> Result<(), String> {
+        mapped.map_err(|error| format!("memory of the host cannot be mapped: {error}"))?;
         {
             let range = slot.buffer.slice(..slot.size as u64).get_mapped_range().map_err(|error| error.to_string())?;
             let arrived = &mut *slot.to.lock().unwrap_or_else(PoisonError::into_inner);

@@ -20,6 +20,11 @@ impl Downloading {
         Self { gpu: gpu.clone(), download: gpu.download(&parts) }
     }
 
+    /// Whether [`Downloading::bytes`] has nothing to wait for.
+    pub fn has_arrived(&self) -> bool {
+        self.gpu.has_arrived(&self.download)
+    }
+
     /// Waits for their bytes.
     ///
     /// # Errors

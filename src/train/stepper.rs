@@ -208,10 +208,14 @@ impl Stepper {
         Ok(self.sums.to_vec()?.split_off(1))
     }
 
-    /// What of the step's update is made here, with gradients that came from elsewhere and their square sum.
-    pub fn update(&mut self, update: &Update, square_sum: f64) {
+    /// What of the step's update is made here, with gradients that came from elsewhere and their square sum. Weights that
+    /// others wait for go to `send` ([`Optimizer::step_and_send`]).
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn update(&mut self, update: &Update, square_sum: f64, send: &mut dyn FnMut(usize, Vec<u8>)) -> Result<()> {
         self.sums.part(0, &[1]).write(&[square_sum as f32]);
-        self.optimizer.step(update, &self.sums);
+        self.optimizer.step_and_send(update, &self.sums, send)
     }
 
     /// Makes again what follows from the weights, once they are all new.

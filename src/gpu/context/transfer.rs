@@ -127,6 +127,16 @@ impl Gpu {
         download
     }
 
+    /// Whether nothing has to be waited for any more to have a download's bytes, or to be told what has failed.
+    pub fn has_arrived(&self, download: &Download) -> bool {
+        let Some(Device { device, .. }) = &self.inner.device else { return true };
+        let arrived = self.downloads().has_arrived(device, download);
+        arrived.unwrap_or_else(|error| {
+            self.failure().get_or_insert(error);
+            true
+        })
+    }
+
     /// The bytes of a download, waited for if need be. After a failure, which is told as everywhere, they are zeros.
     pub fn downloaded(&self, download: Download) -> Vec<u8> {
         if let Some(Device { device, .. }) = &self.inner.device

@@ -199,6 +199,11 @@ impl Optimizer {
         self.shards.iter().map(Shard::elements).sum()
     }
 
+    /// The device of all that trains, or the first of several.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
     pub fn sharing(&self) -> &Sharing {
         &self.sharing
     }

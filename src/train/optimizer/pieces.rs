@@ -1,9 +1,9 @@
 //! Weights that go from whoever updates them to all other devices: in pieces, and those first that a forward reads first.
 
-use std::ops::Range;
+use std::{collections::VecDeque, ops::Range};
 
 use super::{
-    Optimizer,
+    Optimizer, SHARED_ARENAS, Update,
     buckets::{layers, milestone},
     shard::Shard,
 };
@@ -11,6 +11,9 @@ use crate::{
     error::Result,
     tensor::{ALIGNMENT, Downloading, Tensor},
 };
+
+/// Bytes of weights that leave a device together at most, or one piece.
+const LEAVING_BYTES: usize = 16 << 20;
 
 /// Weights that are sent at once: neighbours in the arenas that are updated alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,21 +59,67 @@ impl Optimizer {
         owner.map_or_else(|| self.pieces.iter().map(|pieces| of(pieces)).sum(), |owner| of(self.pieces(Some(owner))))
     }
 
-    /// The [`Optimizer::pieces`] that this device updates.
+    /// One update, as [`Optimizer::step`] makes it. Of the [`Optimizer::pieces`] that it renews each goes to `send`, with its
+    /// number: the first ones leave while the last ones are updated.
+    ///
+    /// # Errors
+    /// Whatever has failed on the device so far.
+    pub fn step_and_send(
+        &self,
+        update: &Update,
+        square_sum: &Tensor,
+        send: &mut dyn FnMut(usize, Vec<u8>),
+    ) -> Result<()> {
+        let mut waiting: Vec<Option<&Shard>> = self.shards.iter().map(Some).collect();
+        let renew = |shard: &Shard| shard.step(update, square_sum);
+        self.send_weights(&mut |shard| waiting[shard].take().into_iter().for_each(renew), send)?;
+        waiting.into_iter().flatten().for_each(renew);
+        Ok(())
+    }
+
+    /// The [`Optimizer::pieces`] that this device updates, as they are.
     ///
     /// # Errors
     /// Whatever has failed on the device so far.
     pub fn owned_weights(&self) -> Result<Vec<Vec<u8>>> {
-        let pieces: Vec<Tensor> =
-            self.pieces(Some(self.sharing.device)).iter().map(|piece| self.weights(piece)).collect();
-        let bytes = Downloading::of(&self.gpu, &pieces).bytes()?;
-        let mut rest = &bytes[..];
-        let mut piece = |piece: &Tensor| {
-            let (these, others) = rest.split_at(bytes_of(piece));
-            rest = others;
-            these.to_vec()
+        let mut all = Vec::new();
+        self.send_weights(&mut |_| (), &mut |_, bytes| all.push(bytes))?;
+        Ok(all)
+    }
+
+    /// Sends pieces, some at a time; before each `renew` gets the number of its shard.
+    fn send_weights(&self, renew: &mut dyn FnMut(usize), send: &mut dyn FnMut(usize, Vec<u8>)) -> Result<()> {
+        // Those of the host are none of a device's.
+        let pieces = if self.sharing.offload { &[][..] } else { self.pieces(Some(self.sharing.device)) };
+        let weights: Vec<Tensor> = pieces.iter().map(|piece| self.weights(piece)).collect();
+        let all: usize = weights.iter().map(bytes_of).sum();
+        let most = LEAVING_BYTES.min(all / SHARED_ARENAS);
+        let mut arrived = |(pieces, downloading): (Range<usize>, Downloading)| -> Result<()> {
+            let bytes = downloading.bytes()?;
+            let mut rest = &bytes[..];
+            for piece in pieces {
+                let (these, others) = rest.split_at(bytes_of(&weights[piece]));
+                send(piece, these.to_vec());
+                rest = others;
+            }
+            Ok(())
         };
-        Ok(pieces.iter().map(&mut piece).collect())
+        let mut underway = VecDeque::new();
+        let mut first = 0;
+        while first < pieces.len() {
+            let (mut end, mut bytes) = (first, 0);
+            while end < pieces.len() && (end == first || bytes + bytes_of(&weights[end]) <= most) {
+                renew(pieces[end].shard);
+                bytes += bytes_of(&weights[end]);
+                end += 1;
+            }
+            underway.push_back((first..end, Downloading::of(&self.gpu, &weights[first..end])));
+            first = end;
+            if underway.len() > 1 {
+                underway.pop_front().map_or(Ok(()), &mut arrived)?;
+            }
+        }
+        underway.into_iter().try_for_each(arrived)
     }
 
     /// Puts weights that were updated elsewhere into their place: by another device, or by the host. They are whole

@@ -1,7 +1,11 @@
 //! Gradients meet in the host's memory: each parcel is added up in the order of the devices once all have sent it. The
 //! order is fixed, so that the same devices give the same bytes. Weights pass through from who has updated them.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rayon::prelude::*;
 
@@ -10,6 +14,9 @@ use crate::{error::Error, hosts::Hosts, train::optimizer::Parcel};
 
 /// Elements that one core adds up at once; also what a square sum's order follows from.
 const CHUNK: usize = 1 << 16;
+
+/// How long weights are waited for until it is asked again whether more will come.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// What a device sends.
 pub enum Sent {
@@ -136,6 +143,18 @@ impl Exchange {
             passed(device, &self.pass_on(device, piece, bytes));
         }
         Ok(())
+    }
+
+    /// Passes weights on as they come until those who send them are `done` with a step; what comes later the next one passes on.
+    pub fn pass_weights_until(&mut self, done: impl Fn() -> bool) {
+        while self.missing > 0 && !done() {
+            match self.arriving.recv_within(PATIENCE) {
+                Ok(Some(Sent::Weights { device, piece, bytes })) => drop(self.pass_on(device, piece, bytes)),
+                Ok(None) => {}
+                // Whoever is gone says why.
+                _ => return,
+            }
+        }
     }
 
     /// As [`Exchange::pass_weights`], to the devices of other hosts too, whose weights come here.
@@ -312,8 +331,11 @@ mod tests {
         assert_eq!(exchange.sums(&[parcel(1)], 1, &mut Alone, |_, _, _| ()).unwrap(), 4.0);
         assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 0, .. })));
         assert!(got[0].try_recv().is_err() && got[1].try_recv().is_err());
+        // Until all are done with the step, though some of it is still to come.
+        exchange.pass_weights_until(|| true);
+        assert!(got[0].try_recv().is_err());
         // Whoever needs them all does not wait for a next step.
-        exchange.pass_weights(|_, _| ()).unwrap();
+        exchange.pass_weights_until(|| false);
         assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 1, .. })));
         assert!(exchange.pass_weights(|_, _| ()).is_ok() && got[0].try_recv().is_err());
     }

@@ -15,6 +15,9 @@ pub struct SlowLink {
     pub bytes_per_second: f64,
 }
 
+/// How long one wait lasts.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// The end that sends.
 pub struct Sender<T> {
     to: mpsc::Sender<(Instant, T)>,
@@ -62,22 +65,35 @@ impl<T> Receiver<T> {
     /// Nobody sends any more.
     pub fn recv(&mut self) -> Result<T, RecvError> {
         loop {
+            if let Some(item) = self.recv_within(PATIENCE)? {
+                return Ok(item);
+            }
+        }
+    }
+
+    /// The next, if it comes within this time.
+    ///
+    /// # Errors
+    /// Nobody sends any more.
+    pub fn recv_within(&mut self, patience: Duration) -> Result<Option<T>, RecvError> {
+        let end = Instant::now() + patience;
+        loop {
             match self.try_recv() {
-                Ok(item) => return Ok(item),
+                Ok(item) => return Ok(Some(item)),
                 Err(TryRecvError::Disconnected) => return Err(RecvError),
                 Err(TryRecvError::Empty) => {}
             }
-            let arrives = self.early.iter().map(|(arrives, _)| *arrives).min();
-            let sent = match arrives.map(|arrives| arrives.saturating_duration_since(Instant::now())) {
-                Some(patience) => self.from.recv_timeout(patience),
-                None => self.from.recv().map_err(|RecvError| RecvTimeoutError::Disconnected),
-            };
-            match (sent, arrives) {
-                (Ok(sent), _) => self.early.push(sent),
-                (Err(RecvTimeoutError::Disconnected), Some(arrives)) => {
-                    thread::sleep(arrives.saturating_duration_since(Instant::now()));
-                }
-                (Err(_), _) => {}
+            let now = Instant::now();
+            if now >= end {
+                return Ok(None);
+            }
+            let next = self.early.iter().map(|(arrives, _)| *arrives).min().map_or(end, |arrives| arrives.min(end));
+            let patience = next.saturating_duration_since(now);
+            match self.from.recv_timeout(patience) {
+                Ok(sent) => self.early.push(sent),
+                Err(RecvTimeoutError::Timeout) => {}
+                // What is on its way still comes.
+                Err(RecvTimeoutError::Disconnected) => thread::sleep(patience),
             }
         }
     }
@@ -115,6 +131,7 @@ mod tests {
         // Another device has a link of its own.
         to.beside().send('c', 10).unwrap();
         assert_eq!(from.try_recv(), Err(TryRecvError::Empty));
+        assert_eq!(from.recv_within(Duration::from_millis(1)), Ok(None));
         assert_eq!(from.recv(), Ok('c'));
         assert_eq!(from.recv(), Ok('a'));
         assert!(begun.elapsed() >= Duration::from_millis(50));

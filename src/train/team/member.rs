@@ -101,27 +101,25 @@ impl Link {
         Self { device, to, from, missing: BTreeMap::new() }
     }
 
-    /// Sends the weights that are updated here; those of all others are on their way from now on. Gives the bytes of both.
-    ///
-    /// # Errors
-    /// Whatever has failed on the device so far.
-    fn send_weights(&mut self, optimizer: &Optimizer) -> Result<u64> {
+    /// Sends weights that are updated here. Where nobody hears, somebody has failed: that is told when nothing comes back.
+    fn send_weights(&mut self, piece: usize, bytes: Vec<u8>) {
+        let count = bytes.len();
+        let _ = self.to.send(Sent::Weights { device: self.device, piece, bytes }, count);
+    }
+
+    /// The weights of all others are on their way from now on. Gives the bytes of all that return.
+    fn expect_weights(&mut self, optimizer: &Optimizer) -> u64 {
         let sharing = optimizer.sharing();
         if !sharing.weights_return() {
-            return Ok(0);
+            return 0;
         }
         if sharing.offload {
             self.expect(optimizer, None);
-            return Ok(optimizer.weight_bytes(None));
+        } else {
+            let others = (0..sharing.devices).filter(|&owner| owner != sharing.device);
+            others.for_each(|owner| self.expect(optimizer, Some(owner)));
         }
-        for (piece, bytes) in optimizer.owned_weights()?.into_iter().enumerate() {
-            let count = bytes.len();
-            // Where nobody hears, somebody has failed: that is told when nothing comes back.
-            let _ = self.to.send(Sent::Weights { device: self.device, piece, bytes }, count);
-        }
-        let others = (0..sharing.devices).filter(|&owner| owner != sharing.device);
-        others.for_each(|owner| self.expect(optimizer, Some(owner)));
-        Ok(optimizer.weight_bytes(None))
+        optimizer.weight_bytes(None)
     }
 
     fn expect(&mut self, optimizer: &Optimizer, owner: Option<usize>) {
@@ -197,9 +195,9 @@ impl Member {
         let own = (begun.elapsed() - moving.waited).as_secs_f64();
         let square_sum = moving.square_sum(&stepper.optimizer)?;
         let waiting_seconds = begun.elapsed().as_secs_f64() - own;
-        stepper.update(task.update, square_sum);
+        stepper.update(task.update, square_sum, &mut |piece, bytes| moving.link.send_weights(piece, bytes))?;
+        moving.bytes += moving.link.expect_weights(&stepper.optimizer);
         moving.rest(&stepper.optimizer)?;
-        moving.bytes += moving.link.send_weights(&stepper.optimizer)?;
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
         let brought = stepper.model().language.streaming().map_or(0, |streaming| streaming.take_moved());
         let bytes_moved = moving.done() + brought;
@@ -261,8 +259,16 @@ impl<'a> Moving<'a> {
         self.wait_while(optimizer, |moving| moving.link.lacks(milestone));
     }
 
+    /// Meanwhile the device does what is recorded.
     fn wait_while(&mut self, optimizer: &Optimizer, lacks: impl Fn(&Self) -> bool) {
+        if !lacks(self) {
+            return;
+        }
         let begun = Instant::now();
+        self.receive_all(optimizer);
+        if lacks(self) {
+            optimizer.gpu().flush();
+        }
         while self.failure.is_none() && lacks(self) {
             if let Err(stopped) = self.wait(optimizer) {
                 self.failure = Some(stopped);
@@ -288,9 +294,15 @@ impl<'a> Moving<'a> {
             }
             self.next += 1;
         }
-        while self.underway.len() > UNDERWAY {
+        let has_arrived = |(_, _, downloading): &(usize, usize, Downloading)| downloading.has_arrived();
+        while self.underway.len() > UNDERWAY || self.underway.front().is_some_and(has_arrived) {
             self.send_oldest();
         }
+        self.receive_all(optimizer);
+    }
+
+    /// Takes what has come, and does not wait.
+    fn receive_all(&mut self, optimizer: &Optimizer) {
         while let Ok(got) = self.link.from.try_recv() {
             self.receive(optimizer, got);
         }
