@@ -196,7 +196,6 @@ impl Member {
         let square_sum = moving.square_sum(&stepper.optimizer)?;
         let waiting_seconds = begun.elapsed().as_secs_f64() - own;
         stepper.update(task.update, square_sum, &mut |piece, bytes| moving.link.send_weights(piece, bytes))?;
-        moving.bytes += moving.link.expect_weights(&stepper.optimizer);
         moving.rest(&stepper.optimizer)?;
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
         let brought = stepper.model().language.streaming().map_or(0, |streaming| streaming.take_moved());
@@ -337,7 +336,11 @@ impl<'a> Moving<'a> {
         match got {
             Got::Sum { parcel, values } => self.bytes += optimizer.take_sum(parcel, &values) as u64 * 4,
             Got::RoundAdded => self.added += 1,
-            Got::SquareSum(sum) => self.square_sum = Some(sum),
+            Got::SquareSum(sum) => {
+                self.square_sum = Some(sum);
+                // A faster device may have updated its own before this one comes to its update.
+                self.bytes += self.link.expect_weights(optimizer);
+            }
             Got::Weights { owner, first, bytes } => self.link.take_weights(optimizer, owner, first, &bytes),
         }
     }
