@@ -23,6 +23,10 @@ pub use pieces::Piece;
 pub use sharing::Sharing;
 pub use state::{Reader, Remembers, State, Stored};
 
+/// What trains of a small model, on a device that only counts.
+#[cfg(test)]
+pub use pieces::tests::optimizer as small_optimizer;
+
 use arenas::{Entry, Placed, arena, parts};
 use buckets::{buckets, parcels};
 use pieces::bytes_of;

@@ -12,7 +12,7 @@ use crate::{
     tensor::{ALIGNMENT, Downloading, Tensor},
 };
 
-/// Bytes of weights that leave a device together at most, or one piece.
+/// Bytes of weights that leave a device together at most, or one piece; where arenas are small, a part of all.
 const LEAVING_BYTES: usize = 16 << 20;
 
 /// Weights that are sent at once: neighbours in the arenas that are updated alike.
@@ -151,7 +151,7 @@ pub(super) fn bytes_of(part: &Tensor) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         gpu::{AdapterFacts, Gpu},
@@ -170,7 +170,7 @@ mod tests {
     ];
 
     /// Norms are not packed, so that they lie behind all matrices.
-    fn optimizer(sharing: Sharing) -> Optimizer {
+    pub fn optimizer(sharing: Sharing) -> Optimizer {
         let gpu = Gpu::counting(AdapterFacts::of_a_usual_gpu());
         let mut parameters = Parameters::default();
         let mut trainables = Vec::new();

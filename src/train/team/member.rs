@@ -387,7 +387,10 @@ impl Drop for Moving<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::team::link::way;
+    use crate::train::{
+        optimizer::{Sharing, small_optimizer},
+        team::link::way,
+    };
 
     #[test]
     fn a_forward_lacks_what_it_reads_before_the_next_milestone() {
@@ -400,5 +403,22 @@ mod tests {
         assert!(link.lacks(Some(2)) && link.lacks(ALL));
         link.missing = [(None, 2), (Some(3), 1)].into();
         assert!(link.lacks(None) && link.lacks(Some(0)));
+    }
+    #[test]
+    fn weights_of_a_faster_device_may_come_before_the_own_update() {
+        let two = Sharing { zero_stage: 1, devices: 2, bucket_elements: 1024, ..Sharing::ALONE };
+        let optimizer = small_optimizer(two);
+        let (to, _arriving) = way(None);
+        let (mut leaving, from) = way(None);
+        let mut link = Link::new(0, to, from);
+        let bytes = Arc::new(vec![0; optimizer.weight_bytes(Some(1)) as usize]);
+        leaving.send(Got::SquareSum(1.0), 0).unwrap();
+        let mut moving = Moving::new(&optimizer, &mut link);
+        moving.receive_all(&optimizer);
+        assert!(moving.link.lacks(None));
+        leaving.send(Got::Weights { owner: Some(1), first: 0, bytes }, 0).unwrap();
+        moving.receive_all(&optimizer);
+        assert!(!moving.link.lacks(ALL));
+        assert_eq!((moving.square_sum, moving.done()), (Some(1.0), optimizer.weight_bytes(None)));
     }
 }
