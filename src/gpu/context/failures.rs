@@ -40,7 +40,7 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::read`].
     pub fn sync(&self) -> Result<()> {
-        self.submit(&mut self.stream());
+        self.flush();
         self.wait()
     }
 

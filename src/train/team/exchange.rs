@@ -145,7 +145,8 @@ impl Exchange {
         Ok(())
     }
 
-    /// Passes weights on as they come until those who send them are `done` with a step; what comes later the next one passes on.
+    /// Passes weights on as they come until those who send them are `done` with a step. What comes later the next one
+    /// passes on.
     pub fn pass_weights_until(&mut self, done: impl Fn() -> bool) {
         while self.missing > 0 && !done() {
             match self.arriving.recv_within(PATIENCE) {
@@ -327,16 +328,20 @@ mod tests {
         for device in 0..2 {
             send.send(Sent::Part { device, round: 0, parcel: 0, values: vec![1.0] }, 0).unwrap();
         }
-        send.send(Sent::Weights { device: 1, piece: 1, bytes: vec![6; 3] }, 0).unwrap();
+        send.send(Sent::Weights { device: 1, piece: 1, bytes: vec![6] }, 0).unwrap();
         assert_eq!(exchange.sums(&[parcel(1)], 1, &mut Alone, |_, _, _| ()).unwrap(), 4.0);
         assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 0, .. })));
         assert!(got[0].try_recv().is_err() && got[1].try_recv().is_err());
         // Until all are done with the step, though some of it is still to come.
         exchange.pass_weights_until(|| true);
         assert!(got[0].try_recv().is_err());
-        // Whoever needs them all does not wait for a next step.
-        exchange.pass_weights_until(|| false);
+        let asked = std::cell::Cell::new(0);
+        exchange.pass_weights_until(|| asked.replace(asked.get() + 1) == 1);
         assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 1, .. })));
+        // Whoever needs them all does not wait for a next step.
+        send.send(Sent::Weights { device: 1, piece: 2, bytes: vec![7; 2] }, 0).unwrap();
+        exchange.pass_weights(|_, _| ()).unwrap();
+        assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 2, .. })));
         assert!(exchange.pass_weights(|_, _| ()).is_ok() && got[0].try_recv().is_err());
     }
 
