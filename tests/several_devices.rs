@@ -8,7 +8,7 @@ mod team;
 use std::{fs, path::Path, time::Instant};
 
 use common::{copy_folder, golden, read_json};
-use team::{Layout, Outcome, Run, gpus, write_records};
+use team::{Layout, Outcome, PATIENCE, Run, gpus, write_records};
 use wgpu_llava::{
     error::ErrorKind,
     formats::{model_folder::ModelFolder, safetensors::Checkpoint},
@@ -385,6 +385,60 @@ fn bytes_moved_are_those_of_the_formulas() {
     }
 }
 
+/// Leaves of a finished run what it would have left that was stopped before the checkpoint behind `step`.
+fn stop_behind(out: &Path, step: u64) {
+    for entry in fs::read_dir(out).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        let later = name.strip_prefix("checkpoint-").is_some_and(|number| number.parse::<u64>().unwrap() > step);
+        if later || name == "adapter" || name == "model" {
+            fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
+    assert!(out.join(format!("checkpoint-{step}")).is_dir());
+    fs::remove_file(out.join("finished.json")).unwrap();
+}
+
+/// Devices with shares of their own, of which one may have no more micro-batches where another has many, and gradients of
+/// a single bucket in many rounds: nobody waits for what is held back, and the losses are those of one device.
+#[test]
+fn unlike_devices_give_the_losses_of_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases: [(_, _, &[f64], [usize; 2]); 8] = [
+        ("full, 3 layers", Layout::new(2, 0), &[0.33, 1.0], [1, 3]),
+        ("full, 3 layers", Layout::new(2, 2), &[1.0, 0.33], [3, 1]),
+        ("full, 3 layers", Layout::new(2, 3), &[1.0, 0.33], [3, 1]),
+        ("full", Layout::offload(2, 2), &[0.2, 1.0], [1, 5]),
+        ("lora", Layout::new(2, 2), &[1.0, 0.5], [4, 2]),
+        ("qlora", Layout::new(2, 2), &[1.0, 0.01], [4, 0]),
+        ("projector", Layout::new(2, 2), &[1.0, 1.0], [6, 6]),
+        ("projector", Layout::offload(2, 2), &[0.2, 1.0], [2, 10]),
+    ];
+    for (name, layout, speeds, shares) in cases {
+        let form = FORMS.iter().find(|form| form.name == name).unwrap();
+        let settings = format!("{}\nmax_steps = 4\nsave_steps = 1\nsave_total_limit = 9", form.settings);
+        let mut run = Run::new(form.case, &settings, shares.iter().sum(), &folder.path().join("run"));
+        let one = run.train(Layout::ONE);
+        run.train(layout);
+        stop_behind(&run.out, 1);
+        let path = run.out.join("checkpoint-1/trainer_state.json");
+        let mut state = read_json(&path);
+        state["shares"]["speeds"] = speeds.into();
+        fs::write(&path, state.to_string()).unwrap();
+        run.resume = true;
+        let gpus = gpus(layout.devices);
+        run.go_on_within(gpus[..layout.devices].to_vec(), layout, PATIENCE).unwrap();
+        let several = Outcome::read(&run.out);
+        let distance = several.distance(&one);
+        println!("{name}, {layout:?}, {shares:?}: within {distance:.1e}");
+        assert!(distance <= form.bound, "{name}, {layout:?}, {shares:?}: {distance:e}");
+        assert_eq!(tokens_of(&several), tokens_of(&one), "{name}, {layout:?}");
+        for (device, micro_batches) in shares.into_iter().enumerate() {
+            let rate = several.steps[3].devices[device].tokens_per_second;
+            assert_eq!(rate > 0.0, micro_batches > 0, "{name}, {layout:?}: device {device} at {rate}");
+        }
+    }
+}
+
 /// A run of two devices under ZeRO 2 that stopped behind step 4 of 12, gone on with under other layouts.
 #[test]
 fn a_checkpoint_is_gone_on_with_under_any_layout() {
@@ -396,13 +450,7 @@ fn a_checkpoint_is_gone_on_with_under_any_layout() {
         let whole = folder.path().join(name);
         let mut run = Run::new(form.case, &format!("{}\nsave_steps = 4", form.settings), 4, &whole);
         let undisturbed = run.train(begun_with);
-        // What a run would have left that was stopped before step 8.
-        let output = if name == "lora" { "adapter" } else { "model" };
-        for gone in ["checkpoint-8", output] {
-            fs::remove_dir_all(whole.join(gone)).unwrap();
-        }
-        fs::remove_file(whole.join("finished.json")).unwrap();
-        assert!(whole.join("checkpoint-4").is_dir());
+        stop_behind(&whole, 4);
         run.resume = true;
         let mut go_on = |layout: Layout| {
             run.out = folder.path().join("gone-on");
@@ -473,12 +521,7 @@ fn a_step_keeps_its_micro_batches_on_other_devices() {
                 break;
             }
             // As if it had been stopped behind three more steps.
-            for step in (1..4).map(|number| 3 * number).filter(|&step| step > 3 * (number + 1)) {
-                fs::remove_dir_all(out.join(format!("checkpoint-{step}"))).unwrap();
-            }
-            let output = if name == "lora" { "adapter" } else { "model" };
-            fs::remove_dir_all(out.join(output)).unwrap();
-            fs::remove_file(out.join("finished.json")).unwrap();
+            stop_behind(&out, 3 * (number as u64 + 1));
             run.resume = true;
         }
     }

@@ -147,15 +147,15 @@ impl Exchange {
 
     /// Passes weights on as they come until those who send them are `done` with a step. What comes later the next one
     /// passes on.
-    pub fn pass_weights_until(&mut self, done: impl Fn() -> bool) {
+    pub fn pass_weights_until(&mut self, done: impl Fn() -> bool) -> Result<(), Broken> {
         while self.missing > 0 && !done() {
             match self.arriving.recv_within(PATIENCE) {
                 Ok(Some(Sent::Weights { device, piece, bytes })) => drop(self.pass_on(device, piece, bytes)),
                 Ok(None) => {}
-                // Whoever is gone says why.
-                _ => return,
+                _ => return Err(Broken::DeviceGone),
             }
         }
+        Ok(())
     }
 
     /// As [`Exchange::pass_weights`], to the devices of other hosts too, whose weights come here.
@@ -333,10 +333,10 @@ mod tests {
         assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 0, .. })));
         assert!(got[0].try_recv().is_err() && got[1].try_recv().is_err());
         // Until all are done with the step, though some of it is still to come.
-        exchange.pass_weights_until(|| true);
+        exchange.pass_weights_until(|| true).unwrap();
         assert!(got[0].try_recv().is_err());
         let asked = std::cell::Cell::new(0);
-        exchange.pass_weights_until(|| asked.replace(asked.get() + 1) == 1);
+        exchange.pass_weights_until(|| asked.replace(asked.get() + 1) == 1).unwrap();
         assert!(matches!(got[0].try_recv(), Ok(Got::Weights { owner: Some(3), first: 1, .. })));
         // Whoever needs them all does not wait for a next step.
         send.send(Sent::Weights { device: 1, piece: 2, bytes: vec![7; 2] }, 0).unwrap();
@@ -360,6 +360,10 @@ mod tests {
         send.send(Sent::Gone, 0).unwrap();
         let mut exchange = Exchange::new(arriving, vec![leaving.beside(), leaving], 0, 1);
         assert!(matches!(exchange.sums(&[parcel(1)], 1, &mut Alone, |_, _, _| ()), Err(Broken::DeviceGone)));
+        // In its update too.
+        exchange.expect_weights(4);
+        send.send(Sent::Gone, 0).unwrap();
+        assert!(matches!(exchange.pass_weights_until(|| false), Err(Broken::DeviceGone)));
         drop(exchange);
         assert!(got.recv().is_err());
     }

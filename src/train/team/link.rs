@@ -126,17 +126,17 @@ mod tests {
     fn bytes_take_their_time_one_after_the_other() {
         let (mut to, mut from) = way(Some(SlowLink { bytes_per_second: 1000.0 }));
         let begun = Instant::now();
-        to.send('a', 50).unwrap();
-        to.send('b', 50).unwrap();
+        to.send('a', 200).unwrap();
+        to.send('b', 200).unwrap();
         // Another device has a link of its own.
-        to.beside().send('c', 10).unwrap();
+        to.beside().send('c', 100).unwrap();
         assert_eq!(from.try_recv(), Err(TryRecvError::Empty));
         assert_eq!(from.recv_within(Duration::from_millis(1)), Ok(None));
         assert_eq!(from.recv(), Ok('c'));
         assert_eq!(from.recv(), Ok('a'));
-        assert!(begun.elapsed() >= Duration::from_millis(50));
+        assert!(begun.elapsed() >= Duration::from_millis(200));
         assert_eq!(from.recv(), Ok('b'));
-        assert!(begun.elapsed() >= Duration::from_millis(100));
+        assert!(begun.elapsed() >= Duration::from_millis(400));
         drop(to);
         assert_eq!(from.recv(), Err(RecvError));
     }

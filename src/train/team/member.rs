@@ -249,6 +249,10 @@ impl<'a> Moving<'a> {
 
     /// Begins a round, once few enough of those before wait to be added up.
     fn begin(&mut self, optimizer: &Optimizer, round: usize, empty: bool) {
+        // Nobody can add up what is still held here.
+        while self.underway.front().is_some_and(|(of, ..)| of + ROUNDS_AHEAD <= round) {
+            self.send_oldest();
+        }
         self.wait_while(optimizer, |moving| moving.added + ROUNDS_AHEAD <= round);
         (self.round, self.empty, self.next) = (round, empty, 0);
     }
@@ -404,6 +408,7 @@ mod tests {
         link.missing = [(None, 2), (Some(3), 1)].into();
         assert!(link.lacks(None) && link.lacks(Some(0)));
     }
+
     #[test]
     fn weights_of_a_faster_device_may_come_before_the_own_update() {
         let two = Sharing { zero_stage: 1, devices: 2, bucket_elements: 1024, ..Sharing::ALONE };

@@ -331,7 +331,7 @@ impl Team {
             };
             let met = taken.ok_or(Broken::DeviceGone).and_then(|mut exchange| {
                 let square_sum = meet(&mut exchange)?;
-                exchange.pass_weights_until(|| threads.iter().all(|thread| thread.is_finished()));
+                exchange.pass_weights_until(|| threads.iter().all(|thread| thread.is_finished()))?;
                 *kept = Some(exchange);
                 Ok(square_sum)
             });
