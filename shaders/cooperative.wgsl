@@ -79,30 +79,82 @@ const DEPTH: u32 = #{DEPTH}u;
 const ACROSS: u32 = #{COLS / UNIT_COLS}u; // units side by side
 const UNITS: u32 = #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS)}u;
 
-// Tiles and results lie in fours, so that four neighbours are stored at once; strides count fours too.
-#ifdef TN
-const A_STRIDE: u32 = #{ROWS / 4 + 2}u;
-var<workgroup> tile_a: array<vec4<f16>, #{DEPTH * (ROWS / 4 + 2)}>; // [DEPTH, ROWS + 8]
+// Tiles and results lie in elements of W numbers: fours, so that four neighbours are stored at once; or SCALAR, for Metal, which
+// loads matrices from scalars only. Strides count elements too.
+#ifdef SCALAR
+const W: u32 = 1u;
+alias Halves = f16;
+alias Floats = f32;
 #else
-const A_STRIDE: u32 = #{DEPTH / 4 + 2}u;
-var<workgroup> tile_a: array<vec4<f16>, #{ROWS * (DEPTH / 4 + 2)}>; // [ROWS, DEPTH + 8]
+const W: u32 = 4u;
+alias Halves = vec4<f16>;
+alias Floats = vec4<f32>;
+#endif
+// Elements that four neighbours are.
+const EACH: u32 = 4u / W;
+#ifdef TN
+const A_STRIDE: u32 = #{ROWS + 8}u / W;
+var<workgroup> tile_a: array<Halves, DEPTH * A_STRIDE>; // [DEPTH, ROWS + 8]
+#else
+const A_STRIDE: u32 = #{DEPTH + 8}u / W;
+var<workgroup> tile_a: array<Halves, #{ROWS}u * A_STRIDE>; // [ROWS, DEPTH + 8]
 #endif
 #ifdef NT
-const B_STRIDE: u32 = #{DEPTH / 4 + 2}u;
-var<workgroup> tile_b: array<vec4<f16>, #{COLS * (DEPTH / 4 + 2)}>; // [COLS, DEPTH + 8]
+const B_STRIDE: u32 = #{DEPTH + 8}u / W;
+var<workgroup> tile_b: array<Halves, #{COLS}u * B_STRIDE>; // [COLS, DEPTH + 8]
 #else
-const B_STRIDE: u32 = #{COLS / 4 + 2}u;
-var<workgroup> tile_b: array<vec4<f16>, #{DEPTH * (COLS / 4 + 2)}>; // [DEPTH, COLS + 8]
+const B_STRIDE: u32 = #{COLS + 8}u / W;
+var<workgroup> tile_b: array<Halves, DEPTH * B_STRIDE>; // [DEPTH, COLS + 8]
 #endif
 #ifdef DIRECT
-var<workgroup> results: array<vec4<f32>, FOURS>;
+var<workgroup> results: array<Floats, PARTS / W>;
 #else
 // What a subgroup hands out at a time, SIDE x OUT * SIDE. Memory is dear here: with 4 KiB of it the large tile has as many
 // neighbours on a core as without, with 16 bytes more, or 10 KiB in all, half of them. So what else needs some has this.
-const OUT_STRIDE: u32 = #{OUT * SIDE / 4}u;
+const OUT_STRIDE: u32 = #{OUT * SIDE}u / W;
 const OUT_FOURS: u32 = #{OUT * SIDE * SIDE / 4}u;
-var<workgroup> results: array<vec4<f32>, #{ROWS / UNIT_ROWS * (COLS / UNIT_COLS) * OUT * SIDE * SIDE / 4}>; // [UNITS, SIDE, OUT * SIDE]
+const OUT_ACROSS: u32 = #{OUT * SIDE / 4}u; // fours side by side
+var<workgroup> results: array<Floats, UNITS * OUT_FOURS * EACH>; // [UNITS, SIDE, OUT * SIDE]
 #endif
+
+// Four neighbours from element `at` on.
+fn put_a(at: u32, x: vec4<f16>) {
+#ifdef SCALAR
+#unroll i in 0..4
+    tile_a[at + #{i}u] = x[#{i}];
+#end
+#else
+    tile_a[at] = x;
+#endif
+}
+
+fn put_b(at: u32, x: vec4<f16>) {
+#ifdef SCALAR
+#unroll i in 0..4
+    tile_b[at + #{i}u] = x[#{i}];
+#end
+#else
+    tile_b[at] = x;
+#endif
+}
+
+fn put_result(at: u32, x: vec4<f32>) {
+#ifdef SCALAR
+#unroll i in 0..4
+    results[at + #{i}u] = x[#{i}];
+#end
+#else
+    results[at] = x;
+#endif
+}
+
+fn result(at: u32) -> vec4<f32> {
+#ifdef SCALAR
+    return vec4<f32>(results[at], results[at + 1u], results[at + 2u], results[at + 3u]);
+#else
+    return results[at];
+#endif
+}
 
 alias Left = coop_mat#{SIDE}x#{SIDE}<f16, A>;
 alias Right = coop_mat#{SIDE}x#{SIDE}<f16, B>;
@@ -290,11 +342,11 @@ fn product(
                 largest[#{r}] = most(largest_rest[#{r - 1}u * FOURS + at]);
             }
 #end
-            results[at] = bitcast<vec4<f32>>(largest);
+            put_result(at * EACH, bitcast<vec4<f32>>(largest));
         }
         workgroupBarrier();
         for (var at = 0u; at < FOURS; at++) {
-            largest = max(largest, bitcast<vec4<u32>>(results[at]));
+            largest = max(largest, bitcast<vec4<u32>>(result(at * EACH)));
         }
         workgroupBarrier();
     }
@@ -307,21 +359,21 @@ fn product(
 #ifndef DIRECT
     // Sums begin with zeros that are loaded: not every backend writes a matrix of zeros.
     for (var at = local; at < #{SIDE * SIDE / 4}u; at += #{THREADS}u) {
-        results[at] = vec4<f32>();
+        put_result(at * EACH, vec4<f32>());
     }
 #endif
     workgroupBarrier();
 #ifdef DIRECT
     let zeros = Sum();
 #else
-    let zeros = coopLoadT<Sum>(&results[0], #{SIDE / 4}u);
+    let zeros = coopLoadT<Sum>(&results[0], #{SIDE}u / W);
 #endif
     // A thread's first four of each tile: neighbours read neighbours, fours along the rows. The others are at distances
     // that are the same for all threads, and are counted off one by one: addresses of their own would cost registers.
 #ifdef TN
     let a_k = local / #{ROWS / 4}u;
     let a_row = row + local % #{ROWS / 4}u * 4u;
-    let a_to = a_k * A_STRIDE + local % #{ROWS / 4}u;
+    let a_to = a_k * A_STRIDE + local % #{ROWS / 4}u * EACH;
     let a_first0 = (params.a_offset + (k_first + a_k) * params.lda + a_row) / PER + back(begin * params.lda);
     let a_step0 = DEPTH * params.lda / PER;
     let a_apart = #{THREADS / (ROWS / 4)}u;
@@ -331,7 +383,7 @@ fn product(
     let a_k = local % #{DEPTH / 4}u * 4u;
     let a_own = spread(local / #{DEPTH / 4}u);
     let a_row = row + a_own;
-    let a_to = a_own * A_STRIDE + local % #{DEPTH / 4}u;
+    let a_to = a_own * A_STRIDE + local % #{DEPTH / 4}u * EACH;
     let a_first0 = (params.a_offset + a_row * params.lda + k_first + a_k) / PER + back(begin);
     let a_step0 = DEPTH / PER;
     let a_apart = #{THREADS / (DEPTH / 4)}u;
@@ -342,7 +394,7 @@ fn product(
     let b_k = local % #{DEPTH / 4}u * 4u;
     let b_own = spread(local / #{DEPTH / 4}u);
     let b_col = col + b_own;
-    let b_to = b_own * B_STRIDE + local % #{DEPTH / 4}u;
+    let b_to = b_own * B_STRIDE + local % #{DEPTH / 4}u * EACH;
     let b_first0 = (params.b_offset + b_col * params.ldb + k_first + b_k) / PER + back(begin);
     let b_step0 = DEPTH / PER;
     let b_apart = #{THREADS / (DEPTH / 4)}u;
@@ -351,7 +403,7 @@ fn product(
 #else
     let b_k = local / #{COLS / 4}u;
     let b_col = col + local % #{COLS / 4}u * 4u;
-    let b_to = b_k * B_STRIDE + local % #{COLS / 4}u;
+    let b_to = b_k * B_STRIDE + local % #{COLS / 4}u * EACH;
     let b_first0 = (params.b_offset + (k_first + b_k) * params.ldb + b_col) / PER + back(begin * params.ldb);
     let b_step0 = DEPTH * params.ldb / PER;
     let b_apart = #{THREADS / (COLS / 4)}u;
@@ -432,10 +484,10 @@ fn product(
             b_from1 += b_step1;
 #endif
 #unroll s in 0..ROWS*DEPTH/4/THREADS
-            tile_a[a_to + #{s}u * a_apart * A_STRIDE] = x#{p}_#{s};
+            put_a(a_to + #{s}u * a_apart * A_STRIDE, x#{p}_#{s});
 #end
 #unroll s in 0..COLS*DEPTH/4/THREADS
-            tile_b[b_to + #{s}u * b_apart * B_STRIDE] = staged_b#{p}(y#{p}_#{s});
+            put_b(b_to + #{s}u * b_apart * B_STRIDE, staged_b#{p}(y#{p}_#{s}));
 #end
             workgroupBarrier();
 #if p == 0
@@ -471,16 +523,16 @@ fn product(
 #unroll s in 0..DEPTH/SIDE
 #unroll i in 0..UNIT_ROWS/SIDE
 #ifdef TN
-                let a#{p}_#{s}_#{i} = coopLoad<Left>(&tile_a[#{s * SIDE}u * A_STRIDE + (unit_row + #{i * SIDE}u) / 4u], A_STRIDE);
+                let a#{p}_#{s}_#{i} = coopLoad<Left>(&tile_a[#{s * SIDE}u * A_STRIDE + (unit_row + #{i * SIDE}u) / W], A_STRIDE);
 #else
-                let a#{p}_#{s}_#{i} = coopLoadT<Left>(&tile_a[(unit_row + #{i * SIDE}u) * A_STRIDE + #{s * SIDE / 4}u], A_STRIDE);
+                let a#{p}_#{s}_#{i} = coopLoadT<Left>(&tile_a[(unit_row + #{i * SIDE}u) * A_STRIDE + #{s * SIDE}u / W], A_STRIDE);
 #endif
 #end
 #unroll j in 0..UNIT_COLS/SIDE
 #ifdef NT
-                let b#{p}_#{s}_#{j} = coopLoad<Right>(&tile_b[(unit_col + #{j * SIDE}u) * B_STRIDE + #{s * SIDE / 4}u], B_STRIDE);
+                let b#{p}_#{s}_#{j} = coopLoad<Right>(&tile_b[(unit_col + #{j * SIDE}u) * B_STRIDE + #{s * SIDE}u / W], B_STRIDE);
 #else
-                let b#{p}_#{s}_#{j} = coopLoadT<Right>(&tile_b[#{s * SIDE}u * B_STRIDE + (unit_col + #{j * SIDE}u) / 4u], B_STRIDE);
+                let b#{p}_#{s}_#{j} = coopLoadT<Right>(&tile_b[#{s * SIDE}u * B_STRIDE + (unit_col + #{j * SIDE}u) / W], B_STRIDE);
 #endif
 #unroll i in 0..UNIT_ROWS/SIDE
                 c#{i}_#{j} = coopMultiplyAdd(a#{p}_#{s}_#{i}, b#{p}_#{s}_#{j}, c#{i}_#{j});
@@ -532,7 +584,7 @@ fn product(
         for (var mine = unit; mine < UNITS; mine += UNITS) {
 #endif
 #unroll o in 0..OUT
-            coopStoreT(c#{i}_#{j * OUT + o}, &results[subgroup * OUT_FOURS + #{o * SIDE / 4}u], OUT_STRIDE);
+            coopStoreT(c#{i}_#{j * OUT + o}, &results[subgroup * OUT_FOURS * EACH + #{o * SIDE}u / W], OUT_STRIDE);
 #end
 #ifndef EXACT
         }
@@ -540,15 +592,15 @@ fn product(
         workgroupBarrier();
         for (var at = local; at < ready * OUT_FOURS; at += #{THREADS}u) {
             let its = at / OUT_FOURS;
-            let c_row = row + (first + its) / ACROSS * #{UNIT_ROWS}u + #{i * SIDE}u + at % OUT_FOURS / OUT_STRIDE;
-            let c_col = col + (first + its) % ACROSS * #{UNIT_COLS}u + #{j * OUT * SIDE}u + at % OUT_STRIDE * 4u;
+            let c_row = row + (first + its) / ACROSS * #{UNIT_ROWS}u + #{i * SIDE}u + at % OUT_FOURS / OUT_ACROSS;
+            let c_col = col + (first + its) % ACROSS * #{UNIT_COLS}u + #{j * OUT * SIDE}u + at % OUT_ACROSS * 4u;
 #ifdef EXACT
             // What is before this tile's own rows and columns, the tile before writes.
             if (c_row >= group.y * #{ROWS}u && c_col >= group.x * #{COLS}u) {
-                write_out(c_first, c_row, c_col, results[at] * unscale_a * unscale_b * weight);
+                write_out(c_first, c_row, c_col, result(at * EACH) * unscale_a * unscale_b * weight);
             }
 #else
-            write_out(c_first, c_row, c_col, results[at] * unscale_a * unscale_b * weight);
+            write_out(c_first, c_row, c_col, result(at * EACH) * unscale_a * unscale_b * weight);
 #endif
         }
         workgroupBarrier();

@@ -5,12 +5,12 @@ mod common;
 use std::{fs, path::Path};
 
 use common::{program, read_json, run, stderr};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// One small case.
 const FILTER: &str = "tiny rms_norm forward";
 
-fn json(output: &std::process::Output) -> Value {
+fn result(output: &std::process::Output) -> Value {
     serde_json::from_slice(&output.stdout).expect("one JSON object on stdout")
 }
 
@@ -36,7 +36,7 @@ fn ops_are_timed_compared_and_made_into_a_table() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (out, report, table) = (path("this.json"), path("report.md"), path("README.md"));
-    let first = json(&run(["bench", "--filter", FILTER, "--json", "--out", &out, "--report", &report]));
+    let first = result(&run(["bench", "--filter", FILTER, "--json", "--out", &out, "--report", &report]));
     assert_eq!(read_json(Path::new(&out)), first);
     check_roofs(&first);
     let rows = first["rows"].as_array().expect("rows");
@@ -46,10 +46,23 @@ fn ops_are_timed_compared_and_made_into_a_table() {
     let report = fs::read_to_string(report).unwrap();
     assert!(report.contains(first["device"]["name"].as_str().unwrap()) && report.contains("| rms_norm | forward |"));
 
-    let again = json(&run(["bench", "ops", "--filter", FILTER, "--json", "--compare", &out]));
+    let again = result(&run(["bench", "ops", "--filter", FILTER, "--json", "--compare", &out]));
     let times = again["rows"][0]["times_before"].as_f64().expect("a ratio");
     let want = again["rows"][0]["seconds"].as_f64().unwrap() / rows[0]["seconds"].as_f64().unwrap();
     assert!((times / want - 1.0).abs() < 1e-9, "{times} instead of {want}");
+    assert_eq!(again["compared"]["differences"], json!([]), "{}", again["compared"]);
+
+    // Another card's, and another benchmark's.
+    let mut other = first.clone();
+    other["device"]["name"] = "Another Card".into();
+    fs::write(path("other.json"), other.to_string()).unwrap();
+    let told = run(["bench", "--filter", FILTER, "--compare", &path("other.json")]);
+    let told = String::from_utf8(told.stdout).unwrap();
+    assert!(told.contains("compared with another adapter: Another Card, here "), "{told}");
+    fs::remove_file(path("other.json")).unwrap();
+    let refused = program(["bench", "step", "--compare", &out]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(stderr(&refused).contains("is of bench ops, not of bench step"), "{}", stderr(&refused));
 
     run(["bench", "table", "--folder", &folder.path().display().to_string(), "--report", &table]);
     let table = fs::read_to_string(table).unwrap();
@@ -62,7 +75,7 @@ fn answers_are_timed() {
     let mut arguments = vec!["bench", "generate", "--json", "--seq", "16", "--tokens", "4", "--steps", "1"];
     arguments.extend(sizes);
     arguments.extend(["--vocab-size", "64"]);
-    let data = json(&run(arguments));
+    let data = result(&run(arguments));
     for key in ["prefill_tokens_per_second", "decode_tokens_per_second", "seconds_per_token", "share"] {
         assert!(data[key].as_f64().is_some_and(|value| value > 0.0), "{key}: {data}");
     }
@@ -73,7 +86,7 @@ fn answers_are_timed() {
 
 #[test]
 fn a_step_tells_its_share() {
-    let data = json(&run([
+    let data = result(&run([
         "bench",
         "step",
         "--json",
@@ -99,7 +112,7 @@ fn sizes_that_are_given_replace_those_of_the_named_model() {
     let small = ["--hidden-size", "64", "--intermediate-size", "96", "--vocab-size", "64", "--model", "llama-70b"];
     let times = ["bench", "step", "--json", "--batch", "1", "--seq", "4", "--steps", "1", "--warm-up", "0"];
     let model = |more: &[&str]| {
-        json(&run(times.iter().chain(&small).chain(more).copied().collect::<Vec<_>>()))["model"].clone()
+        result(&run(times.iter().chain(&small).chain(more).copied().collect::<Vec<_>>()))["model"].clone()
     };
     for (more, layers, heads, kv_heads) in [
         (vec!["--num-layers", "1", "--num-heads", "2"], 1, 2, 2),

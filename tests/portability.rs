@@ -13,7 +13,7 @@ use std::{
 
 use libtest_mimic::{Arguments, Trial};
 use naga::{
-    AddressSpace, ResourceBinding, ShaderStage, StorageAccess,
+    AddressSpace, Expression, ResourceBinding, ShaderStage, StorageAccess, TypeInner,
     back::{hlsl, msl, pipeline_constants::process_overrides, spv},
     proc::{BoundsCheckPolicies, BoundsCheckPolicy},
     valid::{Capabilities, ModuleInfo, ValidationFlags, Validator},
@@ -40,6 +40,9 @@ const LARGE: [(&[&str], u32); 3] = [
     (&["cooperative_attention.", "_8"], 32 << 10),
     (&["cooperative_attention.", "_16"], 48 << 10),
 ];
+
+/// The kernels with matrices that Metal gets: those whose names end so.
+const SCALAR: &str = "_scalar";
 
 /// The same of those that are launched only where there are as many uniform buffers, parameters among them.
 const BY_LANE: (&str, u32) = ("matmul.by_lane.", 15);
@@ -121,6 +124,9 @@ fn check(variant: &Variant, tools: Tools) -> Result<(), String> {
             Ok(kernel) => {
                 tell("limits", kernel.keeps_limits(&variant.name));
                 tell("MSL", kernel.msl());
+                if variant.name.ends_with(SCALAR) {
+                    tell("Metal", kernel.matrices_are_of_scalars());
+                }
                 if !kernel.enables(COOPERATIVE) {
                     tell("HLSL", kernel.hlsl());
                 }
@@ -311,6 +317,27 @@ impl<'t> Kernel<'t> {
         let (_, info) =
             msl::write_string(&self.module, &self.info, &options, &pipeline).map_err(|error| format!("{error:?}"))?;
         info.entry_point_names.into_iter().try_for_each(|name| name.map(|_| ()).map_err(|error| error.to_string()))
+    }
+
+    /// Metal loads matrices from arrays of scalars alone. naga writes any, so that its text does not tell.
+    fn matrices_are_of_scalars(&self) -> Result<(), String> {
+        let Some((entry, info)) = self.module.entry_points.first().map(|entry| (entry, self.info.get_entry_point(0)))
+        else {
+            return Err("it has no entry".to_owned());
+        };
+        let mut loads = 0;
+        for (_, expression) in entry.function.expressions.iter() {
+            let Expression::CooperativeLoad { data, .. } = expression else { continue };
+            let base = match info[data.pointer].ty.inner_with(&self.module.types) {
+                TypeInner::Pointer { base, .. } => &self.module.types[*base].inner,
+                other => other,
+            };
+            if !matches!(base, TypeInner::Scalar(_) | TypeInner::ValuePointer { size: None, .. }) {
+                return Err(format!("it loads a matrix from {base:?}"));
+            }
+            loads += 1;
+        }
+        if loads > 0 { Ok(()) } else { Err("it loads no matrix".to_owned()) }
     }
 
     /// For DXC: shader model 6.0, with f16 6.2.

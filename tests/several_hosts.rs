@@ -204,6 +204,19 @@ fn a_run_goes_on_with_another_number_of_hosts() {
     assert_close(&losses(&out), &losses(&whole), "two devices on each of two hosts, then on one");
 }
 
+/// What may differ between hosts must not part them: a checkpoint is saved by all together.
+#[test]
+fn the_first_host_says_when_a_checkpoint_is_due() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let set = [["save_steps=2", "logging_steps=3"], ["save_steps=3", "logging_steps=1"]];
+    for result in threads::on(2, |hosts| train(&out, 1, &set[hosts.rank()], false, hosts)) {
+        result.unwrap();
+    }
+    let saved = [2, 3, 4].map(|step| out.join(format!("checkpoint-{step}")).is_dir());
+    assert_eq!(saved, [true, false, true]);
+}
+
 #[test]
 fn hosts_that_would_train_something_else_are_told_so_on_all() {
     let dir = tempfile::tempdir().unwrap();

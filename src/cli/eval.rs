@@ -38,7 +38,7 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
     let request = Request { model: &model, adapter: adapter.as_deref(), ..request };
     let gpus = open_answering(global, &mut ui)?;
     let gpu = &gpus[0];
-    tuning::prepare(gpu, args.tune.tune, &mut ui, || {
+    tuning::prepare(&gpus, args.tune.tune, &mut ui, || {
         let counting = Gpu::counting(gpu.facts().clone());
         let few = Request { limit: Some(args.limit.unwrap_or(REHEARSED).min(REHEARSED)), out: None, ..request };
         eval::run(std::slice::from_ref(&counting), &few, &mut Silent)?;

@@ -170,7 +170,7 @@ fn open_model(args: &ModelArgs, global: &GlobalArgs, rehearsal: Rehearsal<'_>, u
     let gpus = open_answering(global, ui)?;
     let gpu = &gpus[0];
     let precision = global.precision.map(Precision::dtype);
-    tuning::prepare(gpu, rehearsal.tune, ui, || {
+    tuning::prepare(&gpus, rehearsal.tune, ui, || {
         let counting = Gpu::counting(gpu.facts().clone());
         let progress = &mut |_, _| ();
         let mut loading = Loading::of_frozen(precision, progress);

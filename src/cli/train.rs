@@ -77,18 +77,19 @@ fn now(hosts: &mut dyn Hosts) -> Result<SystemTime> {
 
 fn train(args: &TrainArgs, global: &GlobalArgs, hosts: &mut dyn Hosts, ui: &mut Ui) -> Result<()> {
     let mut config = config(args, global, now(hosts)?)?;
-    let begins = !config.output_dir.join(CONFIG_FILE).exists();
-    if args.resume && begins && args.run.config.is_none() && args.run.recipe.is_none() {
+    // Looked for where it matters alone: a network file system remembers for a while that a folder was not there.
+    let begins = args.resume && !config.output_dir.join(CONFIG_FILE).exists();
+    if begins && args.run.config.is_none() && args.run.recipe.is_none() {
         return Err(Error::usage(format!("there is no run in {} to go on with", shown(&config.output_dir)))
             .hint("--output-dir names its folder; a config or a recipe says what to begin where there is none"));
     }
     hub::localize(&mut config, ui)?;
     let gpus = super::open_devices(global, &config.devices, ui)?;
     let gpu = gpus[0].clone();
-    if args.resume && begins {
+    if begins {
         ui.line(&format!("  nothing to go on with in {}: starting from the beginning", shown(&config.output_dir)));
     }
-    tuning::prepare(&gpu, args.tune.tune, ui, || {
+    tuning::prepare(&gpus, args.tune.tune, ui, || {
         let mut launches = Launches::default();
         for stage in estimate(&config.stages, gpu.facts(), gpus.len())? {
             launches.add_questions(&stage.launches);

@@ -69,14 +69,17 @@ pub fn take_known(gpu: &Gpu, ui: &mut Ui) {
     }
 }
 
-/// With `asked`, measures what a run launches, which `rehearse` finds out, and keeps the results; else tells the owner of a
-/// GPU once that it could be done.
+/// With `asked`, measures what a run launches on the first of its devices, which `rehearse` finds out, and keeps the results,
+/// for those of the others too that are such a one; else tells the owner of a GPU once that it could be done.
 ///
 /// # Errors
 /// As `rehearse`; whatever fails on the device; `Failed`: there is no place for the results.
-pub fn prepare(gpu: &Gpu, asked: bool, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> Result<()> {
+pub fn prepare(gpus: &[Gpu], asked: bool, ui: &mut Ui, rehearse: impl FnOnce() -> Result<Launches>) -> Result<()> {
+    let gpu = &gpus[0];
     if asked {
-        return tune(gpu, ui, rehearse);
+        tune(gpu, ui, rehearse)?;
+        gpus[1..].iter().for_each(|other| take_known(other, ui));
+        return Ok(());
     }
     let seen = std::io::stderr().is_terminal() && !ui.is_quiet();
     match folder().filter(|_| is_offered(gpu.facts(), seen)) {

@@ -291,7 +291,10 @@ fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
         let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
         vulkan.shared_instance().raw_instance().get_physical_device_memory_properties(vulkan.raw_physical_device())
     };
-    properties.memory_heaps[..properties.memory_heap_count as usize].iter().map(|heap| heap.size).max()
+    let heaps = &properties.memory_heaps[..properties.memory_heap_count as usize];
+    // Others are the host's memory, and may be larger: VK_MEMORY_HEAP_DEVICE_LOCAL_BIT.
+    let own = heaps.iter().filter(|heap| heap.flags.as_raw() & 1 != 0);
+    own.map(|heap| heap.size).max()
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "windows")))]

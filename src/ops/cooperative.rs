@@ -44,6 +44,8 @@ struct Kernel {
     adapted: bool,
     /// B is scaled, which most do where they are told to.
     scales_b: bool,
+    /// Matrices are loaded from arrays of scalars, as Metal does; without these its compiler refuses the text.
+    scalar: bool,
 }
 
 /// What is known of the lanes of a device's subgroups.
@@ -134,6 +136,11 @@ pub(super) fn may_be_wide(gpu: &Gpu) -> bool {
     gpu.facts().limits.subgroup_max_size >= 64 && gpu.facts().backend != "metal"
 }
 
+/// Whether a device's matrices are loaded from arrays of scalars only, as Metal's.
+pub(super) fn loads_scalars(gpu: &Gpu) -> bool {
+    gpu.facts().backend == "metal"
+}
+
 /// The side of a tile.
 fn tile(large: bool) -> usize {
     if large { 128 } else { 64 }
@@ -180,15 +187,18 @@ impl Product<'_> {
             16 if may_be_wide(self.gpu) => Lanes::Wide,
             _ => Lanes::Any,
         };
-        Kernel { side, lanes, large, vectors, adapted, scales_b: self.scales_b() }
+        Kernel { side, lanes, large, vectors, adapted, scales_b: self.scales_b(), scalar: loads_scalars(self.gpu) }
     }
 
     /// Whether the text for so many lanes can run: these are what the device has, C has a whole tile, and the sum a step.
     fn exact(&self, side: u32, large: bool) -> bool {
         let (limits, [m, n, k]) = (&self.gpu.facts().limits, self.sizes());
         let lanes = [limits.subgroup_min_size, limits.subgroup_max_size];
-        let metal = self.gpu.facts().backend == "metal";
-        !metal && self.vectors() && lanes == [exact_lanes(side); 2] && m.min(n) >= tile(large) && k >= DEPTH
+        !loads_scalars(self.gpu)
+            && self.vectors()
+            && lanes == [exact_lanes(side); 2]
+            && m.min(n) >= tile(large)
+            && k >= DEPTH
     }
 
     fn scales_b(&self) -> bool {
@@ -290,7 +300,8 @@ impl Kernel {
             Lanes::Direct => "_direct",
         };
         let (large, odd) = (part(self.large, "_large"), part(!self.vectors, "_odd"));
-        format!("cooperative.product.{operands}_{}{large}{lanes}{odd}", self.side)
+        let scalar = part(self.scalar, "_scalar");
+        format!("cooperative.product.{operands}_{}{large}{lanes}{odd}{scalar}", self.side)
     }
 
     /// Every kernel that a device can run on these operands, whether it is meant for it or not.
@@ -313,7 +324,8 @@ impl Kernel {
                 Lanes::Direct => product.direct(side, large) && !(large && product.scales_b()),
             };
             if fits && (!large || vectors && has_large(gpu)) {
-                let one = Self { side, lanes, large, vectors, adapted: false, scales_b: product.scales_b() };
+                let scales_b = product.scales_b();
+                let one = Self { side, lanes, large, vectors, adapted: false, scales_b, scalar: false };
                 all.push(one);
                 all.extend(
                     (lanes == Lanes::Exact && product.adapted(side, large)).then_some(Self { adapted: true, ..one }),
@@ -322,6 +334,12 @@ impl Kernel {
                 all.extend(odd.then_some(Self { vectors: false, ..one }));
             }
         }
+        let of_scalars = |one: &Self| (side == 8 && one.lanes == Lanes::Any).then_some(Self { scalar: true, ..*one });
+        let of_scalars: Vec<Self> = all.iter().filter_map(of_scalars).collect();
+        if loads_scalars(gpu) {
+            return of_scalars;
+        }
+        all.extend(of_scalars);
         all
     }
 }
@@ -401,3 +419,45 @@ pub const NN_F16: Op = op(
     |n| matmul::cost(Dtype::F16, n),
     |shapes| cases(Layout::Nn, Dtype::F16, shapes),
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        gpu::{AdapterFacts, Cooperative},
+        ops::matmul::Epilogue,
+    };
+
+    /// What a device launches for 16-bit products of many shapes.
+    fn products(facts: AdapterFacts) -> Vec<String> {
+        let gpu = Gpu::counting(AdapterFacts { cooperative: vec![Cooperative { side: 8, operands: "f16" }], ..facts });
+        for [m, n, k] in [[256, 256, 64], [256, 256, 2048], [64, 65, 66], [8, 8, 8], [100, 132, 36]] {
+            for (layout, dtype) in [Layout::Nt, Layout::Nn]
+                .into_iter()
+                .flat_map(|layout| [Dtype::F32, Dtype::F16, Dtype::Bf16].map(|dtype| (layout, dtype)))
+                .chain([(Layout::Tn, Dtype::F32)])
+            {
+                let [a, b] = match layout {
+                    Layout::Nt => [[m, k], [n, k]],
+                    Layout::Nn => [[m, k], [k, n]],
+                    Layout::Tn => [[k, m], [k, n]],
+                };
+                let (a, b) = (Tensor::empty(&gpu, &a), Tensor::empty_of(&gpu, dtype, &b));
+                let c = Tensor::empty(&gpu, &[m, n]);
+                let epilogue = Epilogue { rounding: Some(Rounding::Half), ..Default::default() };
+                matmul::product_into(layout, &a, &b, &c, epilogue);
+            }
+        }
+        let launches = gpu.launches();
+        launches.names().filter(|name| name.starts_with("cooperative.product")).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn metal_loads_matrices_from_scalars() {
+        let usual = AdapterFacts::of_a_usual_gpu();
+        let elsewhere = products(usual.clone());
+        assert!(elsewhere.len() > 7 && elsewhere.iter().all(|name| !name.ends_with("_scalar")), "{elsewhere:?}");
+        let metal = products(AdapterFacts { backend: "metal".to_owned(), ..usual });
+        assert!(metal.len() >= 7 && metal.iter().all(|name| name.ends_with("_scalar")), "{metal:?}");
+    }
+}

@@ -65,12 +65,11 @@ impl Kernels {
             return Vec::new();
         }
         let one = Self { width: if head_size <= 64 { 64 } else { 128 }, side, wide: false, scalar: false };
-        // Metal loads matrices from scalars only.
-        let metal = gpu.facts().backend == "metal";
+        let scalars = cooperative::loads_scalars(gpu);
         match side {
             16 if cooperative::may_be_wide(gpu) => vec![Self { wide: true, ..one }, one],
-            16 if !metal => vec![one, Self { wide: true, ..one }],
-            8 if metal => vec![Self { scalar: true, ..one }],
+            16 if !scalars => vec![one, Self { wide: true, ..one }],
+            8 if scalars => vec![Self { scalar: true, ..one }],
             8 => vec![one, Self { scalar: true, ..one }],
             _ => Vec::new(),
         }

@@ -123,11 +123,12 @@ const THREADS: usize = 64;
 /// Workgroups along one dimension: WebGPU's floor.
 const MAX_GROUPS: usize = 65_535;
 
-/// Workgroups for `n` items, `per_group` each, folded into two dimensions (kernels see `x + y * groups.x`).
+/// Workgroups for `n` items, `per_group` each, folded into two dimensions (kernels see `x + y * groups.x`), with fewer to
+/// spare than there are rows of them.
 fn groups_for(n: usize, per_group: usize) -> [u32; 3] {
     let groups = n.div_ceil(per_group);
-    let x = groups.clamp(1, MAX_GROUPS);
-    if groups == 0 { [0, 1, 1] } else { [x as u32, groups.div_ceil(x) as u32, 1] }
+    let y = groups.div_ceil(MAX_GROUPS).max(1);
+    [groups.div_ceil(y) as u32, y as u32, 1]
 }
 
 /// Whether a device has room for workgroups of so many bytes of their memory, and so many threads.

@@ -43,11 +43,6 @@ fn strange(error: serde_json::Error) -> Error {
     Error::failed("hosts do not understand each other").caused_by(error)
 }
 
-/// Whether it is so on any host.
-pub(super) fn any(here: bool, hosts: &mut dyn Hosts) -> Result<bool> {
-    Ok(told_by_all(&here, hosts)?.contains(&true))
-}
-
 /// What must be the same on all hosts before they train: the config and, of what is read from files, as much as takes no
 /// time. Whole are the records, the model's settings, an adapter and a projector that the stage starts from; of the
 /// weights it is the shapes and the ends, of a checkpoint the same and where it stands, of pictures their sizes.

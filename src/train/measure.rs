@@ -34,6 +34,8 @@ pub struct StepTimes {
     pub target_tokens: u64,
     pub loss: f64,
     pub flops: u64,
+    /// Whether products are by matrices in f16: their roof is another one.
+    pub in_f16: bool,
     pub parameters: u64,
     pub trainable: u64,
     /// When most was held during the steps: a [`Stepper`] counts from its start.
@@ -100,6 +102,7 @@ pub fn steps(
 ) -> Result<StepTimes> {
     let (prepared, made_up, estimate) = rehearse(stage, config, sizes, gpu)?;
     let estimated = estimate.peak.held;
+    let in_f16 = estimate.launches.names().any(|name| name.starts_with("cooperative.product"));
     gpu.compile_ahead(estimate.launches);
     observer.event(Event::Note(&format!("expected: {:.2} GB of device memory", estimated as f64 / 1e9)));
     let begun = Instant::now();
@@ -135,6 +138,7 @@ pub fn steps(
         target_tokens: measured.target_tokens,
         loss: measured.loss,
         flops,
+        in_f16,
         parameters: stepper.model().parameters.elements() as u64,
         trainable: stepper.optimizer.elements() as u64,
         peak: gpu.peak(),

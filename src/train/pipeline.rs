@@ -200,7 +200,7 @@ pub fn run(
     let seconds = begun.elapsed().as_secs_f64();
     let positions: usize = step.batches.iter().map(PackedBatch::tokens).sum();
     let times = |part: &Part| DeviceTimes {
-        tokens_per_second: positions as f64 / part.seconds,
+        tokens_per_second: DeviceTimes::rate(positions, part.seconds),
         waiting_seconds: seconds - part.seconds,
         bytes_moved: part.bytes,
     };

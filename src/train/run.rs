@@ -3,7 +3,7 @@
 use std::{
     fs,
     hash::{BuildHasher, RandomState},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::atomic::AtomicBool,
     thread,
     time::{Duration, Instant},
@@ -103,13 +103,15 @@ fn open_run(run: &RunConfig, dirs: &[PathBuf], resume: bool, hosts: &mut dyn Hos
         Ok((start, word))
     };
     let (start, word): (StartPoint, String) = told_by_first(begin, hosts)?;
-    let missing = dirs.iter().chain(start.checkpoint.as_ref().map(|(_, path)| path)).find(|path| !path.exists());
+    let mut made = dirs.iter().chain(start.checkpoint.as_ref().map(|(_, path)| path));
+    let missing = made.find(|path| !is_so_soon(|| path.exists()));
     let missing = missing.map(|path| format!("host {} does not see {}", hosts.name(), path.display()));
     let other = || {
         let (name, folder) = (hosts.name(), run.output_dir.display());
         format!("host {name} does not see what the first one writes into {folder}: it has another folder there")
     };
-    let missing = missing.or_else(|| (!is_seen(&mark(&word), &word)).then(other));
+    let missing = missing
+        .or_else(|| (!is_so_soon(|| fs::read_to_string(mark(&word)).is_ok_and(|there| there == word))).then(other));
     // Nobody goes on before all have looked: a run that is refused takes its folders away.
     let told = told_by_all(&missing, hosts);
     if hosts.rank() == 0 {
@@ -121,11 +123,11 @@ fn open_run(run: &RunConfig, dirs: &[PathBuf], resume: bool, hosts: &mut dyn Hos
     }
 }
 
-/// Whether `word` is in the file, now or soon.
-fn is_seen(path: &Path, word: &str) -> bool {
+/// Whether it is so now, or once what another host has written is seen here.
+fn is_so_soon(is_so: impl Fn() -> bool) -> bool {
     let begun = Instant::now();
     loop {
-        let seen = fs::read_to_string(path).is_ok_and(|there| there == word);
+        let seen = is_so();
         if seen || begun.elapsed() > SEEN_WITHIN {
             return seen;
         }

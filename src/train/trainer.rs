@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    agreement::{alike, any},
+    agreement::{alike, told_by_all},
     checkpoint::{self, TrainerState},
     config::{ImageAspectRatio, Method, Precision, StageConfig},
     division::Division,
@@ -210,9 +210,11 @@ impl<'a> Trainer<'a> {
                 writer.write(&metrics)?;
             }
             observer.event(Event::Step(&metrics, total));
-            let stopping = any(stop.load(Ordering::Relaxed), hosts)? && step < total;
-            let due = self.stage.save_steps > 0 && step.is_multiple_of(self.stage.save_steps) && step < total;
-            if due || stopping {
+            // Whoever is stopped stops all; save_steps may differ, and the first host's counts.
+            let due = self.stage.save_steps > 0 && step.is_multiple_of(self.stage.save_steps);
+            let told = told_by_all(&(stop.load(Ordering::Relaxed), due), hosts)?;
+            let stopping = told.iter().any(|(stop, _)| *stop) && step < total;
+            if (told[0].1 || stopping) && step < total {
                 let saved = self.save(hosts)?;
                 observer.event(Event::Saved(&saved));
             }

@@ -68,7 +68,7 @@ pub struct BenchArgs {
     /// Steps before them
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub warm_up: usize,
-    /// Of a step, tell the kernels that take its time, from one more step that waits for each dispatch
+    /// Of a step, tell the kernels that take its time, each timed by itself in one more step
     #[arg(long)]
     pub kernels: bool,
     #[command(flatten)]
@@ -82,7 +82,7 @@ pub struct BenchArgs {
     /// The results that a table is made of
     #[arg(long, value_name = "DIR", default_value = "docs/bench")]
     pub folder: PathBuf,
-    /// Show the ratios to a run that `--out` wrote
+    /// Show the ratios to a run that `--out` wrote, and what else differs from it
     #[arg(long, value_name = "FILE.json")]
     pub compare: Option<PathBuf>,
     /// One JSON object instead of text

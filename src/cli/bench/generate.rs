@@ -46,7 +46,7 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
     sizes.check(&config)?;
     let gpu = open_device(global, ui)?;
     let precision = global.precision.map(|precision| precision.dtype());
-    tuning::prepare(&gpu, args.tune.tune, ui, || {
+    tuning::prepare(std::slice::from_ref(&gpu), args.tune.tune, ui, || {
         let counting = Gpu::counting(gpu.facts().clone());
         measure(&counting, &config, precision, quantization, Sizes { tokens: 2.min(tokens), runs: 0, ..sizes })?;
         Ok(counting.launches())

@@ -9,6 +9,7 @@ mod table;
 
 use std::{fs, path::Path, time::SystemTime};
 
+use clap::ValueEnum;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -27,7 +28,7 @@ use crate::{
 const SMALL: [usize; 5] = [256, 688, 4, 4, 2048];
 
 pub fn run(args: &BenchArgs, global: &GlobalArgs) -> Result<()> {
-    let before = args.compare.as_deref().map(read).transpose()?;
+    let before = args.compare.as_deref().map(|path| read_before(path, args.what)).transpose()?;
     for (option, path) in [("--out", &args.out), ("--report", &args.report)] {
         path.as_ref().map_or(Ok(()), |path| cli_report::check_output_file(option, path))?;
     }
@@ -46,12 +47,20 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs) -> Result<()> {
         );
     }
     let mut ui = Ui::new(global.quiet, global.verbose);
-    let result = match args.what {
+    let mut result = match args.what {
         Bench::Ops => ops::run(args, global, before.as_ref(), &mut ui)?,
         Bench::Step => step::run(args, global, before.as_ref(), &mut ui)?,
         Bench::Generate => generate::run(args, global, before.as_ref(), &mut ui)?,
         Bench::Table => return table::run(args),
     };
+    if let Some(before) = &before {
+        let differences = differences(&result.data, before);
+        for difference in &differences {
+            result.text.push_str(&format!("  compared with another {difference}\n"));
+        }
+        result.data["compared"] =
+            json!({"commit": before["commit"], "date": before["date"], "differences": differences});
+    }
     if let Some(out) = &args.out {
         write_file(out, format!("{:#}\n", result.data).as_bytes())?;
     }
@@ -93,7 +102,39 @@ struct Outcome {
 fn read(path: &Path) -> Result<Value> {
     let bytes = fs::read(path).map_err(|error| Error::reading(path, error))?;
     serde_json::from_slice(&bytes)
-        .map_err(|error| Error::data(format!("--compare: {} is no JSON", path.display())).caused_by(error))
+        .map_err(|error| Error::data(format!("{} is no JSON", path.display())).caused_by(error))
+}
+
+/// The file of `--compare`, which is of the same benchmark.
+fn read_before(path: &Path, what: Bench) -> Result<Value> {
+    let before = read(path).map_err(|error| Error { message: format!("--compare: {}", error.message), ..error })?;
+    let name = what.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+    match before["bench"].as_str() {
+        Some(its) if its == name => Ok(before),
+        Some(its) => Err(Error::usage(format!("--compare: {} is of bench {its}, not of bench {name}", path.display()))
+            .hint(format!("wgpu-llava bench {its} --compare {}", path.display()))),
+        None => Err(Error::data(format!("--compare: {} is no result of a benchmark", path.display()))
+            .hint("wgpu-llava bench --out FILE.json writes one")),
+    }
+}
+
+/// What ratios to a run before say nothing about: what ran elsewhere, or of other sizes.
+fn differences(now: &Value, before: &Value) -> Vec<String> {
+    let sizes = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"];
+    let of_model = sizes.map(|key| format!("/model/{key}"));
+    let own = ["method", "gradient_checkpointing", "precision", "bits", "batch", "seq", "prompt_tokens", "new_tokens"];
+    let own = own.map(|key| format!("/{key}"));
+    let device = ["/device/name", "/device/backend", "/device/driver", "/clock"].map(str::to_owned);
+    let name = |path: &str| match path {
+        "/device/name" => "adapter".to_owned(),
+        _ => path.rsplit('/').next().unwrap_or_default().replace('_', " "),
+    };
+    let text = |value: &Value| value.as_str().map_or(value.to_string(), str::to_owned);
+    let differs = |path: &String| match (now.pointer(path), before.pointer(path)) {
+        (Some(now), Some(then)) if now != then => Some(format!("{}: {}, here {}", name(path), text(then), text(now))),
+        _ => None,
+    };
+    device.iter().chain(&of_model).chain(&own).filter_map(differs).collect()
 }
 
 /// A day, UTC.

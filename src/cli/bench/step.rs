@@ -1,6 +1,6 @@
 //! `bench step`: whole optimizer steps of a model with random weights.
 
-use std::{env, fmt::Write, path::Path};
+use std::{env, fmt::Write, path::Path, slice};
 
 use serde_json::{Map, Value, json};
 
@@ -9,6 +9,7 @@ use crate::{
     bench,
     cli::{
         args::{BenchArgs, GlobalArgs},
+        backend,
         estimate::gigabytes,
         open_device, recipes, tuning,
         ui::Ui,
@@ -16,7 +17,10 @@ use crate::{
     error::{Error, Result},
     gpu::{Account, AdapterOptions, Gpu},
     models::config::ModelConfig,
-    ops::roof::{self, Roofs},
+    ops::{
+        cooperative,
+        roof::{self, Roofs},
+    },
     train::{
         config::{Request, RunConfig, Source, StageConfig},
         measure::{Sizes, StepTimes, launches, steps},
@@ -42,12 +46,13 @@ pub fn run(args: &BenchArgs, global: &GlobalArgs, before: Option<&Value>, ui: &m
     let gpu = open_device(global, ui)?;
     let batch = args.batch.unwrap_or(4);
     let sizes = Sizes { sequences: batch, length: args.seq, warm_up: args.warm_up, steps: args.steps };
-    tuning::prepare(&gpu, args.tune.tune, ui, || launches(&stage, &config, sizes, &gpu))?;
-    let roofs = Roofs::measure(&gpu, &[roof::FMA])?;
+    tuning::prepare(slice::from_ref(&gpu), args.tune.tune, ui, || launches(&stage, &config, sizes, &gpu))?;
+    let wanted = [roof::FMA, roof::COOPERATIVE];
+    let roofs = Roofs::measure(&gpu, &wanted[..1 + usize::from(cooperative::serves(&gpu))])?;
     let times = steps(&stage, &config, sizes, &gpu, ui)?;
     let mut data = data(&stage, &config, sizes, &times, &gpu, &roofs);
     if args.kernels {
-        data["kernels"] = kernels(&stage, &config, sizes, &gpu, ui)?;
+        data["kernels"] = kernels(&stage, &config, sizes, &gpu, global, ui)?;
     }
     let text = text(&stage, &times, &data, before);
     Ok(Outcome { data, text })
@@ -86,6 +91,7 @@ fn data(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, times: &StepTim
     let mut model = model_json(config, times.parameters);
     model["trainable_parameters"] = json!(times.trainable);
     let rate = times.flops as f64 / seconds;
+    let roof = if times.in_f16 { roof::COOPERATIVE } else { roof::FMA };
     let mut data = bench::head("step", gpu, &today());
     let rest = json!({
         "roofs": bench::roofs_json(roofs),
@@ -101,7 +107,8 @@ fn data(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, times: &StepTim
         "tokens_per_second": times.positions as f64 / seconds,
         "flops_per_step": times.flops,
         "flops_per_second": rate,
-        "share": roofs.get(roof::FMA).map(|roof| rate / roof),
+        "roof": roof,
+        "share": roofs.get(roof).map(|roof| rate / roof),
         "parts": {
             "forward": times.phases.forward, "backward": times.phases.backward, "optimizer": times.phases.optimizer,
         },
@@ -117,11 +124,22 @@ fn data(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, times: &StepTim
 }
 
 /// What the kernels of one step took, slowest first.
-fn kernels(stage: &StageConfig, config: &ModelConfig, sizes: Sizes, gpu: &Gpu, ui: &mut Ui) -> Result<Value> {
+fn kernels(
+    stage: &StageConfig,
+    config: &ModelConfig,
+    sizes: Sizes,
+    gpu: &Gpu,
+    global: &GlobalArgs,
+    ui: &mut Ui,
+) -> Result<Value> {
     let facts = gpu.facts();
+    // The model is loaded once more: what the steps before have left must not lie beside it.
+    gpu.trim();
+    gpu.sync()?;
     let options = AdapterOptions {
         device: Some(facts.index.to_string()),
-        backend: Some(facts.backend.clone()),
+        // An index counts among the adapters of what the user chose.
+        backend: backend(global).map(str::to_owned),
         profile: true,
         choices: facts.choices.clone(),
         ..AdapterOptions::default()
@@ -149,7 +167,8 @@ fn text(stage: &StageConfig, times: &StepTimes, data: &Value, before: Option<&Va
         "positions",
         format!("{:.1} a second, {} a step", times.positions as f64 / seconds, grouped(times.positions as u64)),
     );
-    let reached = data["share"].as_f64().map_or(String::new(), |part| format!(", {} of fma_f32", share(part)));
+    let roof = data["roof"].as_str().unwrap_or_default();
+    let reached = data["share"].as_f64().map_or(String::new(), |part| format!(", {} of {roof}", share(part)));
     row("products", format!("{:.3} GFLOP/s{reached}", times.flops as f64 / seconds / 1e9));
     let phases = times.phases;
     row(

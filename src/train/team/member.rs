@@ -55,6 +55,13 @@ pub struct DeviceTimes {
     pub bytes_moved: u64,
 }
 
+impl DeviceTimes {
+    /// Of positions in seconds of its own work; none where the clock did not move on.
+    pub fn rate(positions: usize, seconds: f64) -> f64 {
+        if seconds > 0.0 { positions as f64 / seconds } else { 0.0 }
+    }
+}
+
 /// What a device has done in a step.
 pub struct Done {
     /// The loss sums of the step's micro-batches, zero where another device has computed one.
@@ -200,7 +207,7 @@ impl Member {
         let positions: usize = mine.iter().map(|&index| task.step.batches[index].tokens()).sum();
         let brought = stepper.model().language.streaming().map_or(0, |streaming| streaming.take_moved());
         let bytes_moved = moving.done() + brought;
-        let times = DeviceTimes { tokens_per_second: positions as f64 / own, waiting_seconds, bytes_moved };
+        let times = DeviceTimes { tokens_per_second: DeviceTimes::rate(positions, own), waiting_seconds, bytes_moved };
         Ok(Done { losses, times })
     }
 }
