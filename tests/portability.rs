@@ -41,11 +41,11 @@ const LARGE: [(&[&str], u32); 3] = [
     (&["cooperative_attention.", "_16"], 48 << 10),
 ];
 
-/// The kernels with matrices that Metal gets: those whose names end so.
-const SCALAR: &str = "_scalar";
-
 /// The same of those that are launched only where there are as many uniform buffers, parameters among them.
 const BY_LANE: (&str, u32) = ("matmul.by_lane.", 15);
+
+/// The kernels with matrices that Metal gets: those whose names end so.
+const SCALAR: &str = "_scalar";
 
 const NO_CHECKS: BoundsCheckPolicies = BoundsCheckPolicies {
     index: BoundsCheckPolicy::Unchecked,
