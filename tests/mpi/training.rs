@@ -151,7 +151,8 @@ impl Drop for Job {
 #[derive(Clone)]
 struct Undisturbed {
     outcome: Outcome,
-    /// From the first step's line to the end.
+    /// From the first step's line to the end of the training; its launcher takes a while longer, and nobody is left to be
+    /// killed then.
     time: Duration,
 }
 
@@ -164,7 +165,8 @@ fn undisturbed(kind: usize) -> Undisturbed {
         let mut job = Job::start(kind, &folder.path().join("run"));
         job.wait_until(|job| job.steps() > 0);
         let begun = Instant::now();
-        Undisturbed { outcome: job.finish(), time: begun.elapsed() }
+        job.wait_until(|job| job.out.join("finished.json").exists());
+        Undisturbed { time: begun.elapsed(), outcome: job.finish() }
     };
     known[kind].get_or_insert_with(train).clone()
 }
@@ -229,13 +231,15 @@ fn kill_ranks(kills: usize, seed: u64) {
             continue;
         }
         let (ranks, steps) = ([0, 1].map(|rank| job.process(rank)), job.steps());
-        if !job.signal("-KILL", rank) {
-            // It had done its part, and its launcher was about to see that.
-            job.finish().assert_same(&outcome, &format!("kind {kind}"));
-            continue;
-        }
+        let there = job.signal("-KILL", rank);
         let begun = Instant::now();
         let (code, said) = job.end();
+        if !there || code == Some(0) {
+            // It had done its part, and its launcher was about to see that; until then there is a process to signal.
+            assert_eq!(code, Some(0), "{said}");
+            Outcome::read(&out).assert_same(&outcome, &format!("kind {kind}"));
+            continue;
+        }
         let ended = begun.elapsed();
         assert!(ended < PATIENCE, "the job ended after {ended:?}: {said}");
         assert!(code.is_some_and(|code| code != 0), "{code:?}: {said}");
