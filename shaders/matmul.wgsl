@@ -5,8 +5,7 @@
 
 struct Params {
 #import product_params
-    before_low: u32, // how many elements precede the first row in each uniform of A, a byte for each; by_lane: in the first of W
-    before_high: u32, // the same of B
+    before: u32, // by_lane: how many elements precede the first row in the first uniform of W
     // rows: rows of W_1 and W_2, and where these begin.
     n1: u32,
     n2: u32,
@@ -18,83 +17,73 @@ struct Params {
 const ADD_BIAS: u32 = 1u;
 const ACCUMULATE: u32 = 2u;
 
-#kernel by_column
-// For devices that run on the host's processor. Lanes run along N, and a thread owns a large block of C, ROWS x COLS.
-// Both operands have K along their rows (what has not is copied, src/ops/matmul/blocks.rs) and are bound as uniforms,
-// WINDOWS of 64 KiB with `window` whole rows each: such loads are cheaper there than those of storage, and cheapest where
-// what a thread reads of a row lies at fixed distances. Rows of A are whole vec4s.
-@group(0) @binding(0) var<storage, read_write> c: array<f32>; // [M, N]
-@group(0) @binding(1) var<storage, read_write> bias: array<f32>; // [N]
-#unroll w in 0..WINDOWS
-@group(0) @binding(#{2 + w}) var<uniform> a#{w}: array<vec4<f32>, 4096>; // rows of [K, M]
-@group(0) @binding(#{2 + WINDOWS + w}) var<uniform> b#{w}: array<vec4<f32>, 4096>; // rows of [K, N]
-#end
+#kernel by_subgroup
+// For devices that run on the host's processor. Lanes run along N, and a thread owns a large block of C, ROWS x COLS. Every
+// subgroup there has THREADS lanes, and a workgroup is one of them: a lane loads rows of A of its own and hands them to the
+// others, so that THREADS rows cost one load.
+#import columns_operands
 
 @compute @workgroup_size(#{THREADS})
-fn by_column(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    // The last block begins before its first row where M ends inside, or reads what is beyond a short row in vain.
-    let first_row = group.y * #{ROWS}u;
-    let row = min(first_row, max((params.m + 3u) / 4u * 4u, #{ROWS}u) - #{ROWS}u);
+fn by_subgroup(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let row = group.y * #{ROWS}u;
+    let first_row = row;
 #import columns_start
-#unroll w in 0..WINDOWS
-    {
-        let first = min(#{w}u * params.window, params.k);
-        let count = min(params.window, params.k - first);
-        let a_at = params.a_offset + ((params.before_low >> #{8 * w}u) & 0xffu) + row;
-        let b_at = params.b_offset + ((params.before_high >> #{8 * w}u) & 0xffu) + col;
-        for (var k = 0u; k < count; k++) {
-            let b_row = b_at + k * params.ldb;
-#unroll j in 0..COLS
-            let y#{j} = b#{w}[(b_row + #{j * THREADS}u) / 4u][(b_row + #{j * THREADS}u) % 4u];
+#import columns_of_b
+    // The lane's rows of A, alike.
+#ifdef TN
+    let a_step = params.lda;
+#unroll r in 0..ROWS/THREADS
+    let a_at#{r} = params.a_offset + min(row + #{r * THREADS}u + lane, params.m - 1u);
 #end
-            let quad = (a_at + k * params.lda) / 4u;
-#unroll q in 0..ROWS/4
-            let x#{q} = a#{w}[quad + #{q}u];
+#else
+    let a_step = 1u;
+#unroll r in 0..ROWS/THREADS
+    let a_at#{r} = params.a_offset + min(row + #{r * THREADS}u + lane, params.m - 1u) * params.lda;
+#end
+#endif
+    // STEPS of K at a time, then what is left of it one by one.
+    var k = 0u;
+#unroll rest in 0..2
+    for (; k + #{STEPS - rest * (STEPS - 1)}u <= params.k; k += #{STEPS - rest * (STEPS - 1)}u) {
+#unroll s in 0..STEPS - rest * (STEPS - 1)
+#unroll r in 0..ROWS/THREADS
+        let own#{r}_#{s} = a[a_at#{r} + (k + #{s}u) * a_step];
+#end
+#unroll j in 0..COLS
+        let y#{s}_#{j} = load_b(b_at#{j} + (k + #{s}u) * b_step);
+#end
 #end
 #unroll i in 0..ROWS
+#unroll s in 0..STEPS - rest * (STEPS - 1)
+        let x#{i}_#{s} = subgroupBroadcast(own#{i / THREADS}_#{s}, #{i % THREADS}u);
+#end
 #unroll j in 0..COLS
-            c#{i}_#{j} = fma(x#{i / 4}[#{i % 4}], y#{j}, c#{i}_#{j});
+#unroll s in 0..STEPS - rest * (STEPS - 1)
+        c#{i}_#{j} = fma(x#{i}_#{s}, y#{s}_#{j}, c#{i}_#{j});
 #end
 #end
-        }
+#end
     }
 #end
 #import columns_write
 }
 
 #kernel by_column_staged
-// The same where workgroup memory is cheaper than uniforms, from Mesa 26 on: A is staged there, `window` columns at a
-// time, and B read from storage.
-#import storage_operands
+// The same where subgroups are not known: A is staged in workgroup memory, `window` columns at a time.
+#import columns_operands
 
 var<workgroup> staged: array<f32, #{DEPTH * ROWS}>; // [window, ROWS], with window DEPTH at most
-
-fn load_b(at: u32) -> f32 {
-#ifdef PACKED
-    return widen_one(b[at / 2u], at);
-#else
-    return b[at];
-#endif
-}
 
 @compute @workgroup_size(#{THREADS})
 fn by_column_staged(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{ROWS}u;
     let first_row = row;
 #import columns_start
-    // A thread's columns of B, from an element of which the next one along K is b_step away.
-#ifdef NT
-    let b_step = 1u;
-    let b_at0 = params.b_offset + col * params.ldb;
-#unroll j in 1..COLS
-    let b_at#{j} = b_at#{j - 1} + #{THREADS}u * params.ldb;
-#end
-#else
-    let b_step = params.ldb;
-#unroll j in 0..COLS
-    let b_at#{j} = params.b_offset + col + #{j * THREADS}u;
-#end
-#endif
+#import columns_of_b
     // DEPTH comes as a parameter: a loop whose length compilers know is unrolled, and then slower by a half.
     for (var depth = 0u; depth < params.k; depth += params.window) {
         let count = min(params.window, params.k - depth);
@@ -159,9 +148,9 @@ fn by_lane(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     let last = min(params.window, params.n - group.z * params.window) - 1u;
     // Uniforms begin at multiples of 256 bytes.
 #ifdef PACKED
-    let before = (params.before_low + group.z * params.window * params.ldb) % 128u;
+    let before = (params.before + group.z * params.window * params.ldb) % 128u;
 #else
-    let before = (params.before_low + group.z * params.window * params.ldb) % 64u;
+    let before = (params.before + group.z * params.window * params.ldb) % 64u;
 #endif
     let bj = before + min(in_window, last) * params.ldb;
 #unroll i in 0..ROWS
@@ -562,31 +551,4 @@ fn rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 #endif
 #endif
-}
-
-#kernel block
-// A part of a matrix in f32, TRANSPOSED or not. m, n: rows and columns of what is written, from c_offset on.
-#ifdef PACKED
-#import packed
-@group(0) @binding(0) var<storage, read_write> a: array<u32>; // from a_offset on, rows of lda, packed
-#else
-@group(0) @binding(0) var<storage, read_write> a: array<f32>; // from a_offset on, rows of lda
-#endif
-@group(0) @binding(1) var<storage, read_write> c: array<f32>; // [M, N], rows of ldc
-
-@compute @workgroup_size(#{TILE}, #{TILE})
-fn block(@builtin(global_invocation_id) id: vec3<u32>) {
-    // Lanes run along the rows of the result, so that writes are whole.
-    if (id.x < params.n && id.y < params.m) {
-#ifdef TRANSPOSED
-        let at = params.a_offset + id.x * params.lda + id.y;
-#else
-        let at = params.a_offset + id.y * params.lda + id.x;
-#endif
-#ifdef PACKED
-        c[params.c_offset + id.y * params.ldc + id.x] = widen_one(a[at / 2u], at);
-#else
-        c[params.c_offset + id.y * params.ldc + id.x] = a[at];
-#endif
-    }
 }

@@ -11,8 +11,6 @@ struct Params {
     factor_offset: u32,
     offset: f32, // of factors in eight bits
     zero: u32, // 0
-    cols: u32, // dequantize_tile alone: of the block, a multiple of 8
-    row: u32, // and elements of a row of x
 }
 #params
 
@@ -125,50 +123,6 @@ fn decode(
 #endif
     }
 #end
-}
-
-#kernel dequantize_tile
-// A block of rows and columns, one word a thread. x_offset: of its first element in the bindings. TRANSPOSED: neighbours
-// take words of neighbouring rows, so that they write to neighbouring places.
-#import nf4
-@group(0) @binding(0) var<storage, read_write> x: array<u32>; // eight codes to a word
-@group(0) @binding(1) var<storage, read_write> factors: array<f32>; // [blocks]
-#ifdef TRANSPOSED
-@group(0) @binding(2) var<storage, read_write> y: array<f32>; // [cols, count / cols]
-#else
-@group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>; // [count / cols, cols]
-#endif
-
-@compute @workgroup_size(64)
-fn dequantize_tile(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-) {
-    let i = linear_thread(group, groups, local);
-    let first = 8u * i;
-    if (first >= params.count) {
-        return;
-    }
-#ifdef TRANSPOSED
-    let rows = params.count / params.cols;
-    let row = i % rows;
-    let col = i / rows * 8u;
-#else
-    let row = first / params.cols;
-    let col = first % params.cols;
-#endif
-    let element = params.x_offset + row * params.row + col;
-    let word = x[element / 8u];
-    let factor = factors[element / BLOCK_OF_CODES];
-#ifdef TRANSPOSED
-#unroll place in 0..8
-    y[(col + #{place}u) * rows + row] = factor * value_of(code_at(word, #{place}u));
-#end
-#else
-    y[2u * i] = factor * vec4<f32>(value_of((word >> 4u) & 15u), value_of(word & 15u), value_of((word >> 12u) & 15u), value_of((word >> 8u) & 15u));
-    y[2u * i + 1u] = factor * vec4<f32>(value_of((word >> 20u) & 15u), value_of((word >> 16u) & 15u), value_of(word >> 28u), value_of((word >> 24u) & 15u));
-#endif
 }
 
 #kernel quantize

@@ -24,7 +24,7 @@ const MAIN: [&str; 20] = [
     "matmul.tiled.nn",
     "matmul.tiled.tn",
     "matmul.rows",
-    "matmul.by_column",
+    "matmul.by_subgroup",
     "matmul.by_lane",
     "nf4_matmul.tiled",
     "nf4_matmul.rows",

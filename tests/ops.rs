@@ -60,11 +60,11 @@ const WAYS: [Way; 6] = [
                 .any(|of| op.starts_with(of))
         },
     },
-    // On older software Vulkan the products of newer ones.
+    // Products of more than a few blocks.
     Way {
-        name: "fast_storage",
-        options: || AdapterOptions { fast_storage: true, ..Default::default() },
-        sizes: &[1, 7, 63, 65, 257],
+        name: "large_without_subgroups",
+        options: || AdapterOptions { without_subgroups: true, ..Default::default() },
+        sizes: &[257],
         concerns: |op| op.starts_with("matmul"),
     },
 ];

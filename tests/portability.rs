@@ -170,9 +170,9 @@ impl<'t> Kernel<'t> {
             capabilities.set(capability, capabilities.contains(capability) || enables(wgsl, extension));
         }
         capabilities.set(Capabilities::SHADER_FLOAT16_IN_FLOAT32, wgsl.contains(UNPACK));
-        // Such matrices are a subgroup's: no device has them without.
-        capabilities
-            .set(Capabilities::SUBGROUP, capabilities.contains(Capabilities::SUBGROUP) || enables(wgsl, COOPERATIVE));
+        // Such matrices are a subgroup's: no device has them without. Nor is one given what lanes hand each other.
+        let needs_subgroups = enables(wgsl, COOPERATIVE) || wgsl.contains("subgroupBroadcast");
+        capabilities.set(Capabilities::SUBGROUP, capabilities.contains(Capabilities::SUBGROUP) || needs_subgroups);
         let whole = naga::front::wgsl::parse_str(wgsl).map_err(|error| error.emit_to_string(wgsl))?;
         let info = Validator::new(ValidationFlags::all(), capabilities)
             .validate(&whole)

@@ -22,8 +22,6 @@ pub struct AdapterOptions {
     pub without_cooperative: bool,
     /// Run a GPU's kernels even on a host processor (tests use it).
     pub treat_as_gpu: bool,
-    /// Take storage for fast even where it is not (tests use it).
-    pub fast_storage: bool,
     /// As if the driver's `unpack2x16float` were known to keep subnormals.
     pub unpacks_f16: bool,
     /// What was measured to be better than the rules of ops; others may be set later.
@@ -51,6 +49,9 @@ pub struct AdapterFacts {
     pub limits: AdapterLimits,
     /// Whether kernels run on the host's processor.
     pub is_cpu: bool,
+    /// Lanes of a subgroup, where kernels may use subgroups and all have as many.
+    #[serde(skip)]
+    pub lanes: Option<u32>,
     /// Whether loads of storage are far slower than loads of uniforms there: in Mesa before 26.
     #[serde(skip)]
     pub slow_storage: bool,
@@ -203,6 +204,8 @@ pub(super) fn facts(index: usize, adapter: &wgpu::Adapter) -> AdapterFacts {
             subgroup_max_size: info.subgroup_max_size,
         },
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
+        lanes: (features.contains(wgpu::Features::SUBGROUP) && info.subgroup_min_size == info.subgroup_max_size)
+            .then_some(info.subgroup_min_size),
         slow_storage: mesa_version(&info.driver_info).is_some_and(|version| version < 26),
         unpacks_f16: adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::SHADER_F16_IN_F32)
             && info.backend == wgpu::Backend::Vulkan
@@ -276,6 +279,7 @@ impl AdapterFacts {
                 subgroup_max_size: 32,
             },
             is_cpu: false,
+            lanes: None,
             slow_storage: false,
             unpacks_f16: false,
             choices: Choices::default(),
@@ -341,11 +345,13 @@ pub(super) fn choose(options: &AdapterOptions) -> Result<(wgpu::Adapter, Adapter
     let adapter = found.swap_remove(index);
     let mut facts = facts(index, &adapter);
     facts.is_cpu &= !options.treat_as_gpu;
-    facts.slow_storage &= !options.fast_storage;
     facts.unpacks_f16 |= options.unpacks_f16;
     facts.choices = options.choices.clone();
     if options.without_cooperative || options.without_subgroups {
         facts.cooperative.clear();
+    }
+    if options.without_subgroups {
+        facts.lanes = None;
     }
     Ok((adapter, facts))
 }

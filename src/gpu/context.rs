@@ -255,8 +255,8 @@ impl Gpu {
         self.inner.facts.kind == adapter::SOFTWARE
     }
 
-    /// Whether products had better take A as uniforms: on software Vulkan before Mesa 26.
-    pub fn wants_uniforms(&self) -> bool {
+    /// Whether kernels run on the host's processor and load from storage far more slowly than from uniforms.
+    pub fn has_slow_storage(&self) -> bool {
         self.is_cpu() && self.inner.facts.slow_storage
     }
 

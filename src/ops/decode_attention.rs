@@ -35,7 +35,7 @@ pub(super) fn serves(gpu: &Gpu, queries: usize, longest: usize, heads: Heads) ->
 }
 
 fn wanted(gpu: &Gpu, Heads { heads, kv_heads, head_size, .. }: Heads) -> bool {
-    !gpu.is_cpu() || head_size > 32 && (heads >= 4 * kv_heads || gpu.wants_uniforms())
+    !gpu.is_cpu() || head_size > 32 && (heads >= 4 * kv_heads || gpu.has_slow_storage())
 }
 
 fn can_serve(head_size: usize) -> bool {

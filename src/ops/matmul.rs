@@ -10,11 +10,9 @@
 //! their own (`nf4_matmul.rs`).
 //!
 //! Which kernel runs is chosen per adapter and shape (`ways.rs`): GPUs stage tiles of both operands in workgroup memory, host processors
-//! take A by uniforms or staged (`host.rs`, copied beforehand: `blocks.rs`), and a few rows of A go to a kernel that
-//! reads W once. Few tiles with much to sum are split (`split.rs`).
+//! hand rows of A from lane to lane or stage them (`host.rs`), and a few rows of A go to a kernel that reads W once. Few tiles with much to sum are split (`split.rs`).
 
 pub(super) mod bench;
-mod blocks;
 mod host;
 mod joint;
 pub(super) mod split;
@@ -22,7 +20,6 @@ pub(super) mod ways;
 
 use ways::Way;
 
-pub(super) use blocks::block;
 pub use joint::{JOINT, gated, joint};
 
 use super::{Case, Comparison, Cost, Op, Random, Shapes, cooperative, nf4_matmul, testing::wide};
@@ -122,13 +119,6 @@ pub fn product_into(layout: Layout, a: &Tensor, b: &Tensor, c: &Tensor, epilogue
     Call::new(layout, a, b, c, epilogue).run_as_chosen(Region { m: (0, m), n: (0, n), k: (0, k) });
 }
 
-/// Writes or adds the product of A [M, K] and B [K, n] to columns of C [M, ..], from `first` on.
-pub(super) fn product_of_columns(a: &Tensor, b: &Tensor, first: usize, c: &Tensor, epilogue: Epilogue<'_>) {
-    let (n, k) = ((first, first + b.cols()), (0, b.rows()));
-    let call = Call { b_first: [0, first], ..Call::new(Layout::Nn, a, b, c, epilogue) };
-    call.run_as_chosen(Region { m: (0, c.rows()), n, k });
-}
-
 /// The part of a product that the rows of B from `first` on have in it, which are all of `b`: NT columns of C, an NN
 /// summand of C that is added to the parts before it.
 pub(super) fn product_of_rows(
@@ -144,7 +134,7 @@ pub(super) fn product_of_rows(
         Layout::Nt => (rows, (0, b.cols())),
         Layout::Nn | Layout::Tn => ((0, b.cols()), rows),
     };
-    let call = Call { b_first: [first, 0], ..Call::new(layout, a, b, c, epilogue) };
+    let call = Call { b_first: first, ..Call::new(layout, a, b, c, epilogue) };
     call.run_as_chosen(Region { m: (0, c.rows()), n, k });
 }
 
@@ -160,11 +150,9 @@ struct Region {
 struct Call<'a> {
     layout: Layout,
     a: &'a Tensor,
-    /// Where A is a part of the whole: its first row and column there, as regions count them.
-    a_first: [usize; 2],
     b: &'a Tensor,
-    /// The same of B.
-    b_first: [usize; 2],
+    /// Where B is a part of the whole: its first row there, as regions count them.
+    b_first: usize,
     c: &'a Tensor,
     epilogue: Epilogue<'a>,
     rounding: Option<Rounding>,
@@ -199,7 +187,7 @@ fn halved((from, to): (usize, usize)) -> [(usize, usize); 2] {
 impl<'a> Call<'a> {
     fn new(layout: Layout, a: &'a Tensor, b: &'a Tensor, c: &'a Tensor, epilogue: Epilogue<'a>) -> Self {
         let rounding = epilogue.rounding.or_else(|| b.rounding());
-        Self { layout, a, a_first: [0, 0], b, b_first: [0, 0], c, epilogue, rounding, way: None }
+        Self { layout, a, b, b_first: 0, c, epilogue, rounding, way: None }
     }
 
     /// Runs a region, cut until each operand's rows can be bound. A cut along K adds its second half to the first.
@@ -215,8 +203,6 @@ impl<'a> Call<'a> {
             return self.by_lanes(region);
         } else if bytes(b_rows, self.b) > most && length(b_rows) > 64 {
             if self.layout == Layout::Nt { region.cut_n(halved(b_rows)) } else { region.cut_k(halved(b_rows)) }
-        } else if way == Way::Columns {
-            return self.by_blocks(region);
         } else {
             return self.launch(region, way);
         };
@@ -237,11 +223,11 @@ impl<'a> Call<'a> {
         // Row ranges are bound; column ranges are offsets inside the binding.
         let (a_rows, b_rows) = self.operand_rows(region);
         let a_col = if layout == Layout::Tn { region.m.0 } else { region.k.0 };
-        let b_col = if layout == Layout::Nt { region.k.0 } else { region.n.0 - b_first[1] };
+        let b_col = if layout == Layout::Nt { region.k.0 } else { region.n.0 };
         let first = region.k.0 == 0;
         let bias = epilogue.bias.filter(|_| first);
         let a_binding = a.range(a_rows.0 * a.cols(), length(a_rows) * a.cols());
-        let (b_start, b_count) = ((b_rows.0 - b_first[0]) * b.cols(), length(b_rows) * b.cols());
+        let (b_start, b_count) = ((b_rows.0 - b_first) * b.cols(), length(b_rows) * b.cols());
         let (b_binding, b_before) =
             if b.dtype().is_packed() { b.packed_range(b_start, b_count) } else { (b.range(b_start, b_count), 0) };
         let c_binding = c.range(region.m.0 * c.cols(), m * c.cols());

@@ -92,32 +92,6 @@ pub fn dequantize_into(x: &Tensor, factors: &Tensor, x_start: usize, y: &Tensor,
     }
 }
 
-/// Rows `row..row + rows` and columns `col..col + cols` of a quantised x as f32 [rows, cols], or `transposed`. All
-/// columns are multiples of 8, and so are those of x.
-pub(super) fn dequantize_tile(
-    x: &Tensor,
-    factors: &Tensor,
-    [row, rows]: [usize; 2],
-    [col, cols]: [usize; 2],
-    transposed: bool,
-) -> Tensor {
-    let (gpu, kind, words, k) = (x.gpu(), kind_of(x), x.words(), x.cols());
-    assert!([k, col, cols].iter().all(|x| x.is_multiple_of(8)), "columns {col}, {cols} of {x:?}");
-    let y = Tensor::empty(gpu, &if transposed { [cols, rows] } else { [rows, cols] });
-    let (start, count) = (row * k, rows * k);
-    let before = start % ALIGNED;
-    let codes = words.range((start - before) / 8, (before + count).div_ceil(8));
-    let blocks = factors.range((start - before) / BLOCK, (before + count).div_ceil(BLOCK));
-    let params = [(rows * cols) as u32, (before + col) as u32, 0, 0, 0, 0, cols as u32, k as u32];
-    let kernel = if transposed {
-        of(kind, ["nf4.dequantize_tile.nf4_transposed", "nf4.dequantize_tile.fp4_transposed"])
-    } else {
-        of(kind, ["nf4.dequantize_tile.nf4", "nf4.dequantize_tile.fp4"])
-    };
-    gpu.dispatch(kernel, &[codes, blocks, y.binding()], &params, groups_for(rows * cols / 8, THREADS));
-    y
-}
-
 /// All of a quantised tensor as f32.
 pub fn dequantize(x: &Tensor) -> Tensor {
     let y = Tensor::empty(x.gpu(), x.shape());

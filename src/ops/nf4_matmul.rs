@@ -38,11 +38,6 @@ const FUSED_ROWS_IN_F16: usize = 16;
 const FUSED_ROWS_CPU: usize = 8;
 /// Bytes of W that are dequantised at a time: a half of 7B's largest in f32, all of it in f16.
 const SCRATCH: usize = 96 << 20;
-/// On host processors the rows and columns that are, where either side is longer than [`WIDE`]: operands are uniforms
-/// there, which want many rows of few columns.
-const TILE: usize = 1024;
-const WIDE: usize = 2048;
-
 /// Writes (or adds) the product of A and a quantised W into C.
 pub(super) fn product_into(layout: Layout, a: &Tensor, w: &Tensor, c: &Tensor, epilogue: Epilogue<'_>) {
     assert!(layout != Layout::Tn, "TN product of {a:?} and {w:?}");
@@ -156,12 +151,9 @@ impl Call<'_> {
         }
     }
 
-    /// Dequantises W in parts of about `bytes` bytes, for dense products; in tiles, where these have to be smaller.
-    fn by_scratch(&self, bytes: usize, tile: usize) {
+    /// Dequantises W in parts of about `bytes` bytes, for dense products.
+    fn by_scratch(&self, bytes: usize) {
         let (n, k) = (self.w.rows(), self.w.cols());
-        if self.w.gpu().wants_uniforms() && n.max(k) > WIDE && k.is_multiple_of(8) {
-            return self.by_scratch_tiles(tile);
-        }
         let dtype = if self.in_f16() { Dtype::F16 } else { Dtype::F32 };
         let most = (bytes / dtype.bytes() / k.max(1) / ALIGNMENT).max(1) * ALIGNMENT;
         let step = n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(ALIGNMENT).min(n);
@@ -172,34 +164,6 @@ impl Call<'_> {
             let part = scratch.row_part(0, rows);
             nf4::dequantize_into(self.w, &self.factors, first * k, &part, 0, rows * k);
             matmul::product_of_rows(self.layout, self.a, &part, first, self.c, self.epilogue);
-        }
-    }
-
-    /// Dequantises tiles of W, for dense products with the columns of A that meet them. K is a multiple of 8, `tile` one
-    /// of 64.
-    fn by_scratch_tiles(&self, tile: usize) {
-        let Self { layout, a, w, c, ref factors, epilogue } = *self;
-        let (n, k) = (w.rows(), w.cols());
-        let bindable = (w.gpu().max_binding() as usize).saturating_sub(ALIGNED / 2) / k.div_ceil(2).max(1);
-        let rows = tile.min((bindable / ALIGNMENT).max(1) * ALIGNMENT);
-        let parts = |all: usize, most: usize| (0..all).step_by(most).map(move |first| [first, most.min(all - first)]);
-        // Over what is summed last: its parts are added up in C.
-        let (summed, summed_most, other, other_most) =
-            if layout == Layout::Nt { (k, tile, n, rows) } else { (n, rows, k, tile) };
-        for [first, count] in parts(summed, summed_most) {
-            let a = matmul::block(a, (0, a.rows()), (first, first + count), [a.rows(), count], false);
-            let begins = first == 0;
-            let epilogue = Epilogue {
-                bias: epilogue.bias.filter(|_| begins),
-                accumulate: epilogue.accumulate || !begins,
-                ..epilogue
-            };
-            for part in parts(other, other_most) {
-                let transposed = layout == Layout::Nt;
-                let [of_rows, of_columns] = if transposed { [part, [first, count]] } else { [[first, count], part] };
-                let block = nf4::dequantize_tile(w, factors, of_rows, of_columns, transposed);
-                matmul::product_of_columns(&a, &block, part[0], c, epilogue);
-            }
         }
     }
 
@@ -359,8 +323,6 @@ pub enum Way {
     Fused,
     /// By scratch, in parts of 64 rows.
     Parts,
-    /// By scratch, in tiles of 64 rows and columns, where rows are whole words.
-    Tiles,
 }
 
 impl Way {
@@ -377,9 +339,8 @@ impl Way {
             (Self::Chosen, _) => matmul::product_into(call.layout, call.a, call.w, call.c, call.epilogue),
             (Self::Fused, Some(Fused::Lanes)) => call.by_lanes(),
             (Self::Fused, Some(Fused::Tiles)) => call.by_tiles(),
-            (Self::Tiles, _) if call.w.cols().is_multiple_of(8) => call.by_scratch_tiles(ALIGNMENT),
-            (Self::Parts | Self::Tiles, _) => call.by_scratch(1, TILE),
-            (Self::Scratch | Self::Fused, _) => call.by_scratch(SCRATCH, TILE),
+            (Self::Parts, _) => call.by_scratch(1),
+            (Self::Scratch | Self::Fused, _) => call.by_scratch(SCRATCH),
         }
     }
 }
@@ -402,9 +363,7 @@ fn check(layout: Layout, kind: QuantType, gpu: &Gpu, n: usize) -> Result<Vec<Com
             Epilogue { alpha: Some(0.5), bias: Some(&tbias), ..Default::default() },
             Epilogue { alpha: Some(0.25), accumulate: true, ..Default::default() },
         );
-        for (what, way) in
-            [("as chosen", Way::Chosen), ("by scratch", Way::Parts), ("by tiles", Way::Tiles), ("fused", Way::Fused)]
-        {
+        for (what, way) in [("as chosen", Way::Chosen), ("by scratch", Way::Parts), ("fused", Way::Fused)] {
             let c = Tensor::empty(gpu, &[m, columns]);
             for epilogue in [first, second] {
                 way.run(Call { layout, a: &ta, w: &w, c: &c, factors: nf4::factors(&w), epilogue });

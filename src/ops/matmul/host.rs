@@ -1,15 +1,15 @@
-//! Products on host processors. Operands are bound as uniforms of 64 KiB, whose loads are cheap there: both with K along
-//! their rows, or rows of W in lanes where there are few rows of A or of W. Where workgroup memory is cheaper (Mesa 26), A
-//! is staged in it instead.
+//! Products on host processors. Lanes of a subgroup hand each other rows of A, which is staged in workgroup memory where
+//! subgroups are not known. With few rows of A or of W, rows of W lie in lanes, as uniforms of 64 KiB, whose loads are cheap
+//! there.
 
 use super::{Call, Layout, Region, length, typed};
 use crate::{
-    gpu::{Binding, Gpu, UNIFORM_BYTES},
+    gpu::{Binding, Gpu},
     ops::uniform_rows,
-    tensor::{ALIGNMENT, Dtype, Tensor},
+    tensor::{Dtype, Tensor},
 };
 
-/// The block of C of a workgroup of `matmul.by_column` or `matmul.by_column_staged`.
+/// The block of C of a workgroup of `matmul.by_subgroup` or `matmul.by_column_staged`.
 #[derive(Clone, Copy)]
 struct Block {
     name: &'static str,
@@ -21,129 +21,61 @@ struct Block {
 
 /// Blocks for most products, for narrow results, for a few rows of A.
 const BLOCKS: [Block; 3] = [
-    Block { name: "wide", rows: 32, cols: 64 },
-    Block { name: "narrow", rows: 32, cols: 8 },
-    Block { name: "few", rows: 8, cols: 64 },
+    Block { name: "wide", rows: 32, cols: 32 },
+    Block { name: "narrow", rows: 32, cols: 16 },
+    Block { name: "few", rows: 8, cols: 32 },
 ];
-const STAGED_BLOCKS: [Block; 3] =
-    [Block { cols: 128, ..BLOCKS[0] }, Block { cols: 16, ..BLOCKS[1] }, Block { cols: 128, ..BLOCKS[2] }];
-/// So many rows of A or of W are few.
-pub(super) const FEW: usize = 32;
+const STAGED_BLOCKS: [Block; 3] = [Block { cols: 128, ..BLOCKS[0] }, BLOCKS[1], Block { cols: 128, ..BLOCKS[2] }];
+/// So many rows of A or of W are few, where subgroups are not known.
+const FEW: usize = 32;
 /// Columns of A that are staged at a time (DEPTH in shaders/variants).
 pub(super) const STAGED_DEPTH: usize = 64;
 
 /// The one of three blocks for a product of m x n.
-fn fitting([wide, narrow, _]: &[Block; 3], m: usize, n: usize) -> usize {
+pub(super) fn fitting(m: usize, n: usize) -> usize {
+    let [wide, narrow, _] = BLOCKS;
     if m < wide.rows {
         2
-    } else if n <= 2 * narrow.cols {
+    } else if n <= narrow.cols {
         1
     } else {
         0
     }
 }
 
-/// The same of a product with A staged.
-pub(super) fn fitting_staged(m: usize, n: usize) -> usize {
-    fitting(&STAGED_BLOCKS, m, n)
+/// The kernel and its workgroups for a product with A staged, by one of three blocks.
+pub(super) fn staged(layout: Layout, b: Dtype, size: [usize; 2], block: usize) -> (String, [u32; 3]) {
+    kernel("by_column_staged", layout, b, size, STAGED_BLOCKS[block])
 }
 
-/// The kernel and its workgroups for a product with A staged, by one of three blocks.
-pub(super) fn staged(layout: Layout, b: Dtype, [m, n]: [usize; 2], block: usize) -> (String, [u32; 3]) {
-    let block = STAGED_BLOCKS[block];
+/// The same by subgroups.
+pub(super) fn by_subgroup(layout: Layout, b: Dtype, size: [usize; 2], block: usize) -> (String, [u32; 3]) {
+    kernel("by_subgroup", layout, b, size, BLOCKS[block])
+}
+
+fn kernel(kernel: &str, layout: Layout, b: Dtype, [m, n]: [usize; 2], block: Block) -> (String, [u32; 3]) {
     let layout = match layout {
         Layout::Nt => "nt",
         Layout::Nn => "nn",
         Layout::Tn => "tn",
     };
-    let name = format!("matmul.by_column_staged.{layout}_{}{}", block.name, typed(b, ["", "_bf16", "_f16"]));
+    let name = format!("matmul.{kernel}.{layout}_{}{}", block.name, typed(b, ["", "_bf16", "_f16"]));
     (name, [n.div_ceil(block.cols) as u32, m.div_ceil(block.rows) as u32, 1])
 }
 
-/// An operand with K along its rows, and the column where a region begins in it.
-#[derive(Clone, Copy)]
-pub(super) struct ByK<'a> {
-    pub tensor: &'a Tensor,
-    /// Its row of the region's first k.
-    pub row: usize,
-    pub col: usize,
-}
-
-impl<'a> ByK<'a> {
-    /// A uniform for each window of `window` rows of `count`, and the elements before the first of each, a byte each. A
-    /// window that begins past the end has the last row, of which nothing is summed.
-    fn windows(self, window: usize, count: usize) -> ([Binding<'a>; WINDOWS], u32) {
-        let Self { tensor, row, .. } = self;
-        let windows: [_; WINDOWS] =
-            std::array::from_fn(|w| tensor.uniform((row + (w * window).min(count - 1)) * tensor.cols()));
-        (
-            windows.map(|(binding, _)| binding),
-            windows.iter().rev().fold(0, |bytes, (_, before)| bytes << 8 | *before as u32),
-        )
-    }
-}
-
-/// Whether an operand's rows can be read as they are: whole vec4s from where a region begins, and a block wide.
-pub(super) fn reads_rows(a: ByK<'_>, m: usize, n: usize) -> bool {
-    let whole = [a.tensor.cols(), a.col, m].iter().all(|x| x.is_multiple_of(4));
-    whole && m >= BLOCKS[fitting(&BLOCKS, m, n)].rows
+/// Whether subgroups are those of `matmul.by_subgroup` (THREADS in shaders/variants).
+pub(super) fn has_subgroups(gpu: &Gpu) -> bool {
+    gpu.facts().lanes == Some(8)
 }
 
 impl Call<'_> {
-    /// A region of operands with K along their rows, in as many dispatches as their uniforms want.
-    pub(super) fn by_columns(&self, region: Region, a: ByK<'_>, b: ByK<'_>) {
-        if self.c.gpu().only_counts() {
-            // It can be thousands of launches, none of which allocates.
-            return;
-        }
-        let (m, n) = (length(region.m), length(region.n));
-        let block = BLOCKS[fitting(&BLOCKS, m, n)];
-        // What is read in vain beyond a short row lies in the uniform too.
-        let fit = |cols: usize, block: usize| {
-            let slack = block.saturating_sub(cols) + ALIGNMENT;
-            (UNIFORM_BYTES as usize / 4 - slack) / cols
-        };
-        let most = fit(a.tensor.cols(), block.rows).min(fit(b.tensor.cols(), block.cols)) * WINDOWS;
-        for k in parts(region.k, most) {
-            let (done, count) = (k.0 - region.k.0, length(k));
-            let window = count.div_ceil(WINDOWS);
-            let [a, b] = [a, b].map(|operand| ByK { row: operand.row + done, ..operand });
-            let ((a_bindings, a_before), (b_bindings, b_before)) = (a.windows(window, count), b.windows(window, count));
-            let (c_binding, c_before) = self.c.range_from(region.m.0 * self.c.cols(), m * self.c.cols());
-            let first = k.0 == 0;
-            let bias = self.epilogue.bias.filter(|_| first).map(|bias| bias.range_from(region.n.0, n));
-            let (bias_binding, bias_before) = bias.unwrap_or((c_binding, 0));
-            let params = [
-                m as u32,
-                n as u32,
-                count as u32,
-                a.tensor.cols() as u32,
-                b.tensor.cols() as u32,
-                self.c.cols() as u32,
-                a.col as u32,
-                b.col as u32,
-                (c_before + region.n.0) as u32,
-                u32::from(bias.is_some()) | u32::from(self.epilogue.accumulate || !first) << 1,
-                self.epilogue.alpha.unwrap_or(1.0).to_bits(),
-                bias_before as u32,
-                window as u32,
-                a_before,
-                b_before,
-            ];
-            let kernel = format!("matmul.by_column.{}", block.name);
-            let bindings: Vec<_> = [c_binding, bias_binding].into_iter().chain(a_bindings).chain(b_bindings).collect();
-            let groups = [n.div_ceil(block.cols) as u32, m.div_ceil(block.rows) as u32, 1];
-            self.c.gpu().dispatch(&kernel, &bindings, &params, groups);
-        }
-    }
-
-    /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there are few of A or of W; or
-    /// hardly more, of W in 16 bits where operands are best taken as uniforms.
+    /// Whether an NT product goes to [`Call::by_lanes`]: each row is a uniform, and there is one of A, or few of A
+    /// or of W where subgroups are not known.
     pub(super) fn wants_lanes(&self, region: Region) -> bool {
         let (fit_a, fit_b) = (uniform_rows(self.a.cols(), Dtype::F32), uniform_rows(self.b.cols(), self.b.dtype()));
-        let few = length(region.m).min(length(region.n)) <= FEW;
-        let packed = self.b.dtype().is_packed() && self.c.gpu().wants_uniforms() && length(region.m) <= 2 * FEW;
-        lanes_fit(self.c.gpu()) && fit_a > 0 && fit_b > 0 && (few || (packed && fit_a >= 8))
+        let (m, n) = (length(region.m), length(region.n));
+        let few = if has_subgroups(self.c.gpu()) { m == 1 } else { m.min(n) <= FEW };
+        lanes_fit(self.c.gpu()) && fit_a > 0 && fit_b > 0 && few
     }
 
     /// NT: rows of W are spread over lanes, as many as fit into LANE_WINDOWS uniforms a dispatch.
@@ -168,7 +100,7 @@ impl Call<'_> {
         let windows = n.div_ceil(window);
         // Windows past the last are bound, and not read.
         let b_bindings: [_; LANE_WINDOWS] =
-            std::array::from_fn(|w| uniform(b, (region.n.0 - b_first[0] + w.min(windows - 1) * window) * b.cols()));
+            std::array::from_fn(|w| uniform(b, (region.n.0 - b_first + w.min(windows - 1) * window) * b.cols()));
         let (a_binding, a_before) = a.uniform(region.m.0 * a.cols());
         let bias = epilogue.bias.map(|bias| bias.uniform(region.n.0));
         let (bias_binding, bias_before) = bias.unwrap_or((a_binding, 0));
@@ -221,9 +153,6 @@ const LANE_WINDOWS: usize = 12;
 pub(super) fn lanes_fit(gpu: &Gpu) -> bool {
     gpu.facts().limits.max_uniform_buffers_per_shader_stage as usize >= LANE_WINDOWS + 3
 }
-
-/// Uniforms of each operand in a dispatch of `matmul.by_column` (WINDOWS in shaders/variants).
-const WINDOWS: usize = 4;
 
 /// A range in equal parts of at most `most`, cut at multiples of 16: two threads then have as many workgroups each.
 fn parts((from, to): (usize, usize), most: usize) -> impl Iterator<Item = (usize, usize)> {

@@ -78,10 +78,10 @@ fn launch(kind: &str, x: &Tensor, weights: &[&Tensor], results: &[Tensor], colum
     }
     bindings.extend(results.iter().map(Tensor::binding));
     let (m, k) = (x.rows() as u32, k as u32);
-    let mut params = [0; 19];
+    let mut params = [0; 18];
     params[..5].copy_from_slice(&[m, rows[0], k, k, k]);
     params[7] = offsets[0];
-    params[15..].copy_from_slice(&[rows[1], rows[2], offsets[1], offsets[2]]);
+    params[14..].copy_from_slice(&[rows[1], rows[2], offsets[1], offsets[2]]);
     let groups = [columns.min(32_768) as u32, 1, columns.div_ceil(32_768) as u32];
     let f16 = if gpu.facts().unpacks_f16 { "_f16_unpacked" } else { "_f16" };
     let dtype = typed(dtype, ["", "_bf16", f16]);

@@ -15,8 +15,8 @@ use crate::{
 pub(in crate::ops) enum Way {
     /// Host processors: a row of W in each lane.
     Lanes,
-    /// Host processors: both operands from uniforms, with K along rows.
-    Columns,
+    /// Host processors whose subgroups are known: rows of A handed from lane to lane, by one of three blocks of C.
+    Subgroup(usize),
     /// Host processors: A staged, by one of three blocks of C.
     Staged(usize),
     /// GPUs: W read once for a few rows of A.
@@ -28,9 +28,11 @@ pub(in crate::ops) enum Way {
 }
 
 /// Every way, by the name that it has in files.
-const WAYS: [(&str, Way); 11] = [
+const WAYS: [(&str, Way); 13] = [
     ("lanes", Way::Lanes),
-    ("columns", Way::Columns),
+    ("subgroup_wide", Way::Subgroup(0)),
+    ("subgroup_narrow", Way::Subgroup(1)),
+    ("subgroup_few", Way::Subgroup(2)),
     ("staged_wide", Way::Staged(0)),
     ("staged_narrow", Way::Staged(1)),
     ("staged_few", Way::Staged(2)),
@@ -127,10 +129,12 @@ impl Call<'_> {
         let [m, n, _] = region_sizes(region);
         let nt = self.layout == Layout::Nt;
         if gpu.is_cpu() {
-            return match (nt && self.wants_lanes(region), gpu.wants_uniforms()) {
-                (true, _) => Way::Lanes,
-                (false, true) => Way::Columns,
-                (false, false) => Way::Staged(host::fitting_staged(m, n)),
+            return if nt && self.wants_lanes(region) {
+                Way::Lanes
+            } else if host::has_subgroups(gpu) {
+                Way::Subgroup(host::fitting(m, n))
+            } else {
+                Way::Staged(host::fitting(m, n))
             };
         }
         if self.cooperates(region) {
@@ -154,8 +158,8 @@ impl Call<'_> {
             if layout == Layout::Tn { region.m } else { region.k },
             if layout == Layout::Nt { region.k } else { region.n },
         );
-        let b_before = b.binding_before((self.operand_rows(region).1.0 - b_first[0]) * b.cols());
-        let of_b = [b.cols(), b_before, b_cols.0 - b_first[1], length(b_cols)];
+        let b_before = b.binding_before((self.operand_rows(region).1.0 - b_first) * b.cols());
+        let of_b = [b.cols(), b_before, b_cols.0, length(b_cols)];
         let of_a = [a.cols(), a_cols.0, length(a_cols)];
         of_b.into_iter().chain(of_a).all(|x| x.is_multiple_of(width)) && length(a_cols) > 0 && length(b_cols) > 0
     }
@@ -173,7 +177,7 @@ impl Call<'_> {
         self.reads_vectors(region, 4) && of_c.iter().all(|x| x.is_multiple_of(4))
     }
 
-    /// The kernel and its workgroups for a region on bound storage: not of lanes, columns or cooperative matrices, which
+    /// The kernel and its workgroups for a region on bound storage: not of lanes or cooperative matrices, which
     /// launch theirs themselves.
     pub(super) fn kernel(&self, way: Way, region: Region) -> (String, [u32; 3]) {
         let [m, n, _] = region_sizes(region);
@@ -185,6 +189,7 @@ impl Call<'_> {
         };
         let tiles = |side| [n.div_ceil(side) as u32, m.div_ceil(side) as u32, 1];
         match way {
+            Way::Subgroup(block) => host::by_subgroup(self.layout, b, [m, n], block),
             Way::Staged(block) => host::staged(self.layout, b, [m, n], block),
             Way::Rows => {
                 let vectors = self.reads_vectors(region, vector_of(b));
@@ -227,17 +232,18 @@ impl Call<'_> {
     fn serves(&self, way: Way, region: Region) -> bool {
         let gpu = self.c.gpu();
         let sizes = region_sizes(region);
-        let on_host = matches!(way, Way::Lanes | Way::Columns | Way::Staged(_));
+        let on_host = matches!(way, Way::Lanes | Way::Subgroup(_) | Way::Staged(_));
         let can = match way {
             Way::Lanes => {
                 let fits = |x: &Tensor| uniform_rows(x.cols(), x.dtype()) > 0;
                 self.layout == Layout::Nt && host::lanes_fit(gpu) && fits(self.a) && fits(self.b)
             }
+            Way::Subgroup(_) => host::has_subgroups(gpu),
             Way::Rows => self.layout == Layout::Nt && sizes[0] <= ROWS_KERNEL_MOST,
             Way::Cooperative { large } => self.cooperates(region) && (!large || cooperative::has_large(gpu)),
             Way::Tiles(128) => has_large_tiles(gpu) && self.tiles_are_vectors(region),
             Way::Tiles(32) => self.tiles_are_vectors(region),
-            Way::Columns | Way::Staged(_) | Way::Tiles(_) => true,
+            Way::Staged(_) | Way::Tiles(_) => true,
         };
         can && on_host == gpu.is_cpu()
     }
