@@ -34,7 +34,7 @@ pub(super) const STAGED_DEPTH: usize = 64;
 /// The one of three blocks for a product of m x n.
 pub(super) fn fitting(m: usize, n: usize) -> usize {
     let [wide, narrow, _] = BLOCKS;
-    if m < wide.rows {
+    if 4 * m < 3 * wide.rows {
         2
     } else if n <= narrow.cols {
         1
