@@ -9,8 +9,9 @@
 //! B may be a weight in 16 bits in NT and NN; kernels widen what they load of it. Weights in four bits have kernels of
 //! their own (`nf4_matmul.rs`).
 //!
-//! Which kernel runs is chosen per adapter and shape (`ways.rs`): GPUs stage tiles of both operands in workgroup memory, host processors
-//! hand rows of A from lane to lane or stage them (`host.rs`), and a few rows of A go to a kernel that reads W once. Few tiles with much to sum are split (`split.rs`).
+//! Which kernel runs is chosen per adapter and shape (`ways.rs`): GPUs stage tiles of both operands in workgroup memory,
+//! host processors hand rows of A from lane to lane or stage them (`host.rs`), and a few rows of A go to a kernel that reads
+//! W once. Few tiles with much to sum are split (`split.rs`).
 
 pub(super) mod bench;
 mod host;

@@ -306,11 +306,6 @@ impl Tensor {
         (Binding { buffer: &self.buffer, offset, size: UNIFORM_BYTES, uniform: true }, before)
     }
 
-    /// Whether both lie in one buffer.
-    pub fn shares_buffer(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.buffer, &other.buffer)
-    }
-
     /// Whether another handle or part of the same buffer is alive.
     pub fn is_shared(&self) -> bool {
         Arc::strong_count(&self.buffer) > 1
