@@ -104,7 +104,7 @@ impl<'a> Trainer<'a> {
         let total_steps = plan.total_steps();
         let used = used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
         if devices.checked {
-            let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used)?;
+            let steps = estimate::Steps::of_data(prepared.config(), &dataset, &plan, &used, standing.total)?;
             estimate::check(stage, &prepared, &steps, devices, (standing.total, hosts.count()))?;
         }
         let micro_batches = division.micro_batches;

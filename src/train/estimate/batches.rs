@@ -46,8 +46,9 @@ impl Batch {
     }
 }
 
-/// Steps to run, each of micro-batches.
+/// Steps to run on one device.
 pub struct Steps {
+    /// Of each the device's own micro-batches.
     pub steps: Vec<Vec<PackedBatch>>,
     /// The one with most positions.
     pub largest: Batch,
@@ -65,14 +66,22 @@ impl Steps {
             return Ok(Self::made_up(stage, prepared.config()));
         }
         let dataset = prepared.dataset(stage, &mut Silent)?;
-        let plan = trainer::plan(stage, &dataset, stage.ranks(devices))?;
+        let ranks = stage.ranks(devices);
+        let plan = trainer::plan(stage, &dataset, ranks)?;
         let shown = trainer::used_images(&dataset, &plan, 0, stage.unfreeze_mm_vision_tower)?;
-        Self::of_data(prepared.config(), &dataset, &plan, &shown)
+        Self::of_data(prepared.config(), &dataset, &plan, &shown, ranks)
     }
 
-    /// The plan's first steps, and those with most positions and most supervised ones. `shown` are the pictures of all
-    /// steps, whose features may be kept.
-    pub fn of_data(config: &ModelConfig, dataset: &Dataset, plan: &Plan, shown: &[ImageSource]) -> Result<Self> {
+    /// The plan's first steps, and those with most positions and most supervised ones, as one of so many `ranks` meets them:
+    /// the one with most positions, or with most supervised ones. `shown` are the pictures of all steps, whose features may
+    /// be kept.
+    pub fn of_data(
+        config: &ModelConfig,
+        dataset: &Dataset,
+        plan: &Plan,
+        shown: &[ImageSource],
+        ranks: usize,
+    ) -> Result<Self> {
         let image_tokens = config.llava().map_or(0, LlavaConfig::image_seq_length);
         let step = |number: u64| -> Result<Vec<PackedBatch>> {
             plan.step(number)
@@ -84,21 +93,30 @@ impl Steps {
                 })
                 .collect()
         };
+        let sizes: [fn(&PackedBatch) -> usize; 2] = [PackedBatch::tokens, |batch| batch.targets.len()];
         let (mut steps, mut most) = (Vec::new(), [(0, 0); 2]);
         for number in 0..plan.total_steps().min(LOOKED_AT) {
             let batches = step(number)?;
-            let tokens = batches.iter().map(PackedBatch::tokens).max().unwrap_or(0);
-            let targets = batches.iter().map(|batch| batch.targets.len()).max().unwrap_or(0);
-            for (size, most) in [tokens, targets].into_iter().zip(&mut most) {
-                *most = (*most).max((size, number));
+            for (size, most) in sizes.iter().zip(&mut most) {
+                *most = (*most).max((batches.iter().map(size).max().unwrap_or(0), number));
             }
             if number < FIRST_STEPS {
                 steps.push(batches);
             }
         }
-        for (_, number) in most {
-            steps.push(step(number)?);
+        // Devices that are alike are dealt micro-batches in turns.
+        let own =
+            |batches: Vec<PackedBatch>, rank| -> Vec<_> { batches.into_iter().skip(rank).step_by(ranks).collect() };
+        let mut largest = Vec::new();
+        for (size, (most, number)) in sizes.iter().zip(most) {
+            let batches = step(number)?;
+            let rank = batches.iter().position(|batch| size(batch) == most).unwrap_or(0) % ranks;
+            largest.push((rank, own(batches, rank)));
         }
+        let rank = largest[0].0;
+        let steps = steps.into_iter().map(|batches| own(batches, rank));
+        let steps: Vec<_> =
+            steps.chain(largest.into_iter().map(|(_, own)| own)).filter(|own| !own.is_empty()).collect();
         let largest = steps.iter().flatten().max_by_key(|batch| batch.tokens());
         let largest = largest.map(|batch| Batch::of(batch, true)).unwrap_or_default();
         let pictures: HashSet<&ImageSource> = shown.iter().collect();

@@ -169,7 +169,8 @@ fn simulate_on(
 ) -> Result<Estimate> {
     let gpus: Vec<Gpu> = facts.iter().map(|&facts| Gpu::counting(facts.clone())).collect();
     let ranks = stage.ranks(devices);
-    let micro_batches = steps.steps.iter().map(Vec::len).max().unwrap_or(1).max(stage.gradient_accumulation_steps);
+    let own = steps.steps.iter().map(Vec::len).max().unwrap_or(1);
+    let micro_batches = (own * ranks).max(stage.gradient_accumulation_steps);
     let sharing = Team::sharing(stage, prepared.config(), Standing { first: 0, total: ranks }, 1)[0];
     let resting = Team::resting(stage, ranks);
     let mut stepper =
@@ -187,9 +188,7 @@ fn simulate_on(
         stepper.step(stage, &step, &pictures, &mut updates, None)?;
         flops = flops.max(done() - before);
     }
-    // Steps of the data are those of all devices.
-    let of_all = if steps.largest.from_data { ranks } else { 1 };
-    let micro_batches = (steps.steps.iter().map(Vec::len).max().unwrap_or(0) * times).div_ceil(of_all);
+    let micro_batches = own * times;
     let traffic = Traffic::of(stage, &stepper, micro_batches, steps.largest.tokens);
     let parts: Vec<Part> = gpus.iter().map(|gpu| Part { peak: gpu.peak(), launches: gpu.launches() }).collect();
     let mut launches = gpus[0].launches();
@@ -216,7 +215,7 @@ fn simulate_on(
         parts,
         traffic,
         devices,
-        flops: flops / (of_all * gpus.len()) as u64,
+        flops: flops / gpus.len() as u64,
         launches,
     })
 }
