@@ -30,7 +30,6 @@ fn by_subgroup(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let row = group.y * #{ROWS}u;
-    let first_row = row;
 #import columns_start
 #import columns_of_b
     // The lane's rows of A, alike.
@@ -81,7 +80,6 @@ var<workgroup> staged: array<f32, #{DEPTH * ROWS}>; // [window, ROWS], with wind
 @compute @workgroup_size(#{THREADS})
 fn by_column_staged(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let row = group.y * #{ROWS}u;
-    let first_row = row;
 #import columns_start
 #import columns_of_b
     // DEPTH comes as a parameter: a loop whose length compilers know is unrolled, and then slower by a half.

@@ -141,7 +141,7 @@ fn stages_share_what_they_say() {
 const OF_LOADING: [&str; 3] = ["cast.", "nf4.quantize.", "nf4.factors"];
 
 /// The kernels that are compiled while weights are loaded are those that a run on a GPU then launches. (Of a host
-/// processor's products, which may be a hundred thousand launches, a device that only counts notes none.)
+/// processor's products by lanes, which may be many launches, a device that only counts notes none.)
 #[test]
 fn the_kernels_of_a_run_are_known_before_it() {
     let dir = tempfile::tempdir().unwrap();

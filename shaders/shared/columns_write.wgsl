@@ -1,6 +1,6 @@
 // The end of a product whose thread owns ROWS x COLS of C from (row, col) on, columns THREADS apart, of which those from
-// `first_row` and `first_col` on are to be written: alpha, bias, and what C holds. A loop over an array, since as many
-// branches written out take seconds to compile.
+// `first_col` on are to be written: alpha, bias, and what C holds. A loop over an array, since as many branches written out
+// take seconds to compile.
     var block: array<f32, #{ROWS * COLS}>;
 #unroll j in 0..COLS
 #unroll i in 0..ROWS
@@ -15,7 +15,7 @@
 #end
     for (var i = 0u; i < #{ROWS}u; i++) {
         let at_row = row + i;
-        if (at_row >= first_row && at_row < params.m) {
+        if (at_row < params.m) {
             let c_row = params.c_offset + at_row * params.ldc;
 #unroll j in 0..COLS
             if (in_c#{j}) {

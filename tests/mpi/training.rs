@@ -127,10 +127,15 @@ impl Job {
     #[track_caller]
     fn finish(self) -> Outcome {
         let out = self.out.clone();
-        let (code, said) = self.end();
+        Self::finished(&out, self.end())
+    }
+
+    /// What was made by one that came to a good end.
+    #[track_caller]
+    fn finished(out: &Path, (code, said): (Option<i32>, String)) -> Outcome {
         assert_eq!(code, Some(0), "{said}");
         assert!(out.join("finished.json").exists());
-        Outcome::read(&out)
+        Outcome::read(out)
     }
 
     /// Gives whether the rank was still there.
@@ -236,8 +241,7 @@ fn kill_ranks(kills: usize, seed: u64) {
         let (code, said) = job.end();
         if !there || code == Some(0) {
             // It had done its part, and its launcher was about to see that; until then there is a process to signal.
-            assert_eq!(code, Some(0), "{said}");
-            Outcome::read(&out).assert_same(&outcome, &format!("kind {kind}"));
+            Job::finished(&out, (code, said)).assert_same(&outcome, &format!("kind {kind}"));
             continue;
         }
         let ended = begun.elapsed();

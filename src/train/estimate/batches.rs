@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::super::{config::StageConfig, start::Prepared, trainer};
+use super::super::{config::StageConfig, start::Prepared, team::Shares, trainer};
 use crate::{
     data::{ImageSource, Sample, dataset::Dataset, sampler::Plan},
     error::Result,
@@ -104,13 +104,16 @@ impl Steps {
                 steps.push(batches);
             }
         }
-        // Devices that are alike are dealt micro-batches in turns.
-        let own =
-            |batches: Vec<PackedBatch>, rank| -> Vec<_> { batches.into_iter().skip(rank).step_by(ranks).collect() };
+        let shares = Shares::new(vec![String::new(); ranks]);
+        let own = |batches: Vec<PackedBatch>, rank| -> Vec<_> {
+            let dealt = shares.deal(batches.len());
+            dealt.into_iter().zip(batches).filter(|(of, _)| *of == rank).map(|(_, batch)| batch).collect()
+        };
         let mut largest = Vec::new();
         for (size, (most, number)) in sizes.iter().zip(most) {
             let batches = step(number)?;
-            let rank = batches.iter().position(|batch| size(batch) == most).unwrap_or(0) % ranks;
+            let at = batches.iter().position(|batch| size(batch) == most);
+            let rank = at.map_or(0, |at| shares.deal(batches.len())[at]);
             largest.push((rank, own(batches, rank)));
         }
         let rank = largest[0].0;

@@ -170,11 +170,11 @@ fn simulate_on(
     let gpus: Vec<Gpu> = facts.iter().map(|&facts| Gpu::counting(facts.clone())).collect();
     let ranks = stage.ranks(devices);
     let own = steps.steps.iter().map(Vec::len).max().unwrap_or(1);
-    let micro_batches = (own * ranks).max(stage.gradient_accumulation_steps);
     let sharing = Team::sharing(stage, prepared.config(), Standing { first: 0, total: ranks }, 1)[0];
     let resting = Team::resting(stage, ranks);
+    let of_all = (own * ranks).max(stage.gradient_accumulation_steps);
     let mut stepper =
-        Stepper::new(stage, prepared.load(stage, &gpus, resting.as_ref(), &mut Silent)?, micro_batches, sharing)?;
+        Stepper::new(stage, prepared.load(stage, &gpus, resting.as_ref(), &mut Silent)?, of_all, sharing)?;
     let pictures = PictureStore::made_up(stepper.model(), steps.pictures, !stage.unfreeze_mm_vision_tower)?;
     let (mut flops, mut updates) = (0, Updates::default());
     let done = || gpus.iter().map(Gpu::flops).sum::<u64>();
